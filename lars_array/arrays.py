@@ -1,0 +1,79 @@
+"""What is asked of arrays, whichever library they come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
+
+from lars_array.dtypes import COMPUTE, dtype_name
+
+__all__ = ["asarray", "check_gradient", "check_parameter", "is_array"]
+
+
+def is_array(x: Any) -> bool:
+    """Return whether `x` is an array of a known library. NumPy's scalars are none: nothing can be written to them."""
+    return is_array_api_obj(x) and not isinstance(x, np.generic)
+
+
+def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:
+    """Return `values` as an array of `xp` that lies where the array `like` does."""
+    # A traced JAX array has no device of its own, and jit puts constants where they belong.
+    return xp.asarray(values, dtype=dtype, device=None if is_jax_array(like) else device(like))
+
+
+def check_parameter(name: str, p: Any) -> None:
+    """Refuse what can't be a parameter.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's name, for messages.
+    p : object
+        What was given.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, or of an element type that isn't computed on.
+    """
+    if not is_array(p):
+        raise TypeError(f"parameter {name!r} must be an array; got {p!r}")
+    if dtype_name(p.dtype) not in COMPUTE:
+        raise TypeError(f"parameter {name!r} must be of one of the types {', '.join(COMPUTE)}; got {p.dtype!r}")
+
+
+def check_gradient(name: str, g: Any, p: Any) -> None:
+    """Refuse a gradient that does not fit its parameter.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's name, for messages.
+    g : object
+        What was given.
+    p : array
+        The parameter.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, one of another library, or of another dtype.
+    ValueError
+        If it has another shape or lies on another device.
+    """
+    if not is_array(g):
+        raise TypeError(f"the gradient of {name!r} must be an array; got {g!r}")
+    if type(g) is not type(p) and array_namespace(g) is not array_namespace(p):
+        raise TypeError(f"the gradient of {name!r} must be an array of {_library(p)}, as the parameter; got {_library(g)}")
+    if g.dtype != p.dtype:
+        raise TypeError(f"the gradient of {name!r} must have the parameter's dtype {p.dtype!r}; got {g.dtype!r}")
+    if g.shape != p.shape:
+        raise ValueError(f"the gradient of {name!r} must have the parameter's shape {tuple(p.shape)!r}; got {tuple(g.shape)!r}")
+    if not isinstance(p, np.ndarray) and not is_jax_array(p) and device(g) != device(p):
+        raise ValueError(f"the gradient of {name!r} must be on the parameter's device {device(p)!r}; got {device(g)!r}")
+
+
+def _library(x: Any) -> str:
+    return type(x).__module__.split(".")[0]

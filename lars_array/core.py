@@ -1,0 +1,348 @@
+r"""LARS, defined once, on Array API arrays.
+
+A step is three stages, and data flows one way through them::
+
+    sums            read p, g          S, shape (layers, 3)
+    coefficients    tiny maths on S    C, shape (layers, 6)
+    apply           read p, g, v       v' = m v + alpha g + beta p
+                                       p' = p - (kappa v' + lambda g + mu p)
+
+p is a layer's parameters, g its gradient, v its momentum buffer. Every published variant of LARS is this affine map;
+the variants differ in six scalars a layer, which a *rule* computes from three sums over the layer. The default rule,
+flash's, stands here; `lars_array.rules` holds the others and `lars_array.blocks` what all are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from lars_array.arrays import asarray, check_gradient, check_parameter
+from lars_array.blocks import momentum_form, norms, trust_ratio, update_weights
+from lars_array.dtypes import accumulation_dtype, compute_dtype, real_dtype, real_parts
+from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
+from lars_array.nonfinite import finite, refuse_nonfinite
+from lars_array.registry import Rule, evaluate, register, resolve
+
+__all__ = ["Plan", "affine", "apply", "coefficients", "flash", "gradient_factor", "lars_step", "plan", "sums"]
+
+Array = Any
+Namespace = Any
+Operand = tuple[Array, Array, Array | None]
+
+
+def sums(
+    params: Sequence[Array],
+    grads: Sequence[Array],
+    buffers: Sequence[Array | None],
+    operand: Operand | None = None,
+    *,
+    xp: Namespace,
+) -> Array:
+    r"""First stage: three sums of squares a layer.
+
+    Parameters
+    ----------
+    params, grads, buffers : sequences of arrays
+        One entry a layer, the arrays of a layer of one shape; a buffer may be None. Nothing is modified.
+    operand : tuple (gamma, w, h) of arrays of shape (layers,), optional
+        The weights of the third sum; h may be None. Without them it repeats the second.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    array of shape (layers, 3)
+        :math:`\sum p^2`, :math:`\sum g^2` and :math:`\sum (\gamma g + w p + h v)^2` (of complex arrays: over real and
+        imaginary parts), in float64 where the namespace has it, else in float32. In float64 the square of any finite
+        float32, float16 or bfloat16 number is exact, and no sum of them overflows.
+    """
+    wide = accumulation_dtype(xp)
+    rows = []
+    for i, (p, g, v) in enumerate(zip(params, grads, buffers, strict=True)):
+        p_parts, g_parts = real_parts(p, wide, xp), real_parts(g, wide, xp)
+        d_parts = g_parts
+        if operand is not None:
+            gamma, w, h = operand
+            d_parts = [gamma[i] * g_part + w[i] * p_part for g_part, p_part in zip(g_parts, p_parts, strict=True)]
+            if h is not None and v is not None:
+                v_parts = real_parts(v, wide, xp)
+                d_parts = [d_part + h[i] * v_part for d_part, v_part in zip(d_parts, v_parts, strict=True)]
+        rows.append(xp.stack([sum(xp.sum(part * part) for part in parts) for parts in (p_parts, g_parts, d_parts)]))
+    return xp.stack(rows)
+
+
+def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *, xp: Namespace) -> Array:
+    r"""Second stage: from the sums of all layers to the six scalars of each.
+
+    Parameters
+    ----------
+    S : array of shape (layers, 3)
+        What `sums` returned.
+    hyper : Hyper
+        Hyper-parameters, arrays of shape (layers,).
+    rules : sequence of Rule
+        The variant of LARS of each layer.
+    gamma : array of shape (layers,)
+        What a layer's gradient is multiplied by first, see `gradient_factor`; rules do not see it.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    array of shape (layers, 6)
+        Columns :math:`m, \alpha, \beta, \kappa, \lambda, \mu` of the affine map, of the dtype of S.
+
+    Raises
+    ------
+    ValueError
+        If a rule returns an array of another shape.
+    """
+    seen = xp.stack([S[:, 0], gamma**2 * S[:, 1], S[:, 2]], axis=1)
+    C = evaluate(rules, seen, hyper, xp)
+    m, alpha, beta, kappa, lam, mu = (C[:, i] for i in range(6))
+    return xp.stack([m, gamma * alpha, beta, kappa, gamma * lam, mu], axis=1)
+
+
+@register("flash", "bolts", "lightly", "torch-optimizer")
+def flash(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""Return the coefficients of ``flash.core.optimizers.LARS`` (lightning-flash 0.8.2), the default.
+
+    .. math::
+        r = \eta \frac{\|p\|}{\|g\| + w\|p\| + \epsilon}, \qquad d = r\,(g + w p), \qquad
+        v' = \mu v + (1 - \tau)\,d, \qquad p' = p - \text{lr}\,v'
+
+    Layers with w = 0 are not adapted (unless ``always_adapt``). Where a norm is zero, :math:`d = g`: neither ratio nor
+    decay. Also lightning-bolts 0.7.0, lightly 1.6, torch_optimizer 0.3.0.
+    """
+    p_norm, g_norm, _ = norms(S, xp)
+    w = hyper.weight_decay
+    defined = (p_norm > 0) & (g_norm > 0)
+    adapted = defined & ((w != 0) | hyper.always_adapt)
+    ratio = xp.where(adapted, trust_ratio(p_norm, g_norm + w * p_norm, adapted, hyper, xp), 1.0)
+    decay = xp.where(defined | ~hyper.adapt, w, 0.0)
+    return momentum_form(ratio, hyper.lr, decay, hyper, xp)
+
+
+def affine(p: Any, g: Any, v: Any, m: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> tuple[Any, Any]:
+    """Return p' and v' as plain arithmetic, of one element or of many: the whole update."""
+    v = m * v + alpha * g + beta * p
+    return p - (kappa * v + lam * g + mu * p), v
+
+
+def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tuple[Array, Array | None]:
+    r"""Third stage, for one layer: :math:`v' = m v + \alpha g + \beta p, p' = p - (\kappa v' + \lambda g + \mu p)`.
+
+    Parameters
+    ----------
+    p, g : arrays of one shape and dtype
+        Parameters and gradient; not modified. Half precision is computed on in float32.
+    v : array or None
+        Momentum buffer, of the shape of p and the dtype computed in; not modified. None where none is kept.
+    c : array of shape (6,)
+        The layer's row of the coefficients.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    tuple (p', v')
+        Arrays of the dtypes of p and v; v' is None where v is.
+    """
+    kind = compute_dtype(p, xp)
+    c = xp.astype(c, real_dtype(p, xp), copy=False)
+    m, alpha, beta, kappa, lam, mu = (c[i] for i in range(6))
+    wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
+    if v is None:
+        return xp.astype(wide_p - (lam * wide_g + mu * wide_p), p.dtype, copy=False), None
+    new_p, new_v = affine(wide_p, wide_g, v, m, alpha, beta, kappa, lam, mu)
+    return xp.astype(new_p, p.dtype, copy=False), new_v
+
+
+# ------------------------------------------------------------------------------------------- the stages, put together
+
+
+def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
+    r"""Return :math:`\gamma`, what a layer's gradient is multiplied by before anything else is done with it.
+
+    .. math::
+        \gamma = \pm s \cdot \min\Bigl(1, \frac{\text{max\_grad\_norm}}{\|s\,g\|_{\text{all layers}}}\Bigr),
+        \qquad s = \text{rescale\_grad}
+
+    with minus for ``maximize``: a function of the sums, so that clipping by the global norm needs no pass of its own.
+
+    Parameters
+    ----------
+    hyper : Hyper
+        Hyper-parameters, arrays of shape (layers,).
+    S : array of shape (layers, 3), or None
+        What `sums` returned. None: nothing is clipped.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    array of shape (layers,)
+        The factor of each layer.
+    """
+    gamma = xp.where(hyper.maximize, -hyper.rescale_grad, hyper.rescale_grad)
+    if S is None:
+        return gamma
+    norm = xp.sqrt(xp.sum(hyper.rescale_grad**2 * S[:, 1]))
+    clipped = norm > hyper.max_grad_norm
+    return gamma * xp.where(clipped, hyper.max_grad_norm / xp.where(clipped, norm, 1.0), 1.0)
+
+
+class Plan(NamedTuple):
+    """A step about to be taken: sums, factors of the gradients, coefficients, and what they were made with."""
+
+    S: Array
+    gamma: Array
+    C: Array
+    hyper: Hyper
+    rules: Sequence[Rule]
+
+
+def plan(
+    measure: Callable[[Operand | None], Array],
+    groups: Sequence[Mapping[str, Any]],
+    group_of: Sequence[int],
+    *,
+    first: Any,
+    previous_lr: Any,
+    like: Array,
+    xp: Namespace,
+) -> Plan:
+    """First and second stage, whoever visits memory.
+
+    Parameters
+    ----------
+    measure : callable
+        ``measure(operand) -> S``: the first stage over all layers, as `sums` does it.
+    groups : sequence of mappings
+        Complete and checked hyper-parameters, one mapping a group.
+    group_of : sequence of int
+        The group of each layer.
+    first, previous_lr : sequences or arrays of shape (layers,)
+        As in `Hyper`.
+    like : array
+        An array on the device where the tiny maths shall be done.
+    xp : Array API namespace
+        Its namespace.
+
+    Returns
+    -------
+    Plan
+        All that `apply` and telemetry need.
+    """
+    hyper = vectors(groups, group_of, first, previous_lr, like=like, xp=xp)
+    rule_of_group = [resolve(group["rule"]) for group in groups]
+    rules = [rule_of_group[k] for k in group_of]
+    clips = any(group["max_grad_norm"] is not None for group in groups)
+    needs_operand = any(rule.norm_of != "gradient" for rule in rules)
+
+    S = None if needs_operand and not clips else measure(None)
+    gamma = gradient_factor(hyper, S if clips else None, xp=xp)
+    if S is None or needs_operand:
+        # After clipping this is a second look at memory: the third sum is over clipped gradients, and by how much they
+        # are clipped is known only after the first.
+        S = measure(_operand(hyper, rules, gamma, xp))
+    return Plan(S, gamma, coefficients(S, hyper, rules, gamma, xp=xp), hyper, rules)
+
+
+def lars_step(
+    p: Array,
+    g: Array,
+    v: Array | None = None,
+    *,
+    lr: Any,
+    momentum: Any = 0,
+    dampening: Any = 0,
+    weight_decay: Any = 0,
+    nesterov: bool = False,
+    trust_coefficient: Any = 1e-3,
+    eps: Any = 1e-8,
+    previous_lr: Any = None,
+    nonfinite: str = "propagate",
+    **options: Any,
+) -> tuple[Array, Array | None]:
+    r"""One step of one layer, as a pure function of arrays of any Array API namespace, also under ``jax.jit``.
+
+    Parameters
+    ----------
+    p, g : arrays of one shape, dtype and device
+        Parameters and gradient; not modified.
+    v : array of the shape of p, or None
+        Momentum buffer, float32 for half precision, else of the dtype of p; not modified. None: the first step.
+    lr, momentum, dampening, weight_decay, trust_coefficient, eps : float or 0-d array
+        Hyper-parameters, as in `LARS`.
+    nesterov : bool
+        Nesterov's form of momentum.
+    previous_lr : float or 0-d array, optional
+        Learning rate of the step before, which rules with momentum correction need. None: no change.
+    nonfinite : {"propagate", "skip", "raise"}
+        What becomes of non-finite sums: they go through; p and v are returned as they were; or ValueError, which
+        reads a value and so cannot be traced.
+    **options
+        The other options of `LARS`: rule, trust_clip, trust_bounds, always_adapt, adapt, maximize, rescale_grad,
+        max_grad_norm.
+
+    Returns
+    -------
+    tuple (p', v')
+        New arrays. v' is None where v is and neither momentum nor the rule asks for a buffer.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `LARS`.
+
+    References
+    ----------
+    You, Gitman, Ginsburg 2017, arXiv 1708.03888.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p, g = np.array([3.0, 4.0]), np.array([0.6, 0.8])
+    >>> p, v = lars_step(p, g, None, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    >>> p
+    array([2.9997001, 3.9996002])
+    """
+    given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
+    given |= {"trust_coefficient": trust_coefficient, "eps": eps, "nonfinite": nonfinite}
+    group = at_step(given | options, 0)
+    check_parameter("p", p)
+    check_gradient("p", g, p)
+    xp, first = array_namespace(p), v is None
+    if v is None and needs_buffer(group):
+        v = xp.zeros_like(p, dtype=compute_dtype(p, xp))
+    before = [lr if previous_lr is None else previous_lr]
+
+    def measure(operand: Operand | None) -> Array:
+        return sums([p], [g], [v], operand, xp=xp)
+
+    step = plan(measure, [group], [0], first=[first], previous_lr=before, like=p, xp=xp)
+    new_p, new_v = apply(p, g, v, step.C[0, :], xp=xp)
+    if nonfinite == "propagate":
+        return new_p, new_v
+    ok = finite(step.S, step.C, [p], xp=xp)[0]
+    if nonfinite == "raise" and not bool(ok):
+        refuse_nonfinite("p", p, g, xp=xp)
+    return xp.where(ok, new_p, p), None if v is None else xp.where(ok, new_v, v)
+
+
+def _operand(hyper: Hyper, rules: Sequence[Rule], gamma: Array, xp: Namespace) -> Operand:
+    """Return the weights of the third sum that each layer's rule asks for."""
+
+    def where_norm_of(names: tuple[str, ...], x: Array, y: float) -> Array:
+        return xp.where(asarray([rule.norm_of in names for rule in rules], xp.bool, like=gamma, xp=xp), x, y)
+
+    w = where_norm_of(("decayed gradient", "update"), hyper.weight_decay, 0.0)
+    if all(rule.norm_of != "update" for rule in rules):
+        return gamma, w, None
+    a, h = update_weights(hyper, xp)
+    a, h = where_norm_of(("update",), a, 1.0), where_norm_of(("update",), h, 0.0)
+    return a * gamma, a * w, h

@@ -1,0 +1,227 @@
+"""The hyper-parameters: their names and defaults, what is allowed, and how they reach a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite, isnan
+from numbers import Real
+from typing import Any, NamedTuple
+
+from lars_array.arrays import asarray
+from lars_array.dtypes import accumulation_dtype
+from lars_array.registry import resolve
+
+__all__ = ["DEFAULTS", "NONFINITE", "Hyper", "at_step", "check", "complete", "needs_buffer", "vectors"]
+
+# What a parameter group holds beside its parameters. `lr` has no default. The values up to eps are flash's.
+DEFAULTS: dict[str, Any] = {
+    "momentum": 0,
+    "dampening": 0,
+    "weight_decay": 0,
+    "nesterov": False,
+    "trust_coefficient": 0.001,
+    "eps": 1e-8,
+    "rule": "flash",
+    "trust_clip": False,
+    "trust_bounds": None,
+    "always_adapt": False,
+    "adapt": True,
+    "maximize": False,
+    "rescale_grad": 1.0,
+    "max_grad_norm": None,
+    "nonfinite": "raise",
+}
+
+NONFINITE = ("raise", "skip", "propagate")
+
+_BOOLEANS = ("nesterov", "trust_clip", "always_adapt", "adapt", "maximize")
+
+
+class Hyper(NamedTuple):
+    """The hyper-parameters of one step, each an array of shape ``(layers,)``: a rule is written once for all layers.
+
+    `trust_lower` and `trust_upper` are `trust_bounds`; `first` is true where the layer has no momentum buffer yet;
+    `previous_lr` is the learning rate of the layer's last step, 0 before the first. `maximize`, `rescale_grad` and
+    `max_grad_norm` have already acted on the sums that a rule is given.
+    """
+
+    lr: Any
+    momentum: Any
+    dampening: Any
+    weight_decay: Any
+    nesterov: Any
+    trust_coefficient: Any
+    eps: Any
+    trust_clip: Any
+    trust_lower: Any
+    trust_upper: Any
+    always_adapt: Any
+    adapt: Any
+    maximize: Any
+    rescale_grad: Any
+    max_grad_norm: Any
+    first: Any
+    previous_lr: Any
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters that no step should be taken with.
+
+    Values that are arrays (traced by ``jax.jit``, say) are let through: what they hold cannot be asked.
+
+    Parameters
+    ----------
+    group : mapping
+        A value for `lr` and for every key of `DEFAULTS`.
+
+    Raises
+    ------
+    ValueError
+        For a value out of range; the first four messages are flash's.
+    TypeError
+        For a value of the wrong kind.
+    """
+    numbers = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")}
+    numbers |= {name: group[name] for name in ("trust_coefficient", "eps", "rescale_grad")}
+    if group["max_grad_norm"] is not None:
+        numbers["max_grad_norm"] = group["max_grad_norm"]
+    for name, value in numbers.items():
+        _check_number(name, value)
+    known = {name: float(value) for name, value in numbers.items() if isinstance(value, Real)}
+
+    for name, label in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
+        if not 0 <= known.get(name, 0) < inf:
+            raise ValueError(f"Invalid {label}: {group[name]}")
+    damped = known.get("dampening", 0) != 0 and not resolve(group["rule"]).damped_nesterov
+    if group["nesterov"] is True and (known.get("momentum", 1) <= 0 or damped):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    for name in ("trust_coefficient", "eps"):
+        if not 0 <= known.get(name, 0) < inf:
+            raise ValueError(f"{name} must be finite and at least 0; got {group[name]!r}")
+    if not isfinite(known.get("dampening", 0)):
+        raise ValueError(f"dampening must be finite; got {group['dampening']!r}")
+    if not 0 < known.get("rescale_grad", 1) < inf:
+        raise ValueError(f"rescale_grad must be finite and above 0; got {group['rescale_grad']!r}")
+    if not known.get("max_grad_norm", 1) > 0:
+        raise ValueError(f"max_grad_norm must be above 0, or None; got {group['max_grad_norm']!r}")
+    for name in _BOOLEANS:
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False; got {group[name]!r}")
+    if group["nonfinite"] not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}; got {group['nonfinite']!r}")
+    _check_bounds(group["trust_bounds"])
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not (isinstance(value, Real) or getattr(value, "shape", None) == ()):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def _check_bounds(bounds: Any) -> None:
+    if bounds is None:
+        return
+    if not isinstance(bounds, Sequence) or len(bounds) != 2 or not all(isinstance(bound, Real) for bound in bounds):
+        raise TypeError(f"trust_bounds must be None or a pair of numbers (lowest, highest); got {bounds!r}")
+    lowest, highest = bounds
+    if isnan(lowest) or isnan(highest) or not 0 <= lowest <= highest:
+        raise ValueError(f"trust_bounds must hold 0 <= lowest <= highest; got {bounds!r}")
+
+
+def complete(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `group` with a default for every hyper-parameter that it lacks.
+
+    Parameters
+    ----------
+    group : mapping
+        A value for `lr`, and for any of `DEFAULTS`.
+
+    Returns
+    -------
+    dict
+        `lr` and every key of `DEFAULTS`.
+
+    Raises
+    ------
+    ValueError
+        For a name that is no hyper-parameter.
+    """
+    unknown = group.keys() - DEFAULTS.keys() - {"lr"}
+    if unknown:
+        raise ValueError(f"unknown hyper-parameter {min(unknown)!r}; known are lr, {', '.join(DEFAULTS)}")
+    return {"lr": group["lr"], **DEFAULTS, **group}
+
+
+def at_step(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
+    """Return complete and checked hyper-parameters, with the learning rate that a schedule has at `step`.
+
+    Parameters
+    ----------
+    options : mapping
+        A value for `lr`, which may be a function of the step, and for any of `DEFAULTS`.
+    step : int or integer array of shape ()
+        Steps taken before.
+
+    Returns
+    -------
+    dict
+        `lr` and every key of `DEFAULTS`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `complete` and `check` do.
+    """
+    group = complete(options)
+    if callable(group["lr"]):
+        group["lr"] = group["lr"](step)
+    check(group)
+    return group
+
+
+def needs_buffer(group: Mapping[str, Any]) -> bool:
+    """Return whether a layer with these hyper-parameters keeps a momentum buffer; a traced momentum may be any."""
+    return resolve(group["rule"]).keeps_buffer or not (isinstance(group["momentum"], Real) and group["momentum"] == 0)
+
+
+def vectors(groups: Sequence[Mapping[str, Any]], group_of_layer: Any, first: Any, previous_lr: Any, *, like: Any, xp: Any) -> Hyper:
+    """Spread the hyper-parameters of groups over their layers.
+
+    Parameters
+    ----------
+    groups : sequence of mappings
+        Complete and checked hyper-parameters, one mapping a group.
+    group_of_layer : integers, shape (layers,)
+        The index of each layer's group.
+    first : booleans, shape (layers,)
+        True where the layer has no momentum buffer yet.
+    previous_lr : numbers, shape (layers,)
+        Learning rate of each layer's last step.
+    like : array
+        An array on the device where the vectors shall be.
+    xp : Array API namespace
+        Its namespace.
+
+    Returns
+    -------
+    Hyper
+        Arrays of shape (layers,), numbers in the type that sums are accumulated in.
+    """
+    dtype = accumulation_dtype(xp)
+    columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in ("lr", *DEFAULTS)}
+    bounds = [group["trust_bounds"] or resolve(group["rule"]).trust_bounds or (0.0, inf) for group in groups]
+    columns["trust_lower"], columns["trust_upper"] = ([pair[i] for pair in bounds] for i in (0, 1))
+    columns["max_grad_norm"] = [inf if norm is None else norm for norm in columns["max_grad_norm"]]
+    index = asarray(group_of_layer, like=like, xp=xp)
+
+    def spread(name: str) -> Any:
+        kind = xp.bool if name in _BOOLEANS else dtype
+        column = columns[name]
+        if not all(isinstance(value, Real) for value in column):
+            return xp.take(xp.stack([asarray(value, kind, like=like, xp=xp) for value in column]), index, axis=0)
+        return xp.take(asarray(column, kind, like=like, xp=xp), index, axis=0)
+
+    fields = {name: spread(name) for name in Hyper._fields if name not in ("first", "previous_lr")}
+    fields["first"] = asarray(first, xp.bool, like=like, xp=xp)
+    fields["previous_lr"] = asarray(previous_lr, dtype, like=like, xp=xp)
+    return Hyper(**fields)

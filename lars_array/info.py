@@ -1,0 +1,51 @@
+"""What a bug report needs: versions, processors, and which kernels are usable here.
+
+Versions are read from the packages' metadata, so that nothing is imported to be asked.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lars_array import kernels
+from lars_array._version import __version__
+
+_PACKAGES = ("numpy", "array-api-compat", "numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "optax")
+_THREAD_SETTINGS = ("LARS_ARRAY_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``python -m lars_array info`` shows, as JSON can hold it; None where something is absent."""
+    return {
+        "versions": {
+            "lars-array": __version__,
+            "python": platform.python_version(),
+            **{package: _installed(package) for package in _PACKAGES},
+        },
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": {name: os.environ.get(name) for name in _THREAD_SETTINGS},
+        "kernels": [{"name": name, "usable": usable, "reason": reason} for name, usable, reason in kernels.report()],
+    }
+
+
+def render(collected: dict[str, Any]) -> str:
+    """The same as text, a line for each fact."""
+    lines = [f"{name:<20}{found or 'not installed'}" for name, found in collected["versions"].items()]
+    lines += ["", *(f"{name:<20}{collected[name]}" for name in ("platform", "processors"))]
+    lines += [f"{name:<20}{value or 'not set'}" for name, value in collected["threads"].items()]
+    lines += ["", "kernels"]
+    for kernel in collected["kernels"]:
+        verdict = "usable" if kernel["usable"] else "not usable"
+        lines.append(f"  {kernel['name']:<18}{': '.join(filter(None, (verdict, kernel['reason'])))}")
+    return "\n".join(lines)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,98 @@
+"""The NumPy kernel: memory is walked in blocks that stay in cache, and written in place.
+
+Blocks have a fixed size and their sums are added in a fixed order: results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lars_array.kernels.layout import Pieces
+from lars_array.kernels.scratch import scratch
+from lars_array.kernels.squares import sum_of_squares, sum_of_squares_of
+from lars_array.kernels.threads import run
+
+__all__ = ["NAME", "TAKES", "apply", "sums", "unusable"]
+
+NAME = "blocked"
+TAKES = "NumPy arrays, in place, in cache-sized blocks"
+
+READ_BLOCK = 1 << 18  # elements of one partial sum
+WRITE_BLOCK = 1 << 16  # elements: p, g, v and scratch stay in a core's cache, and calls are few
+
+
+def unusable(params: Sequence[Any]) -> str | None:
+    """Return None for NumPy arrays, else why not."""
+    strange = next((type(p).__name__ for p in params if not isinstance(p, np.ndarray)), None)
+    return None if strange is None else f"it takes NumPy arrays only, not {strange}"
+
+
+def sums(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], operand: Any, xp: Any) -> Any:
+    """Return what `core.sums` does."""
+    gamma, w, h = (None, None, None) if operand is None else (x if x is None else x.tolist() for x in operand)
+    looks_back = [h is not None and h[i] != 0 and v is not None for i, v in enumerate(buffers)]
+    layers = [[p, g, v] if back else [p, g] for p, g, v, back in zip(params, grads, buffers, looks_back, strict=True)]
+    pieces = Pieces(layers, block=READ_BLOCK)
+    partial = np.zeros((len(pieces.sizes), 3))
+
+    def third_sum(i: int, blocks: list[Any], p_squares: float, g_squares: float) -> float:
+        if gamma is None:
+            return g_squares
+        if w[i] == 0 and not looks_back[i]:
+            return gamma[i] ** 2 * g_squares
+        weights = [w[i], gamma[i], *([h[i]] if looks_back[i] else [])]
+        return sum_of_squares_of(blocks, weights, w[i] ** 2 * p_squares + gamma[i] ** 2 * g_squares)
+
+    def visit(k: int) -> None:
+        i = pieces.layer[k]
+        with np.errstate(all="ignore"):
+            for blocks in pieces.blocks(k):
+                p_squares, g_squares = sum_of_squares(blocks[0]), sum_of_squares(blocks[1])
+                partial[k] += p_squares, g_squares, third_sum(i, blocks, p_squares, g_squares)
+
+    run(visit, pieces.sizes)
+    S = np.zeros((len(params), 3))
+    np.add.at(S, pieces.layer, partial)
+    return S
+
+
+def apply(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], C: Any, xp: Any) -> None:
+    """Do what `core.apply` does for each layer, in place.
+
+    Backwards through memory, since the end of it is what `sums` has left in cache.
+    """
+    layers = [[g, p] if v is None else [g, p, v] for p, g, v in zip(params, grads, buffers, strict=True)]
+    pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=0)
+    rows = C.tolist()
+
+    def visit(k: int) -> None:
+        with np.errstate(all="ignore"):
+            for g, p, *v in pieces.blocks(k):
+                _apply(p, g, v[0] if v else None, rows[pieces.layer[k]])
+
+    run(visit, pieces.sizes, backwards=True)
+
+
+def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
+    """`core.affine`, an operation at a time, each into memory that is there; terms that are zero are left out."""
+    m, alpha, beta, kappa, lam, mu = (p.dtype.type(x) for x in c)
+    total, part = scratch(p.size, p.dtype, 0), scratch(p.size, p.dtype, 1)
+    if v is not None:
+        np.multiply(v, m, out=v)
+        _add(v, part, (alpha, g), (beta, p))
+        np.multiply(v, kappa, out=total)
+    else:
+        np.multiply(g, lam, out=total)
+        lam = 0
+    _add(total, part, (lam, g), (mu, p))
+    np.subtract(p, total, out=p)
+
+
+def _add(total: Any, part: Any, *terms: tuple[Any, Any]) -> None:
+    for weight, x in terms:
+        if weight:
+            np.multiply(x, weight, out=part)
+            np.add(total, part, out=total)

@@ -1,0 +1,91 @@
+"""How the arrays of a layer lie in memory, cut into one-dimensional blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lars_array.dtypes import compute_dtype, real_dtype
+
+__all__ = ["Pieces", "flat_views"]
+
+
+class Pieces:
+    """The arrays of many layers as pieces of a fixed size, which can be worked on in any order.
+
+    Parameters
+    ----------
+    layers : sequence of sequences of ndarray
+        The arrays of each layer, of one shape.
+    reads_only : int, optional
+        Which array of a layer is only read from; None: all are.
+    block : int
+        Elements a block holds at most.
+
+    Attributes
+    ----------
+    layer : list of int
+        The layer of each piece.
+    sizes : list of int
+        How many elements each piece has.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Any]], *, block: int, reads_only: int | None = None) -> None:
+        self.layers, self.block, self.reads_only = layers, block, reads_only
+        self.views = [flat_views(arrays) for arrays in layers]
+        self.layer: list[int] = []
+        self.sizes: list[int] = []
+        self._start: list[int] = []
+        for i, (arrays, views) in enumerate(zip(layers, self.views, strict=True)):
+            # What can't be viewed is one piece: its order in memory is the iterator's business.
+            size = arrays[0].size if views is None else views[0].size
+            step = max(size, 1) if views is None else block
+            for start in range(0, size, step):
+                self.layer.append(i)
+                self._start.append(start)
+                self.sizes.append(min(step, size - start))
+
+    def blocks(self, k: int) -> Iterator[list[Any]]:
+        """Yield the arrays of piece `k` in blocks: one-dimensional, real, contiguous, of the type computed in."""
+        views, start = self.views[self.layer[k]], self._start[k]
+        if views is None:
+            yield from self._copied_blocks(self.layers[self.layer[k]])
+        else:
+            yield [view[start : start + self.block] for view in views]
+
+    def _copied_blocks(self, arrays: Sequence[Any]) -> Iterator[list[Any]]:
+        """Any strides, any type: what is written to a block is cast and stored when the next one is asked for."""
+        kind, real = compute_dtype(arrays[0], np), real_dtype(arrays[0], np)
+        read, write = ([access, "contig", "aligned", "nbo"] for access in ("readonly", "readwrite"))
+        access = [read if self.reads_only in (None, i) else write for i in range(len(arrays))]
+        flags = ["buffered", "external_loop"]
+        with np.nditer(arrays, flags, access, [kind] * len(arrays), "K", "same_kind", buffersize=self.block) as iterator:
+            for blocks in iterator:
+                yield [x.view(real) for x in (blocks if len(arrays) > 1 else [blocks])]
+
+
+def flat_views(arrays: Sequence[Any]) -> list[Any] | None:
+    """Return one-dimensional real views of the arrays in one common order, or None where that takes copying.
+
+    Parameters
+    ----------
+    arrays : sequence of ndarray
+        Arrays of one shape. C order, Fortran order, or any dense layout that all share.
+
+    Returns
+    -------
+    list of ndarray, or None
+        Views of shape (size,), of complex arrays (2 size,). None also for types that are not computed on as they are.
+    """
+    kind = compute_dtype(arrays[0], np)
+    if not all(a.dtype == kind and a.dtype.isnative and a.flags.aligned for a in arrays):
+        return None
+    if not all(a.flags.c_contiguous for a in arrays):
+        axes = sorted(range(arrays[0].ndim), key=arrays[0].strides.__getitem__, reverse=True)
+        arrays = [a.transpose(axes) for a in arrays]
+        if not all(a.flags.c_contiguous for a in arrays):
+            return None
+    real = real_dtype(arrays[0], np)
+    return [a.reshape(-1).view(real) for a in arrays]

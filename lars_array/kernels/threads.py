@@ -1,0 +1,95 @@
+"""A few threads for work that releases the interpreter's lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+__all__ = ["run", "thread_count"]
+
+WORTH_IT = 1 << 20  # elements; below, handing work over costs more than it saves
+MOST = 4  # NumPy holds the interpreter's lock between its loops, so more threads only queue for it
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def thread_count() -> int:
+    """Return how many threads a step may use: ``LARS_ARRAY_THREADS``, or the machine's cores up to 4.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    ValueError
+        If the environment variable is no positive integer.
+    """
+    given = os.environ.get("LARS_ARRAY_THREADS")
+    if given is None:
+        return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST)
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"LARS_ARRAY_THREADS must be a positive integer; got {given!r}")
+    return int(given)
+
+
+def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = False) -> None:
+    """Call ``work(k)`` for each k, on several threads if that pays.
+
+    Parameters
+    ----------
+    work : callable
+        Must not raise, and not depend on the order of calls.
+    sizes : sequence of int
+        How many elements each call handles.
+    backwards : bool
+        Whether each thread starts at its end: what the last pass left in cache is used first.
+    """
+    parts = _split(sizes, thread_count() if sum(sizes) >= WORTH_IT else 1)
+
+    def run_part(part: range) -> None:
+        for k in reversed(part) if backwards else part:
+            work(k)
+
+    others = [_workers().submit(run_part, part) for part in parts[1:]]
+    try:
+        run_part(parts[0])
+    finally:
+        for other in others:
+            other.result()
+
+
+def _split(sizes: Sequence[int], count: int) -> list[range]:
+    """Cut the indices into at most `count` runs of about the same size."""
+    if count == 1:
+        return [range(len(sizes))]
+    cuts, total, seen = [0], sum(sizes), 0
+    for k, size in enumerate(sizes):
+        if seen * count >= len(cuts) * total and len(cuts) < count:
+            cuts.append(k)
+        seen += size
+    return [range(start, stop) for start, stop in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
+
+
+def _workers() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        from concurrent.futures import ThreadPoolExecutor  # costs a tenth of NumPy's own import
+
+        _pool = ThreadPoolExecutor(max_workers=max(thread_count() - 1, 1), thread_name_prefix="lars-array")
+    return _pool
+
+
+def _forget_pool() -> None:
+    """After a fork the child has the pool but none of its threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

@@ -1,0 +1,61 @@
+"""What is done about sums and coefficients that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lars_array.arrays import asarray
+from lars_array.dtypes import real_dtype
+
+__all__ = ["NonFiniteError", "finite", "refuse_nonfinite"]
+
+
+class NonFiniteError(ValueError):
+    """A step was refused, and nothing changed, because a layer's update would not have been finite."""
+
+
+def finite(S: Any, C: Any, params: Sequence[Any], *, xp: Any) -> Any:
+    """Return where sums and coefficients are finite in the type that a layer is computed in.
+
+    Parameters
+    ----------
+    S, C : arrays of shape (layers, 3) and (layers, 6)
+        Sums and coefficients.
+    params : sequence of arrays
+        One entry a layer.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    bool array of shape (layers,)
+        False where the layer's update would not be finite.
+    """
+    largest = [float(xp.finfo(real_dtype(p, xp)).max) for p in params]
+    limit = asarray(largest, C.dtype, like=C, xp=xp)
+    return xp.all(xp.isfinite(S), axis=1) & xp.all(xp.abs(C) <= limit[:, None], axis=1)
+
+
+def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:
+    """Raise for the layer `name`, saying what of it is not finite.
+
+    Parameters
+    ----------
+    name : str
+        The layer's name.
+    p, g : arrays
+        Its parameters and its gradient.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Raises
+    ------
+    NonFiniteError
+        Always.
+    """
+    for what, x in (("gradient", g), ("parameter", p)):
+        count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
+        if count:
+            raise NonFiniteError(f"the {what} of {name!r} has {count} non-finite entries of {x.size}; nothing was changed")
+    raise NonFiniteError(f"the update of {name!r} overflows {p.dtype!r} or the float64 of its norms; nothing was changed")

@@ -1,0 +1,429 @@
+"""The optimizer for arrays that are updated in place: parameter groups, state and checks. No maths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from lars_array import kernels
+from lars_array.arrays import check_gradient, is_array
+from lars_array.core import Plan, plan
+from lars_array.dtypes import compute_dtype
+from lars_array.hyper import DEFAULTS, at_step, complete, needs_buffer
+from lars_array.memory import Spans, check_writable
+from lars_array.nonfinite import finite, refuse_nonfinite
+from lars_array.parameters import match_gradients, read_parameters
+from lars_array.registry import Rule
+from lars_array.telemetry import Norms, trust_ratios
+
+__all__ = ["LARS", "required"]
+
+
+class _Required:
+    """The default of an argument that has none, as in torch.optim of flash's days."""
+
+    def __repr__(self) -> str:
+        return "<required parameter>"
+
+
+required = _Required()
+
+
+class LARS:
+    r"""Layer-wise adaptive rate scaling (You et al. 2017), with the arguments of ``flash.core.optimizers.LARS``.
+
+    .. math::
+        r = \eta \frac{\|p\|}{\|g\| + w\|p\| + \epsilon}, \qquad
+        v \leftarrow \mu v + (1 - \tau)\,r\,(g + w p), \qquad p \leftarrow p - \text{lr}\,v
+
+    for each parameter array p, a layer, with gradient g and momentum buffer v. As in torch's SGD the first step of a
+    layer is not dampened. With the default weight decay 0 this is SGD: see `always_adapt`.
+
+    Parameters
+    ----------
+    params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
+        The parameters, updated in place: float64, float32, float16 or complex arrays of NumPy, or of any Array API
+        library whose arrays can be written to. A group is a dict ``{"params": any of the former, **overrides}``;
+        every argument below but `kernel` can be overridden. Parameters without a name are named by their position.
+    lr : float or callable
+        Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules`.
+    momentum : float
+        :math:`\mu`, 0 by default.
+    dampening : float
+        :math:`\tau`, 0 by default.
+    weight_decay : float
+        w, the L2 penalty, 0 by default.
+    nesterov : bool
+        :math:`p \leftarrow p - \text{lr}\,(r\,(g + w p) + \mu v)` instead.
+    trust_coefficient : float
+        :math:`\eta`, 0.001 by default.
+    eps : float
+        :math:`\epsilon`, 1e-8 by default.
+    rule : str, callable or Rule
+        The variant of LARS: a name in `lars_array.RULES`, or a function of one's own, see `lars_array.Rule`.
+    trust_clip : bool
+        LARC: :math:`r \leftarrow \min(r / \text{lr}, 1)`.
+    trust_bounds : pair of float, optional
+        :math:`r \leftarrow \min(\max(r, \text{lowest}), \text{highest})`, before the clip.
+    always_adapt : bool
+        Whether layers with w = 0 are adapted too, by rules that leave them out.
+    adapt : bool
+        False: r = 1 for these layers, whose weight decay still applies. This is SGD.
+    maximize : bool
+        :math:`g \leftarrow -g`, before all else.
+    rescale_grad : float
+        :math:`g \leftarrow \text{rescale\_grad}\,g`, before all that follows.
+    max_grad_norm : float, optional
+        :math:`g \leftarrow g \min(1, \text{max\_grad\_norm} / \|g\|)`, the norm being that of all gradients together.
+    nonfinite : {"raise", "skip", "propagate"}
+        What is done about a layer whose update would not be finite: `NonFiniteError`, naming it, and nothing is
+        changed; nothing is changed and `skipped_steps` counts it; or nothing at all.
+    kernel : str, optional
+        "blocked" (NumPy) or "portable"; by default the fastest that takes the parameters.
+
+    Raises
+    ------
+    ValueError
+        For hyper-parameters out of range, unknown names of rules or options, names that are not unique, parameters
+        that are read-only, overlap in memory or lie on several devices.
+    TypeError
+        For what is no array, or no floating-point one, and for values of the wrong kind.
+
+    Notes
+    -----
+    Norms are accumulated in float64. float16 parameters are computed on in float32 and have a float32 buffer.
+
+    References
+    ----------
+    You, Gitman, Ginsburg 2017, arXiv 1708.03888; lightning-flash 0.8.2, flash/core/optimizers/lars.py.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, b = np.array([[3.0, 4.0]]), np.zeros(1)
+    >>> optimizer = LARS({"w": w, "b": b}, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    >>> optimizer.step({"w": np.array([[0.6, 0.8]]), "b": np.ones(1)})
+    >>> w
+    array([[2.9997001, 3.9996002]])
+    >>> round(optimizer.trust_ratios()["w"], 6)
+    0.004998
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = required,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+        *,
+        rule: str | Rule | Callable[..., Any] = "flash",
+        trust_clip: bool = False,
+        trust_bounds: tuple[float, float] | None = None,
+        always_adapt: bool = False,
+        adapt: bool = True,
+        maximize: bool = False,
+        rescale_grad: float = 1.0,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "raise",
+        kernel: str | None = None,
+    ) -> None:
+        self.defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "rule": rule,
+            "trust_clip": trust_clip,
+            "trust_bounds": trust_bounds,
+            "always_adapt": always_adapt,
+            "adapt": adapt,
+            "maximize": maximize,
+            "rescale_grad": rescale_grad,
+            "max_grad_norm": max_grad_norm,
+            "nonfinite": nonfinite,
+        }
+        _at_step(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
+        self.steps = 0
+        self.skipped_steps = 0
+        self.param_groups: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._params: list[Any] = []
+        self._group_of: list[int] = []
+        self._buffers: list[Any] = []
+        self._previous_lr: list[float] = []
+        self._last: tuple[list[str], Plan] | None = None
+        self._kernel_name = kernel
+        self._add(params)
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Parameters
+        ----------
+        group : mapping
+            "params", in any of the forms that `LARS` takes but groups, and overrides.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for `LARS`; then nothing was added.
+        """
+        if not isinstance(group, Mapping):
+            raise TypeError(f"group must be a mapping with the key 'params'; got {group!r}")
+        self._add([group])
+
+    def step(self, grads: Any = None, closure: Callable[[], tuple[Any, Any]] | None = None) -> Any:
+        """Update the parameters in place. Either all of the step is done or, where it is refused, nothing.
+
+        Parameters
+        ----------
+        grads : mapping of name to array, or iterable of arrays
+            One entry a parameter, of its shape, dtype and device; not modified. An iterable goes in the order in which
+            the parameters were given. A parameter whose entry is None is skipped and keeps its state.
+        closure : callable, optional
+            Returns (loss, grads); given instead of `grads`.
+
+        Returns
+        -------
+        object
+            The loss that `closure` returned, else None.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `grads` does not fit the parameters, shares memory with what is written to, or a hyper-parameter is out
+            of range.
+        NonFiniteError
+            See `nonfinite`.
+        """
+        loss = None
+        if closure is not None:
+            if grads is not None:
+                raise TypeError("step takes grads or a closure, not both")
+            loss, grads = _loss_and_gradients(closure())
+        elif grads is None or callable(grads):
+            raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
+        gradients = match_gradients(grads, self._names)
+        layers = [i for i, g in enumerate(gradients) if g is not None]
+        self._check_gradients(layers, gradients)
+        groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
+        if self._advance(layers, gradients, groups):
+            self.steps += 1
+        else:
+            self.skipped_steps += 1
+        return loss
+
+    def norms(self) -> dict[str, Norms]:
+        """Return the norms of parameters (before the step) and gradients of the last step, by name of parameter."""
+        if self._last is None:
+            return {}
+        names, step = self._last
+        return {name: Norms(float(step.S[i, 0]) ** 0.5, float(step.S[i, 1]) ** 0.5) for i, name in enumerate(names)}
+
+    def trust_ratios(self) -> dict[str, float]:
+        """Return the trust ratios of the last step by name of parameter; 1.0 where a layer was not adapted."""
+        if self._last is None:
+            return {}
+        names, step = self._last
+        ratios = trust_ratios(step, xp=array_namespace(step.S))
+        return {name: float(ratios[i]) for i, name in enumerate(names)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all that a step depends on beside the parameters.
+
+        Returns
+        -------
+        dict
+            "steps", "skipped_steps"; "param_groups", each with all hyper-parameters and the "names" of its parameters;
+            "state", by name "previous_lr" and, where there is one, "momentum_buffer".
+        """
+        state: dict[str, dict[str, Any]] = {}
+        for name, v, previous_lr in zip(self._names, self._buffers, self._previous_lr, strict=True):
+            buffer = {} if v is None else {"momentum_buffer": array_namespace(v).asarray(v, copy=True)}
+            state[name] = {"previous_lr": previous_lr, **buffer}
+        groups = [_options(group) | {"names": list(group["names"])} for group in self.param_groups]
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, in an optimizer whose groups hold parameters of the same names.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            Not modified, and not referred to afterwards.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it does not fit these parameters; then nothing was changed.
+        """
+        missing = {"steps", "skipped_steps", "param_groups", "state"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict must hold the key {min(missing)!r}; got {list(state_dict)!r}")
+        names = [list(group["names"]) for group in self.param_groups]
+        loaded = [list(group["names"]) for group in state_dict["param_groups"]]
+        if loaded != names:
+            raise ValueError(f"state_dict must be of parameters named {names!r}, by group; got {loaded!r}")
+        groups = [complete(_options(group)) for group in state_dict["param_groups"]]
+        for options in groups:
+            _at_step(options, state_dict["steps"])
+        buffers, previous_lr = [], []
+        for name, p in zip(self._names, self._params, strict=True):
+            state = state_dict["state"].get(name, {})
+            buffers.append(_loaded_buffer(name, state.get("momentum_buffer"), p))
+            previous_lr.append(float(state.get("previous_lr", 0.0)))
+
+        self.steps, self.skipped_steps = int(state_dict["steps"]), int(state_dict["skipped_steps"])
+        for group, options in zip(self.param_groups, groups, strict=True):
+            group.update(copy.copy(options))
+        self._buffers, self._previous_lr, self._spans = buffers, previous_lr, None
+
+    def __repr__(self) -> str:
+        lines = []
+        for number, group in enumerate(self.param_groups):
+            changed = {key: value for key, value in _options(group).items() if value != DEFAULTS.get(key, required)}
+            options = ", ".join(f"{key}={value!r}" for key, value in changed.items())
+            lines.append(f"  group {number}: {len(group['params'])} parameters, {options}")
+        return "\n".join(["LARS(", *lines, ")"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A kernel is a module, and spans hold addresses: neither may travel.
+        return self.__dict__ | {"_kernel": None, "_spans": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._kernel = kernels.pick(self._params, self._kernel_name)
+
+    def _add(self, params: Any) -> None:
+        layout = read_parameters(params, start=len(self._names))
+        groups, group_of = [], list(self._group_of)
+        names, arrays = list(self._names), list(self._params)
+        for number, group in enumerate(layout.groups, len(self.param_groups)):
+            options = complete(self.defaults | group.overrides)
+            if options["lr"] is required:
+                raise ValueError(
+                    f"parameter group {number} didn't specify a value of required optimization parameter lr"
+                )
+            _at_step(options, self.steps)
+            groups.append({"params": group.arrays, "names": group.names, **options})
+            group_of += [number] * len(group.names)
+            names += group.names
+            arrays += group.arrays
+        repeated = set(self._names) & set(names[len(self._names) :])
+        if repeated:
+            raise ValueError(f"names of parameters must differ; got {min(repeated)!r} twice")
+        for name, p in zip(names, arrays, strict=True):
+            check_writable(name, p)
+            _check_same_place(p, arrays[0], name, names[0])
+        Spans({f"parameter {name!r}": p for name, p in zip(names, arrays, strict=True)})
+        self._kernel = kernels.pick(arrays, self._kernel_name)
+
+        added = len(names) - len(self._names)
+        self.param_groups += groups
+        self._names, self._params, self._group_of = names, arrays, group_of
+        self._buffers += [None] * added
+        self._previous_lr += [0.0] * added
+        self._spans: Spans | None = None
+
+    def _check_gradients(self, layers: list[int], gradients: list[Any]) -> None:
+        if self._spans is None:
+            written = {f"parameter {name!r}": p for name, p in zip(self._names, self._params, strict=True)}
+            buffers = zip(self._names, self._buffers, strict=True)
+            written |= {f"the momentum buffer of {name!r}": v for name, v in buffers if v is not None}
+            self._spans = Spans(written)
+        for i in layers:
+            check_gradient(self._names[i], gradients[i], self._params[i])
+            owner = self._spans.owner(gradients[i])
+            if owner is not None:
+                raise ValueError(f"the gradient of {self._names[i]!r} must not share memory with {owner}")
+
+    def _advance(self, layers: list[int], gradients: list[Any], groups: list[dict[str, Any]]) -> bool:
+        """Take the step, and return True; or return False and change nothing."""
+        if not layers:
+            return True
+        names, params, grads = ([kind[i] for i in layers] for kind in (self._names, self._params, gradients))
+        group_of = [self._group_of[i] for i in layers]
+        xp = array_namespace(params[0])
+        keeps = [needs_buffer(group) for group in groups]
+        first = [self._buffers[i] is None for i in layers]
+        buffers = [
+            None if not keeps[k] else xp.zeros_like(p, dtype=compute_dtype(p, xp)) if new else self._buffers[i]
+            for i, k, p, new in zip(layers, group_of, params, first, strict=True)
+        ]
+        previous_lr = [self._previous_lr[i] for i in layers]
+
+        def measure(operand: Any) -> Any:
+            return self._kernel.sums(params, grads, buffers, operand, xp)
+
+        with np.errstate(all="ignore"):  # what is not finite is reported below, by name
+            step = plan(measure, groups, group_of, first=first, previous_lr=previous_lr, like=params[0], xp=xp)
+            policies = [groups[k]["nonfinite"] for k in group_of]
+            if set(policies) != {"propagate"}:
+                ok = finite(step.S, step.C, params, xp=xp)
+                if not bool(xp.all(ok)):
+                    bad = [i for i, policy in enumerate(policies) if policy != "propagate" and not bool(ok[i])]
+                    for i in bad:
+                        if policies[i] == "raise":
+                            refuse_nonfinite(names[i], params[i], grads[i], xp=xp)
+                    if bad:
+                        return False
+
+        for i, v, new in zip(layers, buffers, first, strict=True):
+            if new and v is not None:
+                self._buffers[i], self._spans = v, None
+        self._kernel.apply(params, grads, buffers, step.C, xp)
+        for i, k in zip(layers, group_of, strict=True):
+            self._previous_lr[i] = groups[k]["lr"]
+        self._last = names, step
+        return True
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "names")}
+
+
+def _at_step(options: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Return `hyper.at_step` with numbers for arrays of shape ()."""
+    numbers = {key: value.item() if getattr(value, "shape", None) == () else value for key, value in options.items()}
+    return at_step(numbers, step)
+
+
+def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(f"closure must return the pair (loss, grads); got {returned!r}")
+    return returned
+
+
+def _check_same_place(p: Any, other: Any, name: str, other_name: str) -> None:
+    if type(p) is not type(other) and array_namespace(p) is not array_namespace(other):
+        kinds = f"{type(p).__name__} and {type(other).__name__}"
+        raise TypeError(f"parameters must be arrays of one library; {name!r} and {other_name!r} are {kinds}")
+    if device(p) != device(other):
+        places = f"{device(p)!r} and {device(other)!r}"
+        raise ValueError(f"parameters must lie on one device; {name!r} and {other_name!r} lie on {places}")
+
+
+def _loaded_buffer(name: str, buffer: Any, p: Any) -> Any:
+    if buffer is None:
+        return None
+    xp = array_namespace(p)
+    if not is_array(buffer) or array_namespace(buffer) is not xp:
+        raise TypeError(f"the momentum buffer of {name!r} must be an array of the parameter's library; got {type(buffer)!r}")
+    kind = compute_dtype(p, xp)
+    if tuple(buffer.shape) != tuple(p.shape) or buffer.dtype != kind:
+        wanted, got = f"{tuple(p.shape)!r} and {kind!r}", f"{tuple(buffer.shape)!r} and {buffer.dtype!r}"
+        raise ValueError(f"the momentum buffer of {name!r} must be of shape and dtype {wanted}; got {got}")
+    mine = xp.zeros_like(p, dtype=kind)
+    mine[...] = buffer
+    return mine

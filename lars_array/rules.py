@@ -1,0 +1,173 @@
+r"""The variants of LARS by name: what other implementations compute, each a few lines from the same blocks.
+
+Every rule is a function ``rule(S, hyper, xp) -> C`` as `lars_array.registry.Rule` describes. Notation, as in the
+docstrings: :math:`\eta` trust coefficient, w weight decay, :math:`\mu` momentum, :math:`\tau` dampening,
+:math:`r` trust ratio, :math:`d = g + w p`. RAW means :math:`\eta\|p\| / (\|g\| + w\|p\| + \epsilon)` and
+SUM :math:`\eta\|p\| / (\|d\| + \epsilon)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lars_array.blocks import momentum_form, norms, trust_ratio
+from lars_array.core import flash
+from lars_array.hyper import Hyper
+from lars_array.registry import register
+
+__all__ = [
+    "apex",
+    "barlow",
+    "flash",
+    "kozistr",
+    "nus",
+    "nvidia",
+    "optax",
+    "paddle",
+    "paper",
+    "simclr_popular",
+    "tf_contrib",
+    "timm",
+    "tinygrad_popular",
+]
+
+Array = Any
+Namespace = Any
+
+
+def _raw_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    """Return RAW, 1 where a norm is zero."""
+    p_norm, g_norm, _ = norms(S, xp)
+    return trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, (p_norm > 0) & (g_norm > 0), hyper, xp)
+
+
+def _sum_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    """Return SUM, over whatever the third sum is of; 1 where a norm is zero."""
+    p_norm, _, d_norm = norms(S, xp)
+    return trust_ratio(p_norm, d_norm, (p_norm > 0) & (d_norm > 0), hyper, xp)
+
+
+@register("paper", "mmselfsup")
+@register("mlperf", "open-lars", "tinygrad", "tf-tpu", keeps_buffer=True)
+def paper(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""Algorithm 1 of the paper: :math:`v' = \mu v + \text{lr}\,r\,d, p' = p - v'`, r = RAW, the lr inside the buffer.
+
+    Where a norm is zero r = 1 and the decay stays. With nesterov :math:`p' = p - (\mu v' + \text{lr}\,r\,d)`.
+
+    Sources: arXiv 1708.03888, Algorithm 1; mlcommons/training
+    retired_benchmarks/resnet-tf2/tensorflow2/lars_optimizer.py; open-lars 0.1.1; tinygrad 0.14.0 nn/optim.py
+    (classic); mmselfsup mmselfsup/engine/optimizers/lars.py; tensorflow/tpu models/official/efficientnet.
+    """
+    into = hyper.lr * _raw_ratio(S, hyper, xp)
+    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp)
+
+
+@register("timm")
+def timm(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""As flash, but where a norm is zero r = 1 and the decay stays; the clip then holds for that 1 as well.
+
+    Source: timm 1.0.31 timm/optim/lars.py.
+    """
+    adapted = (hyper.weight_decay != 0) | hyper.always_adapt
+    ratio = xp.where(adapted, _raw_ratio(S, hyper, xp), 1.0)
+    return momentum_form(ratio, hyper.lr, hyper.weight_decay, hyper, xp)
+
+
+@register("apex", "solo")
+def apex(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""As flash with ``always_adapt``: layers without decay are adapted too.
+
+    Sources: NVIDIA/apex apex/parallel/LARC.py (as in ROCm/apex); solo-learn solo/utils/lars.py.
+    """
+    return flash(S, hyper._replace(always_adapt=xp.ones_like(hyper.always_adapt)), xp)
+
+
+@register("kozistr", damped_nesterov=True)
+def kozistr(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""As timm, but a zero gradient has a ratio, :math:`\eta/w`; the buffer starts at zero, so the first step is damped.
+
+    Source: pytorch-optimizer 4.1.0 pytorch_optimizer/optimizer/lars.py.
+    """
+    p_norm, g_norm, _ = norms(S, xp)
+    denominator = g_norm + hyper.weight_decay * p_norm
+    ratio = trust_ratio(p_norm, denominator, (p_norm > 0) & (denominator > 0), hyper, xp)
+    return momentum_form(ratio, hyper.lr, hyper.weight_decay, hyper, xp, starts_as_copy=False)
+
+
+@register("barlow", "vicreg", "moco-v3", norm_of="decayed gradient", keeps_buffer=True)
+def barlow(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""r = SUM, 1 where a norm is zero: :math:`v' = \mu v + r\,d, p' = p - \text{lr}\,v'`.
+
+    Sources: facebookresearch/barlowtwins main.py; facebookresearch/vicreg main_vicreg.py; facebookresearch/moco-v3
+    moco/optimizer.py.
+    """
+    return momentum_form(_sum_ratio(S, hyper, xp), hyper.lr, hyper.weight_decay, hyper, xp)
+
+
+@register("optax", "simclr", "tf-models", norm_of="decayed gradient", keeps_buffer=True)
+def optax(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""r = SUM, 1 where a norm is zero, the lr inside: :math:`v' = \mu v + \text{lr}\,r\,d, p' = p - v'`.
+
+    Sources: optax 0.2.8 optax/_src/alias.py; google-research/simclr lars_optimizer.py and tf-models-official 2.20.0
+    official/modeling/optimization/lars.py (classic momentum).
+    """
+    into = hyper.lr * _sum_ratio(S, hyper, xp)
+    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp)
+
+
+@register("simclr-popular", "tf-models-popular", norm_of="update", keeps_buffer=True)
+def simclr_popular(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,u`, r divides by :math:`\|u\|`: u is v', or d + μv' with nesterov.
+
+    Sources: as `optax`, with classic_momentum=False.
+    """
+    ratio = _sum_ratio(S, hyper, xp)
+    return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, hyper.weight_decay, hyper, xp)
+
+
+@register("nvidia", "mxnet")
+def nvidia(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""As paper, with momentum correction: :math:`v' = \mu \frac{\text{lr}}{\text{lr}_{t-1}} v + \text{lr}\,r\,d`.
+
+    So the trajectory is that of the lr outside the buffer. No correction where the last lr was 0.
+
+    Sources: mlcommons/training_results_v0.7 NVIDIA resnet MXNet fit.py, SGDwLARS and SGDwFASTLARS; MXNet 1.9.1
+    python/mxnet/optimizer/lars.py.
+    """
+    into = hyper.lr * _raw_ratio(S, hyper, xp)
+    known = hyper.previous_lr > 0
+    correction = xp.where(known, hyper.lr / xp.where(known, hyper.previous_lr, 1.0), 1.0)
+    momentum = hyper.momentum * correction
+    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp, momentum=momentum)
+
+
+@register("tinygrad-popular")
+@register("nus", "colossalai", trust_bounds=(0.0, 50.0))
+def nus(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,v'`: r = RAW of now, at most 50, times the whole buffer.
+
+    The originals also clamp d elementwise to ±10, which is no function of sums and is left out.
+
+    Sources: NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch lars.py; ColossalAI colossalai/nn/optimizer/lars.py. tinygrad 0.14.0
+    (classic=False) is the same without the 50.
+    """
+    ratio = _raw_ratio(S, hyper, xp)
+    return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, hyper.weight_decay, hyper, xp)
+
+
+@register("tf-contrib", keeps_buffer=True)
+def tf_contrib(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r""":math:`v' = \mu v + g, p' = p - \text{lr}\,r\,v'`: w is in the denominator of r = RAW only, never in the step.
+
+    The caller's loss is to hold the decay. Source: tensorflow 1.x contrib/opt/python/training/lars_optimizer.py.
+    """
+    ratio = _raw_ratio(S, hyper, xp)
+    return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, xp.zeros_like(ratio), hyper, xp)
+
+
+@register("paddle", keeps_buffer=True)
+def paddle(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""As paper, but layers without decay are not adapted. Source: Paddle 3.3.1 lars_momentum_kernel."""
+    adapted = (hyper.weight_decay > 0) | hyper.always_adapt
+    into = hyper.lr * xp.where(adapted, _raw_ratio(S, hyper, xp), 1.0)
+    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp)

@@ -1,0 +1,211 @@
+"""Learning rates as pure functions of the step.
+
+A schedule is a value: it can be compared, pickled, copied and printed. It is called with the step's number, from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+__all__ = ["linear_scaled_lr", "warmup_cosine", "warmup_polynomial"]
+
+
+def linear_scaled_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """Scale a learning rate with the batch size.
+
+    Parameters
+    ----------
+    base_lr : float
+        The learning rate that suits batches of `base_batch_size`.
+    batch_size : int
+        The batch size of the whole step, summed over all devices.
+    base_batch_size : int, default: 256
+        The batch size that `base_lr` was found for.
+
+    Returns
+    -------
+    float
+        ``base_lr * batch_size / base_batch_size``, the peak for a schedule.
+
+    References
+    ----------
+    Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv 1706.02677.
+
+    Examples
+    --------
+    >>> linear_scaled_lr(0.1, batch_size=8192)
+    3.2
+    """
+    base_lr = _real("base_lr", base_lr)
+    return base_lr * _count("batch_size", batch_size, least=1) / _count("base_batch_size", base_batch_size, least=1)
+
+
+class _WarmUp:
+    """A linear warm-up to the peak, then what the subclass says is left of the way from the end to the peak."""
+
+    peak_lr: float
+    total_steps: int
+    warmup_steps: int
+    end_lr: float
+    start_lr: float
+
+    def __post_init__(self) -> None:
+        # The one moment at which a frozen dataclass is written: every field becomes a plain Python number.
+        for name in ("peak_lr", "end_lr", "start_lr"):
+            object.__setattr__(self, name, _real(name, getattr(self, name)))
+        object.__setattr__(self, "total_steps", _count("total_steps", self.total_steps, least=1))
+        object.__setattr__(self, "warmup_steps", _count("warmup_steps", self.warmup_steps, least=0))
+        if self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps must be at most total_steps={self.total_steps}, got {self.warmup_steps!r}")
+
+    def __call__(self, step: Any) -> Any:
+        if isinstance(step, Integral):
+            return float(self._lr(np.float64(_count("step", step, least=0)), np))
+        try:
+            xp = array_namespace(step)
+        except TypeError:
+            raise TypeError(f"step must be an integer or an array, got {step!r}") from None
+        if not xp.isdtype(step.dtype, "real floating"):
+            step = xp.astype(step, xp.__array_namespace_info__().default_dtypes()["real floating"])
+        return self._lr(step, xp)
+
+    def _lr(self, step: Any, xp: Any) -> Any:
+        warmed = step / max(1, self.warmup_steps)
+        decayed = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        left = self._left(xp.clip(decayed, 0.0, 1.0), xp)
+        # Written so, and not as b + (a - b) * t, both ends are met exactly.
+        return xp.where(
+            step < self.warmup_steps,
+            warmed * self.peak_lr + (1.0 - warmed) * self.start_lr,
+            left * self.peak_lr + (1.0 - left) * self.end_lr,
+        )
+
+    def _left(self, decayed: Any, xp: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class warmup_cosine(_WarmUp):  # noqa: N801 - used as a function, like functools.partial; its repr is the call
+    """Linear warm-up, then half a cosine down to `end_lr`.
+
+    Parameters
+    ----------
+    peak_lr : float
+        The rate at the step `warmup_steps`, for instance from `linear_scaled_lr`.
+    total_steps : int
+        The length of the whole run, warm-up included. From this step on the rate is `end_lr`.
+    warmup_steps : int, default: 0
+        The length of the warm-up. With as many as `total_steps`, no decay is left:
+        the step after the peak has `end_lr`.
+    end_lr : float, default: 0.0
+        The last rate.
+    start_lr : float, default: 0.0
+        The rate of step 0, if there is a warm-up.
+
+    See Also
+    --------
+    warmup_polynomial : The decay of the LARS paper.
+
+    Notes
+    -----
+    Called with an integer, the schedule returns a float. Called with an array, traced ones included, it computes with
+    the array's own namespace and returns an array: of the same dtype, or of the default one where it held integers.
+
+    The values are those of ``optax.warmup_cosine_decay_schedule``.
+
+    Examples
+    --------
+    >>> lr = warmup_cosine(peak_lr=3.2, total_steps=100, warmup_steps=10)
+    >>> [round(lr(step), 3) for step in (0, 5, 10, 55, 100, 101)]
+    [0.0, 1.6, 3.2, 1.6, 0.0, 0.0]
+    """
+
+    peak_lr: float
+    total_steps: int
+    warmup_steps: int = 0
+    end_lr: float = 0.0
+    start_lr: float = 0.0
+
+    def _left(self, decayed: Any, xp: Any) -> Any:
+        return 0.5 * (1.0 + xp.cos(math.pi * decayed))
+
+
+@dataclass(frozen=True)
+class warmup_polynomial(_WarmUp):  # noqa: N801 - see warmup_cosine
+    """Linear warm-up, then the polynomial decay of the LARS paper and of MLPerf.
+
+    Parameters
+    ----------
+    peak_lr : float
+        The rate at the step `warmup_steps`, for instance from `linear_scaled_lr`.
+    total_steps : int
+        The length of the whole run, warm-up included. From this step on the rate is `end_lr`.
+    warmup_steps : int, default: 0
+        The length of the warm-up. With as many as `total_steps`, no decay is left:
+        the step after the peak has `end_lr`.
+    end_lr : float, default: 0.0001
+        The last rate.
+    power : float, default: 2.0
+        The degree of the polynomial, more than 0.
+    start_lr : float, default: 0.0
+        The rate of step 0, if there is a warm-up.
+
+    See Also
+    --------
+    warmup_cosine : The same warm-up; the notes on arrays there hold here.
+
+    Notes
+    -----
+    After the warm-up the rate is
+    ``(peak_lr - end_lr) * (1 - (step - warmup_steps) / (total_steps - warmup_steps))**power + end_lr``.
+
+    MLPerf's reference, ``PolynomialDecayWithWarmup`` in ``retired_benchmarks/resnet-tf2`` of mlcommons/training,
+    decays over one step more: its values are those of ``total_steps=train_steps + 1``.
+
+    References
+    ----------
+    You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888.
+
+    Examples
+    --------
+    >>> lr = warmup_polynomial(peak_lr=10.0, total_steps=100, warmup_steps=20, end_lr=0.0)
+    >>> [lr(step) for step in (0, 10, 20, 60, 100, 101)]
+    [0.0, 5.0, 10.0, 2.5, 0.0, 0.0]
+    """
+
+    peak_lr: float
+    total_steps: int
+    warmup_steps: int = 0
+    end_lr: float = 1e-4
+    power: float = 2.0
+    start_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "power", _real("power", self.power, positive=True))
+
+    def _left(self, decayed: Any, xp: Any) -> Any:
+        return (1.0 - decayed) ** self.power
+
+
+def _real(name: str, value: Any, positive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    number = float(value)
+    if not 0.0 <= number < math.inf or (positive and number == 0.0):
+        raise ValueError(f"{name} must be finite and {'more than' if positive else 'at least'} 0, got {value!r}")
+    return number
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)
