@@ -66,11 +66,15 @@ def check_gradient(name: str, g: Any, p: Any) -> None:
     if not is_array(g):
         raise TypeError(f"the gradient of {name!r} must be an array; got {g!r}")
     if type(g) is not type(p) and array_namespace(g) is not array_namespace(p):
-        raise TypeError(f"the gradient of {name!r} must be an array of {_library(p)}, as the parameter; got {_library(g)}")
+        raise TypeError(
+            f"the gradient of {name!r} must be an array of {_library(p)}, as the parameter; got {_library(g)}"
+        )
     if g.dtype != p.dtype:
         raise TypeError(f"the gradient of {name!r} must have the parameter's dtype {p.dtype!r}; got {g.dtype!r}")
     if g.shape != p.shape:
-        raise ValueError(f"the gradient of {name!r} must have the parameter's shape {tuple(p.shape)!r}; got {tuple(g.shape)!r}")
+        raise ValueError(
+            f"the gradient of {name!r} must have the parameter's shape {tuple(p.shape)!r}; got {tuple(g.shape)!r}"
+        )
     if not isinstance(p, np.ndarray) and not is_jax_array(p) and device(g) != device(p):
         raise ValueError(f"the gradient of {name!r} must be on the parameter's device {device(p)!r}; got {device(g)!r}")
 

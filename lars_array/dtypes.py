@@ -5,6 +5,7 @@ A table of names, because `isdtype` and `finfo` of several namespaces fail on fl
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 __all__ = ["COMPUTE", "accumulation_dtype", "compute_dtype", "dtype_name", "real_dtype", "real_parts"]
@@ -23,6 +24,7 @@ COMPUTE = {
 _REAL = {"complex128": "float64", "complex64": "float32"}
 
 
+@cache  # NumPy takes microseconds to name a dtype
 def dtype_name(dtype: Any) -> str:
     """Return the name that `dtype` has in every namespace, "float32" say."""
     return str(getattr(dtype, "name", dtype)).rsplit(".", 1)[-1]

@@ -136,7 +136,10 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
     with np.errstate(all="ignore"):  # what is not finite is dealt with by name
         first, previous_lr = xp.take(state.first, index), xp.take(state.previous_lr, index)
         step = plan(measure, groups, group_of, first=first, previous_lr=previous_lr, like=like, xp=xp)
-        results = [apply(p, g, v, step.C[row, :], xp=xp) for row, (p, g, v) in enumerate(zip(chosen, grads, buffers, strict=True))]
+        results = [
+            apply(p, g, v, step.C[row, :], xp=xp)
+            for row, (p, g, v) in enumerate(zip(chosen, grads, buffers, strict=True))
+        ]
 
     policies = [groups[k]["nonfinite"] for k in group_of]
     ok = finite(step.S, step.C, chosen, xp=xp) | asarray([p == "propagate" for p in policies], like=like, xp=xp)
@@ -184,7 +187,9 @@ def _refuse(
 
 
 def _flat(layout: Layout) -> tuple[list[str], list[Any]]:
-    return [name for group in layout.groups for name in group.names], [p for group in layout.groups for p in group.arrays]
+    return [name for group in layout.groups for name in group.names], [
+        p for group in layout.groups for p in group.arrays
+    ]
 
 
 def _check_state(state: Any, names: list[str], arrays: list[Any]) -> None:

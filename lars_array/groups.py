@@ -80,13 +80,13 @@ def param_groups(
     ]
 
 
-def _predicate(option: str, given: Any) -> Predicate:
+def _predicate(option: str, given: Predicate | Iterable[str] | None) -> Predicate:
     if given is None:
         return lambda name, array: False
     if callable(given):
         return given
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{option} must be a predicate (name, array), a list of regular expressions or None; got {given!r}")
+        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {given!r}")
     try:
         patterns = [re.compile(pattern) for pattern in given]
     except re.error as error:

@@ -89,7 +89,11 @@ def check(group: Mapping[str, Any]) -> None:
         _check_number(name, value)
     known = {name: float(value) for name, value in numbers.items() if isinstance(value, Real)}
 
-    for name, label in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
+    for name, label in (
+        ("lr", "learning rate"),
+        ("momentum", "momentum value"),
+        ("weight_decay", "weight_decay value"),
+    ):
         if not 0 <= known.get(name, 0) < inf:
             raise ValueError(f"Invalid {label}: {group[name]}")
     damped = known.get("dampening", 0) != 0 and not resolve(group["rule"]).damped_nesterov
@@ -184,7 +188,9 @@ def needs_buffer(group: Mapping[str, Any]) -> bool:
     return resolve(group["rule"]).keeps_buffer or not (isinstance(group["momentum"], Real) and group["momentum"] == 0)
 
 
-def vectors(groups: Sequence[Mapping[str, Any]], group_of_layer: Any, first: Any, previous_lr: Any, *, like: Any, xp: Any) -> Hyper:
+def vectors(
+    groups: Sequence[Mapping[str, Any]], group_of_layer: Any, first: Any, previous_lr: Any, *, like: Any, xp: Any
+) -> Hyper:
     """Spread the hyper-parameters of groups over their layers.
 
     Parameters

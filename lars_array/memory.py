@@ -38,7 +38,9 @@ def check_writable(name: str, p: Any) -> None:
         raise ValueError(f"parameter {name!r} must be writable; got a read-only array")
     if not is_writeable_array(p):
         kind = type(p).__name__
-        raise TypeError(f"parameter {name!r} must be writable; {kind} is not, use lars_array.init and lars_array.update")
+        raise TypeError(
+            f"parameter {name!r} must be writable; {kind} is not, use lars_array.init and lars_array.update"
+        )
     if is_numpy_array(p) and _overlaps_itself(p):
         raise ValueError(f"parameter {name!r} must not overlap itself; got strides {p.strides!r} for shape {p.shape!r}")
 
@@ -49,7 +51,7 @@ def _overlaps_itself(p: Any) -> bool:
     for stride, length in sorted((abs(stride), length) for stride, length in zip(p.strides, p.shape, strict=True)):
         if length > 1:
             if stride < spanned:
-                return p.size > 0
+                return bool(p.size)
             spanned += stride * (length - 1)
     return False
 

@@ -15,7 +15,7 @@ from lars_array.core import Plan, plan
 from lars_array.dtypes import compute_dtype
 from lars_array.hyper import DEFAULTS, at_step, complete, needs_buffer
 from lars_array.memory import Spans, check_writable
-from lars_array.nonfinite import finite, refuse_nonfinite
+from lars_array.nonfinite import nonfinite_layers, refuse_nonfinite
 from lars_array.parameters import match_gradients, read_parameters
 from lars_array.registry import Rule
 from lars_array.telemetry import Norms, trust_ratios
@@ -164,6 +164,8 @@ class LARS:
         self._previous_lr: list[float] = []
         self._last: tuple[list[str], Plan] | None = None
         self._kernel_name = kernel
+        self._kernel: Any = None
+        self._spans: Spans | None = None
         self._add(params)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -334,7 +336,7 @@ class LARS:
         self._names, self._params, self._group_of = names, arrays, group_of
         self._buffers += [None] * added
         self._previous_lr += [0.0] * added
-        self._spans: Spans | None = None
+        self._spans = None
 
     def _check_gradients(self, layers: list[int], gradients: list[Any]) -> None:
         if self._spans is None:
@@ -366,23 +368,20 @@ class LARS:
         def measure(operand: Any) -> Any:
             return self._kernel.sums(params, grads, buffers, operand, xp)
 
-        with np.errstate(all="ignore"):  # what is not finite is reported below, by name
+        with np.errstate(all="ignore"):  # what is not finite is reported by name
             step = plan(measure, groups, group_of, first=first, previous_lr=previous_lr, like=params[0], xp=xp)
             policies = [groups[k]["nonfinite"] for k in group_of]
-            if set(policies) != {"propagate"}:
-                ok = finite(step.S, step.C, params, xp=xp)
-                if not bool(xp.all(ok)):
-                    bad = [i for i, policy in enumerate(policies) if policy != "propagate" and not bool(ok[i])]
-                    for i in bad:
-                        if policies[i] == "raise":
-                            refuse_nonfinite(names[i], params[i], grads[i], xp=xp)
-                    if bad:
-                        return False
+            offenders = nonfinite_layers(step.S, step.C, params, policies, xp=xp)
+            for i in offenders:
+                if policies[i] == "raise":
+                    refuse_nonfinite(names[i], params[i], grads[i], xp=xp)
+            if offenders:
+                return False
 
-        for i, v, new in zip(layers, buffers, first, strict=True):
-            if new and v is not None:
-                self._buffers[i], self._spans = v, None
-        self._kernel.apply(params, grads, buffers, step.C, xp)
+            for i, v, new in zip(layers, buffers, first, strict=True):
+                if new and v is not None:
+                    self._buffers[i], self._spans = v, None
+            self._kernel.apply(params, grads, buffers, step.C, xp)
         for i, k in zip(layers, group_of, strict=True):
             self._previous_lr[i] = groups[k]["lr"]
         self._last = names, step
@@ -419,7 +418,9 @@ def _loaded_buffer(name: str, buffer: Any, p: Any) -> Any:
         return None
     xp = array_namespace(p)
     if not is_array(buffer) or array_namespace(buffer) is not xp:
-        raise TypeError(f"the momentum buffer of {name!r} must be an array of the parameter's library; got {type(buffer)!r}")
+        raise TypeError(
+            f"the momentum buffer of {name!r} must be an array of the parameter's library; got {type(buffer)!r}"
+        )
     kind = compute_dtype(p, xp)
     if tuple(buffer.shape) != tuple(p.shape) or buffer.dtype != kind:
         wanted, got = f"{tuple(p.shape)!r} and {kind!r}", f"{tuple(buffer.shape)!r} and {buffer.dtype!r}"

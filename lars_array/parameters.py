@@ -69,7 +69,11 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
         groups.append(Group(names, arrays, overrides, form))
         start += len(names)
     names = [name for group in groups for name in group.names]
-    repeated = next((name for i, name in enumerate(names) if name in names[:i]), None) if len(set(names)) < len(names) else None
+    repeated = (
+        next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if len(set(names)) < len(names)
+        else None
+    )
     if repeated is not None:
         raise ValueError(f"names of parameters must differ; got {repeated!r} twice")
     if not names:
@@ -104,7 +108,7 @@ def match_gradients(grads: Any, names: Sequence[str]) -> list[Any]:
         if not grads or not all(_is_pair(item) for item in grads):
             if len(grads) != len(names):
                 raise ValueError(f"grads must hold one entry for each of the {len(names)} parameters; got {len(grads)}")
-            # Parameters named by position may stand in another order, after `param_groups` say; gradients go by position.
+            # Parameters named by position may stand in another order, after `param_groups` say: gradients don't.
             by_position = set(names) == {str(i) for i in range(len(names))}
             return [grads[int(name)] for name in names] if by_position else grads
         if len({name for name, _ in grads}) < len(grads):

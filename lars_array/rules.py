@@ -28,7 +28,6 @@ __all__ = [
     "simclr_popular",
     "tf_contrib",
     "timm",
-    "tinygrad_popular",
 ]
 
 Array = Any
@@ -84,7 +83,7 @@ def apex(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("kozistr", damped_nesterov=True)
 def kozistr(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r"""As timm, but a zero gradient has a ratio, :math:`\eta/w`; the buffer starts at zero, so the first step is damped.
+    r"""As timm with ``always_adapt``; a zero gradient has a ratio, :math:`\eta/w`; the first step is dampened too.
 
     Source: pytorch-optimizer 4.1.0 pytorch_optimizer/optimizer/lars.py.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 import lars_array
 from lars_array import Rule, preset
 from lars_array.blocks import momentum_form, norms, trust_ratio
@@ -43,7 +44,7 @@ def _read() -> Iterator[Case]:
 
 
 class Call(NamedTuple):
-    """How `LARS` is to be called: one group of options a layer, what stands for a missing gradient, and the buffer's sign."""
+    """How `LARS` is to be called: options a layer, what a missing gradient means, and the sign of the buffer."""
 
     options: list[dict[str, Any]]
     missing_is_zero: bool
@@ -116,7 +117,15 @@ RULES = {
     "mxnet-test-fast-lars": "mlperf",
     "paddle-test-reference": Rule(unguarded, keeps_buffer=True),
 }
-NEGATIVE_BUFFERS = {"optax", "mlperf-tf2", "mxnet-lars", "nvidia-fastlars", "nvidia-lars", "mxnet-test-fast-lars", "chainer"}
+NEGATIVE_BUFFERS = {
+    "optax",
+    "mlperf-tf2",
+    "mxnet-lars",
+    "nvidia-fastlars",
+    "nvidia-lars",
+    "mxnet-test-fast-lars",
+    "chainer",
+}
 
 
 def call_of(case: Case) -> Call:
@@ -137,7 +146,11 @@ def call_of(case: Case) -> Call:
             layer_rule = "paper"  # the second of two update calls a step sees no correction
         defaults = preset(rule) if rule in lars_array.RULES else {"eps": 0.0}
         if implementation == "paddle":  # keeps hyper-parameters in float32
-            defaults |= {name: float(np.float32(x)) for name, x in (defaults | {"trust_coefficient": 1e-3}).items() if name != "rule"}
+            defaults |= {
+                name: float(np.float32(x))
+                for name, x in (defaults | {"trust_coefficient": 1e-3}).items()
+                if name != "rule"
+            }
         own = defaults | {NAMES[name]: value for name, value in rest.items() if name not in IGNORED}
         own |= {"rule": layer_rule, "adapt": adapts}
         if implementation == "mlperf-tf2":

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from golden_cases import Call, Case, call_of, read_cases
+
 from lars_array import LARS, init, update
 
 CASES = read_cases()
@@ -17,13 +18,13 @@ NEGATIVE = [case for case in CASES if case.name.startswith("negative/")]
 LEFT_OUT: dict[str, str] = {}
 
 
-def run_in_place(case: Case, call: Call, xp: Any, dtype: str, kernel: str | None = None) -> tuple[list[Any], dict[str, Any]]:
+def run_in_place(
+    case: Case, call: Call, xp: Any, dtype: str, kernel: str | None = None
+) -> tuple[list[Any], dict[str, Any]]:
     """Return the parameters after every step, and the momentum buffers, of `LARS`."""
     params = _arrays(case, [layer["initial"] for layer in case.data["layers"]], xp, dtype)
     names = [layer["name"] for layer in case.data["layers"]]
-    groups = [
-        {"params": {name: p}} | options for name, p, options in zip(names, params, call.options, strict=True)
-    ]
+    groups = [{"params": {name: p}} | options for name, p, options in zip(names, params, call.options, strict=True)]
     optimizer = LARS(groups, lr=0.0, kernel=kernel)
     trajectory = []
     for lr, grads in zip(case.data["lr"], case.data["grads"], strict=True):
@@ -60,7 +61,9 @@ def assert_reproduces(case: Case, call: Call, trajectory: list[Any], buffers: di
         if theirs is not None:
             ours = buffers[layer["name"]]
             assert ours is not None, f"{case.name}: no momentum buffer for {layer['name']}"
-            assert_close(call.buffer_sign * _numpy(ours), theirs, tolerance, f"{case.name}: momentum of {layer['name']}")
+            assert_close(
+                call.buffer_sign * _numpy(ours), theirs, tolerance, f"{case.name}: momentum of {layer['name']}"
+            )
 
 
 def assert_close(ours: Any, theirs: list[float], tolerance: float, what: str) -> None:

@@ -32,26 +32,25 @@ def unusable(params: Sequence[Any]) -> str | None:
 
 def sums(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], operand: Any, xp: Any) -> Any:
     """Return what `core.sums` does."""
-    gamma, w, h = (None, None, None) if operand is None else (x if x is None else x.tolist() for x in operand)
-    looks_back = [h is not None and h[i] != 0 and v is not None for i, v in enumerate(buffers)]
+    weights = None if operand is None else [[0.0] * len(params) if x is None else x.tolist() for x in operand]
+    looks_back = [weights is not None and weights[2][i] != 0 and v is not None for i, v in enumerate(buffers)]
     layers = [[p, g, v] if back else [p, g] for p, g, v, back in zip(params, grads, buffers, looks_back, strict=True)]
     pieces = Pieces(layers, block=READ_BLOCK)
     partial = np.zeros((len(pieces.sizes), 3))
 
     def third_sum(i: int, blocks: list[Any], p_squares: float, g_squares: float) -> float:
-        if gamma is None:
+        if weights is None:
             return g_squares
-        if w[i] == 0 and not looks_back[i]:
-            return gamma[i] ** 2 * g_squares
-        weights = [w[i], gamma[i], *([h[i]] if looks_back[i] else [])]
-        return sum_of_squares_of(blocks, weights, w[i] ** 2 * p_squares + gamma[i] ** 2 * g_squares)
+        gamma, w, h = (x[i] for x in weights)
+        if w == 0 and not looks_back[i]:
+            return float(gamma**2 * g_squares)
+        return sum_of_squares_of(blocks, [w, gamma, h][: len(blocks)], w**2 * p_squares + gamma**2 * g_squares)
 
     def visit(k: int) -> None:
-        i = pieces.layer[k]
         with np.errstate(all="ignore"):
             for blocks in pieces.blocks(k):
                 p_squares, g_squares = sum_of_squares(blocks[0]), sum_of_squares(blocks[1])
-                partial[k] += p_squares, g_squares, third_sum(i, blocks, p_squares, g_squares)
+                partial[k] += p_squares, g_squares, third_sum(pieces.layer[k], blocks, p_squares, g_squares)
 
     run(visit, pieces.sizes)
     S = np.zeros((len(params), 3))

@@ -59,11 +59,13 @@ class Pieces:
         """Any strides, any type: what is written to a block is cast and stored when the next one is asked for."""
         kind, real = compute_dtype(arrays[0], np), real_dtype(arrays[0], np)
         read, write = ([access, "contig", "aligned", "nbo"] for access in ("readonly", "readwrite"))
-        access = [read if self.reads_only in (None, i) else write for i in range(len(arrays))]
-        flags = ["buffered", "external_loop"]
-        with np.nditer(arrays, flags, access, [kind] * len(arrays), "K", "same_kind", buffersize=self.block) as iterator:
+        access: Any = [read if self.reads_only in (None, i) else write for i in range(len(arrays))]
+        types = [kind] * len(arrays)
+        with np.nditer(
+            arrays, ["buffered", "external_loop"], access, types, "K", "same_kind", buffersize=self.block
+        ) as iterator:
             for blocks in iterator:
-                yield [x.view(real) for x in (blocks if len(arrays) > 1 else [blocks])]
+                yield [x.view(real) for x in blocks]
 
 
 def flat_views(arrays: Sequence[Any]) -> list[Any] | None:

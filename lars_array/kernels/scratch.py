@@ -29,7 +29,7 @@ def scratch(size: int, dtype: Any, slot: int) -> Any:
     ndarray of shape (size,)
         The array.
     """
-    key = (slot, np.dtype(dtype).char)
+    key = f"{np.dtype(dtype).char}{slot}"
     kept = _local.__dict__.get(key)
     if kept is None or kept.size < size:
         kept = _local.__dict__[key] = np.empty(size, dtype)
