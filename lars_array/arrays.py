@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
 
-from lars_array.dtypes import COMPUTE, dtype_name
+from lars_array.dtypes import COMPUTE, compute_dtype, dtype_name
 
-__all__ = ["asarray", "check_gradient", "check_parameter", "is_array"]
+__all__ = ["asarray", "check_buffer", "check_gradient", "check_parameter", "is_array"]
 
 
 def is_array(x: Any) -> bool:
@@ -77,6 +77,35 @@ def check_gradient(name: str, g: Any, p: Any) -> None:
         )
     if not isinstance(p, np.ndarray) and not is_jax_array(p) and device(g) != device(p):
         raise ValueError(f"the gradient of {name!r} must be on the parameter's device {device(p)!r}; got {device(g)!r}")
+
+
+def check_buffer(name: str, v: Any, p: Any) -> None:
+    """Refuse a momentum buffer that does not fit its parameter.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's name, for messages.
+    v : object
+        What was given.
+    p : array
+        The parameter.
+
+    Raises
+    ------
+    TypeError
+        If it is no array of the parameter's library, or not of the type that is computed in.
+    ValueError
+        If it has another shape.
+    """
+    xp = array_namespace(p)
+    if not is_array(v) or array_namespace(v) is not xp:
+        raise TypeError(f"the momentum buffer of {name!r} must be an array of {_library(p)}; got {type(v).__name__}")
+    if v.dtype != compute_dtype(p, xp):
+        raise TypeError(f"the momentum buffer of {name!r} must have dtype {compute_dtype(p, xp)!r}; got {v.dtype!r}")
+    if v.shape != p.shape:
+        shapes = f"{tuple(p.shape)!r}; got {tuple(v.shape)!r}"
+        raise ValueError(f"the momentum buffer of {name!r} must have the parameter's shape {shapes}")
 
 
 def _library(x: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lars_array.arrays import asarray, check_gradient, check_parameter
+from lars_array.arrays import asarray, check_buffer, check_gradient, check_parameter
 from lars_array.blocks import momentum_form, norms, trust_ratio, update_weights
 from lars_array.dtypes import accumulation_dtype, compute_dtype, real_dtype, real_parts
 from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
@@ -155,7 +155,8 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
     c = xp.astype(c, real_dtype(p, xp), copy=False)
     m, alpha, beta, kappa, lam, mu = (c[i] for i in range(6))
     wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
-    if v is None:
+    if v is None:  # as if it were zero, and not stored
+        lam, mu = lam + kappa * alpha, mu + kappa * beta
         return xp.astype(wide_p - (lam * wide_g + mu * wide_p), p.dtype, copy=False), None
     new_p, new_v = affine(wide_p, wide_g, v, m, alpha, beta, kappa, lam, mu)
     return xp.astype(new_p, p.dtype, copy=False), new_v
@@ -292,7 +293,7 @@ def lars_step(
     Returns
     -------
     tuple (p', v')
-        New arrays. v' is None where v is and neither momentum nor the rule asks for a buffer.
+        New arrays; but v' is v as it is where neither momentum nor the rule asks for a buffer.
 
     Raises
     ------
@@ -316,22 +317,27 @@ def lars_step(
     group = at_step(given | options, 0)
     check_parameter("p", p)
     check_gradient("p", g, p)
-    xp, first = array_namespace(p), v is None
-    if v is None and needs_buffer(group):
-        v = xp.zeros_like(p, dtype=compute_dtype(p, xp))
-    before = [lr if previous_lr is None else previous_lr]
+    if v is not None:
+        check_buffer("p", v, p)
+    xp = array_namespace(p)
+    buffer = v
+    if not needs_buffer(group):
+        buffer = None
+    elif v is None:
+        buffer = xp.zeros_like(p, dtype=compute_dtype(p, xp))
+    before = [group["lr"] if previous_lr is None else previous_lr]
 
     def measure(operand: Operand | None) -> Array:
-        return sums([p], [g], [v], operand, xp=xp)
+        return sums([p], [g], [buffer], operand, xp=xp)
 
-    step = plan(measure, [group], [0], first=[first], previous_lr=before, like=p, xp=xp)
-    new_p, new_v = apply(p, g, v, step.C[0, :], xp=xp)
-    if nonfinite == "propagate":
-        return new_p, new_v
-    ok = finite(step.S, step.C, [p], xp=xp)[0]
-    if nonfinite == "raise" and not bool(ok):
-        refuse_nonfinite("p", p, g, xp=xp)
-    return xp.where(ok, new_p, p), None if v is None else xp.where(ok, new_v, v)
+    step = plan(measure, [group], [0], first=[v is None], previous_lr=before, like=p, xp=xp)
+    new_p, new_v = apply(p, g, buffer, step.C[0, :], xp=xp)
+    if nonfinite != "propagate":
+        ok = finite(step.S, step.C, [p], xp=xp)[0]
+        if nonfinite == "raise" and not bool(ok):
+            refuse_nonfinite("p", p, g, xp=xp)
+        new_p, new_v = xp.where(ok, new_p, p), None if buffer is None else xp.where(ok, new_v, buffer)
+    return new_p, v if buffer is None else new_v
 
 
 def _operand(hyper: Hyper, rules: Sequence[Rule], gamma: Array, xp: Namespace) -> Operand:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lars_array.arrays import asarray, check_gradient
+from lars_array.arrays import asarray, check_buffer, check_gradient
 from lars_array.core import apply, plan, sums
 from lars_array.dtypes import accumulation_dtype, compute_dtype
 from lars_array.hyper import at_step, needs_buffer
@@ -198,6 +198,4 @@ def _check_state(state: Any, names: list[str], arrays: list[Any]) -> None:
     if set(state.momentum_buffers) != set(names):
         raise ValueError(f"state must be of parameters named {names!r}; got {list(state.momentum_buffers)!r}")
     for name, p in zip(names, arrays, strict=True):
-        if state.momentum_buffers[name].shape != p.shape:
-            shapes = f"{tuple(p.shape)!r}; got {tuple(state.momentum_buffers[name].shape)!r}"
-            raise ValueError(f"the momentum buffer of {name!r} must have the parameter's shape {shapes}")
+        check_buffer(name, state.momentum_buffers[name], p)

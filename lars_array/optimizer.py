@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
-from lars_array.arrays import check_gradient, is_array
+from lars_array.arrays import check_buffer, check_gradient
 from lars_array.core import Plan, plan
 from lars_array.dtypes import compute_dtype
 from lars_array.hyper import DEFAULTS, at_step, complete, needs_buffer
@@ -416,15 +416,8 @@ def _check_same_place(p: Any, other: Any, name: str, other_name: str) -> None:
 def _loaded_buffer(name: str, buffer: Any, p: Any) -> Any:
     if buffer is None:
         return None
+    check_buffer(name, buffer, p)
     xp = array_namespace(p)
-    if not is_array(buffer) or array_namespace(buffer) is not xp:
-        raise TypeError(
-            f"the momentum buffer of {name!r} must be an array of the parameter's library; got {type(buffer)!r}"
-        )
-    kind = compute_dtype(p, xp)
-    if tuple(buffer.shape) != tuple(p.shape) or buffer.dtype != kind:
-        wanted, got = f"{tuple(p.shape)!r} and {kind!r}", f"{tuple(buffer.shape)!r} and {buffer.dtype!r}"
-        raise ValueError(f"the momentum buffer of {name!r} must be of shape and dtype {wanted}; got {got}")
-    mine = xp.zeros_like(p, dtype=kind)
+    mine = xp.zeros_like(p, dtype=compute_dtype(p, xp))
     mine[...] = buffer
     return mine

@@ -84,6 +84,7 @@ def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
         _add(v, part, (alpha, g), (beta, p))
         np.multiply(v, kappa, out=total)
     else:
+        lam, mu = lam + kappa * alpha, mu + kappa * beta
         np.multiply(g, lam, out=total)
         lam = 0
     _add(total, part, (lam, g), (mu, p))
