@@ -1,0 +1,46 @@
+# Needs Python 3.11 or newer and make. Everything else goes into .venv.
+
+PYTHON ?= $(shell for candidate in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types docs bench mutation clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@echo
+	@echo "Arguments go in ARGS: make test ARGS='-k schedules'"
+
+demo: .venv/demo.installed ## Train a small network with LARS and with SGD
+	.venv/bin/python -m lars_array demo $(ARGS)
+
+test: .venv/test.installed ## Run the tests and the examples in the documentation
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/lint.installed ## Check the style
+	.venv/bin/python -m ruff check $(ARGS)
+
+types: .venv/lint.installed ## Check the types
+	.venv/bin/python -m mypy $(ARGS)
+
+docs: .venv/docs.installed ## Build docs/_build/index.html, warnings are errors
+	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --nitpicky --quiet docs docs/_build $(ARGS)
+
+bench: .venv/bench.installed ## Measure
+	.venv/bin/python -m benchmarks cpu $(ARGS)
+
+mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
+	.venv/bin/python -m mutmut run $(ARGS)
+
+clean: ## Remove everything that make makes
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build demo-output dist docs/_build mutants
+
+.venv/%.installed: pyproject.toml .venv/bin/pip
+	@echo "Installing lars-array[$*] into .venv. The first time takes a few minutes."
+	@.venv/bin/python -m pip install --disable-pip-version-check -qq --editable '.[$*]'
+	@.venv/bin/python -m compileall -q lars_array  # as pip does for what is not editable
+	@touch $@
+
+.venv/bin/pip:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear .venv
