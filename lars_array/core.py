@@ -277,10 +277,12 @@ def lars_step(
         Parameters and gradient; not modified.
     v : array of the shape of p, or None
         Momentum buffer, float32 for half precision, else of the dtype of p; not modified. None: the first step.
-    lr, momentum, dampening, weight_decay, trust_coefficient, eps : float or 0-d array
+    lr, momentum, dampening, weight_decay : float or 0-d array
         Hyper-parameters, as in `LARS`.
     nesterov : bool
         Nesterov's form of momentum.
+    trust_coefficient, eps : float or 0-d array
+        Hyper-parameters, as in `LARS`.
     previous_lr : float or 0-d array, optional
         Learning rate of the step before, which rules with momentum correction need. None: no change.
     nonfinite : {"propagate", "skip", "raise"}
@@ -310,7 +312,7 @@ def lars_step(
     >>> p, g = np.array([3.0, 4.0]), np.array([0.6, 0.8])
     >>> p, v = lars_step(p, g, None, lr=0.1, momentum=0.9, weight_decay=1e-4)
     >>> p
-    array([2.9997001, 3.9996002])
+    array([2.9997, 3.9996])
     """
     given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
     given |= {"trust_coefficient": trust_coefficient, "eps": eps, "nonfinite": nonfinite}

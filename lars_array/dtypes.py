@@ -5,7 +5,6 @@ A table of names, because `isdtype` and `finfo` of several namespaces fail on fl
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 __all__ = ["COMPUTE", "accumulation_dtype", "compute_dtype", "dtype_name", "real_dtype", "real_parts"]
@@ -23,11 +22,16 @@ COMPUTE = {
 # The type of the real numbers in an array that is computed on in a given type.
 _REAL = {"complex128": "float64", "complex64": "float32"}
 
+# NumPy takes microseconds to name a dtype.
+_names: dict[tuple[type, Any], str] = {}
 
-@cache  # NumPy takes microseconds to name a dtype
+
 def dtype_name(dtype: Any) -> str:
     """Return the name that `dtype` has in every namespace, "float32" say."""
-    return str(getattr(dtype, "name", dtype)).rsplit(".", 1)[-1]
+    key = type(dtype), dtype  # dtypes of two libraries are not to be compared
+    if key not in _names:
+        _names[key] = str(getattr(dtype, "name", dtype)).rsplit(".", 1)[-1]
+    return _names[key]
 
 
 def compute_dtype(x: Any, xp: Any) -> Any:

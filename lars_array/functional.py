@@ -103,7 +103,7 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
     >>> for _ in range(3):
     ...     params, state = update(params, {"w": params["w"]}, state, lr=1.0, momentum=0.9, weight_decay=0.1)
     >>> params["w"].round(4)
-    array([2.9831, 3.9775])
+    array([2.9832, 3.9776])
     """
     if "lr" not in hyper:
         raise TypeError("update needs lr")

@@ -14,7 +14,20 @@ Predicate = Callable[[str, Any], bool]
 
 
 def is_bias_or_norm(name: str, array: Any) -> bool:
-    """Return whether `array` has at most one axis: biases, and scales and shifts of normalisation layers."""
+    """Return whether `array` has at most one axis: biases, and scales and shifts of normalisation layers.
+
+    Parameters
+    ----------
+    name : str
+        Not looked at.
+    array : array
+        The parameter.
+
+    Returns
+    -------
+    bool
+        The usual exclusion from weight decay and from adaptation.
+    """
     return bool(array.ndim <= 1)
 
 
@@ -42,8 +55,8 @@ def param_groups(
     Returns
     -------
     list of dict
-        At most four groups for `LARS`, none of them empty, each a dict of "params" (by name), "weight_decay", "adapt"
-        and "always_adapt". Their parameters are the arrays given, not copies.
+        At most four groups for `LARS`, none of them empty, each a dict of "params" (by name) and "weight_decay"; with
+        "adapt" False where it is not adapted. Their parameters are the arrays given, not copies.
 
     Raises
     ------
@@ -55,10 +68,10 @@ def param_groups(
     >>> import numpy as np
     >>> params = {"fc.weight": np.ones((2, 3)), "fc.bias": np.zeros(2), "head.weight": np.ones((1, 2))}
     >>> for group in param_groups(params, 1e-4, no_adapt=["bias", "head"]):
-    ...     print(list(group["params"]), group["weight_decay"], group["adapt"])
-    ['fc.weight'] 0.0001 True
-    ['fc.bias'] 0.0 False
-    ['head.weight'] 0.0001 False
+    ...     print({**group, "params": list(group["params"])})
+    {'params': ['fc.weight'], 'weight_decay': 0.0001}
+    {'params': ['fc.bias'], 'weight_decay': 0.0, 'adapt': False}
+    {'params': ['head.weight'], 'weight_decay': 0.0001, 'adapt': False}
     """
     layout = read_parameters(params)
     if layout.grouped:
@@ -68,16 +81,15 @@ def param_groups(
     for name, array in zip(layout.groups[0].names, layout.groups[0].arrays, strict=True):
         key = not excluded_from_decay(name, array), not excluded_from_adaptation(name, array)
         groups.setdefault(key, {})[name] = array
-    # Of some rules, flash's among them, a layer without decay is not adapted unless told to: `always_adapt` tells it.
-    return [
-        {
-            "params": named,
-            "weight_decay": weight_decay if decays else 0.0,
-            "adapt": adapts,
-            "always_adapt": adapts and not decays,
-        }
-        for (decays, adapts), named in groups.items()
-    ]
+    result = []
+    for (decays, adapts), named in groups.items():
+        group = {"params": named, "weight_decay": weight_decay if decays else 0.0}
+        if not adapts:
+            group["adapt"] = False
+        elif not decays:  # some rules, flash's among them, adapt such a layer only if they are told to
+            group["always_adapt"] = True
+        result.append(group)
+    return result
 
 
 def _predicate(option: str, given: Predicate | Iterable[str] | None) -> Predicate:

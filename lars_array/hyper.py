@@ -213,21 +213,26 @@ def vectors(
     Hyper
         Arrays of shape (layers,), numbers in the type that sums are accumulated in.
     """
-    dtype = accumulation_dtype(xp)
-    columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in ("lr", *DEFAULTS)}
     bounds = [group["trust_bounds"] or resolve(group["rule"]).trust_bounds or (0.0, inf) for group in groups]
+    columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in ("lr", *DEFAULTS)}
     columns["trust_lower"], columns["trust_upper"] = ([pair[i] for pair in bounds] for i in (0, 1))
     columns["max_grad_norm"] = [inf if norm is None else norm for norm in columns["max_grad_norm"]]
+    dtype = accumulation_dtype(xp)
     index = asarray(group_of_layer, like=like, xp=xp)
-
-    def spread(name: str) -> Any:
-        kind = xp.bool if name in _BOOLEANS else dtype
-        column = columns[name]
-        if not all(isinstance(value, Real) for value in column):
-            return xp.take(xp.stack([asarray(value, kind, like=like, xp=xp) for value in column]), index, axis=0)
-        return xp.take(asarray(column, kind, like=like, xp=xp), index, axis=0)
-
-    fields = {name: spread(name) for name in Hyper._fields if name not in ("first", "previous_lr")}
-    fields["first"] = asarray(first, xp.bool, like=like, xp=xp)
-    fields["previous_lr"] = asarray(previous_lr, dtype, like=like, xp=xp)
+    fields = {
+        "first": asarray(first, xp.bool, like=like, xp=xp),
+        "previous_lr": asarray(previous_lr, dtype, like=like, xp=xp),
+    }
+    numbers = [name for name in Hyper._fields if name not in (*fields, *_BOOLEANS)]
+    for names, kind in ((numbers, dtype), (_BOOLEANS, xp.bool)):
+        # One table of all fields: making an array costs the same for one number or a hundred.
+        table = _table([columns[name] for name in names], kind, like, xp)
+        spread = xp.take(table, index, axis=1)
+        fields |= {name: spread[row, :] for row, name in enumerate(names)}
     return Hyper(**fields)
+
+
+def _table(rows: list[list[Any]], dtype: Any, like: Any, xp: Any) -> Any:
+    if all(isinstance(value, Real) for row in rows for value in row):
+        return asarray(rows, dtype, like=like, xp=xp)
+    return xp.stack([xp.stack([asarray(value, dtype, like=like, xp=xp) for value in row]) for row in rows])

@@ -108,7 +108,7 @@ class LARS:
     >>> optimizer = LARS({"w": w, "b": b}, lr=0.1, momentum=0.9, weight_decay=1e-4)
     >>> optimizer.step({"w": np.array([[0.6, 0.8]]), "b": np.ones(1)})
     >>> w
-    array([[2.9997001, 3.9996002]])
+    array([[2.9997, 3.9996]])
     >>> round(optimizer.trust_ratios()["w"], 6)
     0.004998
     """
@@ -227,14 +227,27 @@ class LARS:
         return loss
 
     def norms(self) -> dict[str, Norms]:
-        """Return the norms of parameters (before the step) and gradients of the last step, by name of parameter."""
+        """Return the norms that the last step was taken with; they cost nothing.
+
+        Returns
+        -------
+        dict of str to Norms
+            By name of parameter, of those that had a gradient. Empty before the first step.
+        """
         if self._last is None:
             return {}
         names, step = self._last
         return {name: Norms(float(step.S[i, 0]) ** 0.5, float(step.S[i, 1]) ** 0.5) for i, name in enumerate(names)}
 
     def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios of the last step by name of parameter; 1.0 where a layer was not adapted."""
+        """Return the trust ratios that the last step was taken with; they cost nothing.
+
+        Returns
+        -------
+        dict of str to float
+            By name of parameter, of those that had a gradient; 1.0 where a layer was not adapted. Empty before the
+            first step.
+        """
         if self._last is None:
             return {}
         names, step = self._last

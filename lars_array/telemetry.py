@@ -10,7 +10,15 @@ __all__ = ["Norms", "trust_ratios"]
 
 
 class Norms(NamedTuple):
-    """The norms of a layer at its last step: of its parameters before the step, and of its gradient."""
+    """The norms of a layer at its last step.
+
+    Parameters
+    ----------
+    parameter : float
+        Of its parameters, before the step.
+    gradient : float
+        Of its gradient as it was given.
+    """
 
     parameter: float
     gradient: float

@@ -15,9 +15,8 @@ from lars_array.kernels.scratch import scratch
 from lars_array.kernels.squares import sum_of_squares, sum_of_squares_of
 from lars_array.kernels.threads import run
 
-__all__ = ["NAME", "TAKES", "apply", "sums", "unusable"]
+__all__ = ["TAKES", "apply", "sums", "unusable"]
 
-NAME = "blocked"
 TAKES = "NumPy arrays, in place, in cache-sized blocks"
 
 READ_BLOCK = 1 << 18  # elements of one partial sum
@@ -47,10 +46,9 @@ def sums(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], op
         return sum_of_squares_of(blocks, [w, gamma, h][: len(blocks)], w**2 * p_squares + gamma**2 * g_squares)
 
     def visit(k: int) -> None:
-        with np.errstate(all="ignore"):
-            for blocks in pieces.blocks(k):
-                p_squares, g_squares = sum_of_squares(blocks[0]), sum_of_squares(blocks[1])
-                partial[k] += p_squares, g_squares, third_sum(pieces.layer[k], blocks, p_squares, g_squares)
+        for blocks in pieces.blocks(k):
+            p_squares, g_squares = sum_of_squares(blocks[0]), sum_of_squares(blocks[1])
+            partial[k] += p_squares, g_squares, third_sum(pieces.layer[k], blocks, p_squares, g_squares)
 
     run(visit, pieces.sizes)
     S = np.zeros((len(params), 3))
@@ -68,9 +66,8 @@ def apply(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], C
     rows = C.tolist()
 
     def visit(k: int) -> None:
-        with np.errstate(all="ignore"):
-            for g, p, *v in pieces.blocks(k):
-                _apply(p, g, v[0] if v else None, rows[pieces.layer[k]])
+        for g, p, *v in pieces.blocks(k):
+            _apply(p, g, v[0] if v else None, rows[pieces.layer[k]])
 
     run(visit, pieces.sizes, backwards=True)
 

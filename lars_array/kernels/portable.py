@@ -7,9 +7,8 @@ from typing import Any
 
 from lars_array import core
 
-__all__ = ["NAME", "TAKES", "apply", "sums", "unusable"]
+__all__ = ["TAKES", "apply", "sums", "unusable"]
 
-NAME = "portable"
 TAKES = "writable arrays of any Array API library"
 
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -53,8 +55,9 @@ def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = 
     parts = _split(sizes, thread_count() if sum(sizes) >= WORTH_IT else 1)
 
     def run_part(part: range) -> None:
-        for k in reversed(part) if backwards else part:
-            work(k)
+        with np.errstate(all="ignore"):  # a thread's own; nothing may stop half way
+            for k in reversed(part) if backwards else part:
+                work(k)
 
     others = [_workers().submit(run_part, part) for part in parts[1:]]
     try:
