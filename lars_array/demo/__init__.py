@@ -1,0 +1,91 @@
+"""The claim of the LARS paper, on a small network and real data: ``python -m lars_array demo``.
+
+A perceptron of seven layers learns handwritten digits in a plain NumPy loop, in small and in large batches, with SGD
+and with LARS. The learning rates are chosen on a validation part; what is reported is measured on a test part.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+
+def main(quick: bool, seed: int, out: Path) -> int:
+    """Run the demo.
+
+    Parameters
+    ----------
+    quick : bool
+        Whether to be done in a few seconds, with less to conclude from.
+    seed : int
+        Decides every number; at least 0.
+    out : pathlib.Path
+        The folder for the figure and the numbers. Made if it is not there.
+
+    Returns
+    -------
+    int
+        Exit code: 0, 2 for an argument that will not do, 130 after Ctrl-C.
+    """
+    if seed < 0:
+        return _refuse(f"The seed must be at least 0, got {seed}.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # Better to learn now than after the training that this fails.
+        files = _run(quick, seed)
+        for name, content in files.items():
+            _write(out / name, content)
+            print(f"Written: {out / name}")
+    except OSError as error:
+        return _refuse(f"Cannot write to {out}: {error.strerror}.")
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(quick: bool, seed: int) -> dict[str, bytes]:
+    """Train, print the results, and return the files to write."""
+    # Imported here, not above: the worker processes import this package too, and need neither rich nor Matplotlib.
+    from rich.console import Console
+
+    from lars_array.demo import data, plan, plot, report, summary
+    from lars_array.demo.progress import train_all
+
+    start = perf_counter()
+    console = Console(highlight=False)
+    settings = plan.quick(seed) if quick else plan.Settings(seed)
+    digits = data.load(seed)
+    sizes = ", ".join(map(str, settings.batch_sizes))
+    console.print(f"SGD and LARS on {len(digits.train.y)} handwritten digits, in batches of {sizes}.")
+    tuned, choice, final = train_all(settings, digits, console)
+
+    cells = summary.summarise(settings, choice, final)
+    sentences = {
+        "verdict": summary.verdict(settings, cells),
+        "caveats": summary.caveats(settings, cells),
+    }
+    console.print(report.table(settings, cells))
+    for sentence in sentences["verdict"] + sentences["caveats"]:
+        console.print(sentence)
+
+    png = plot.draw(settings, cells, tuned)
+    numbers = report.to_json(settings, digits, {**tuned, **final}, cells, sentences, perf_counter() - start)
+    return {"demo.png": png, "demo.json": numbers.encode()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that it is at no time half there."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _refuse(reason: str) -> int:
+    print(reason, file=sys.stderr)
+    return 2

@@ -1,0 +1,144 @@
+"""One training run, as a pure function of its description and the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from lars_array import LARS, NonFiniteError, param_groups, warmup_cosine
+from lars_array.demo.data import Digits
+from lars_array.demo.network import WIDTHS, Labels, Params, accuracy, init_params, loss_and_gradients
+
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+WARMUP_SHARE = 0.3
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"adapt": False},
+    "sgd-clip": {"adapt": False, "max_grad_norm": 1.0},
+    "lars": {"trust_coefficient": 0.05},
+}
+"""What sets the optimizers apart. All are `LARS`: not adapted it is SGD, which can clip the norm of all gradients."""
+
+CHANCE = 1 / WIDTHS[-1]
+"""The accuracy of a diverged run: its network is of no more use than a guess."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides the outcome of a run.
+
+    Attributes
+    ----------
+    optimizer : str
+        A key of `OPTIMIZERS`.
+    batch_size : int
+        Rows a step.
+    lr : float
+        Peak learning rate.
+    seed : tuple of int
+        Seed of the initial weights and of the order of the rows.
+    epochs : int
+        Passes over the training part.
+    scored_on : {"validation", "test"}
+        The part that the accuracy is measured on. Learning rates are chosen by runs that are scored on validation.
+    """
+
+    optimizer: str
+    batch_size: int
+    lr: float
+    seed: tuple[int, ...]
+    epochs: int
+    scored_on: Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a run.
+
+    Attributes
+    ----------
+    accuracy : float
+        Share of the part `Run.scored_on` that is classified correctly, 0 to 1; `CHANCE` if the run diverged.
+    diverged : bool
+        Whether a gradient or a parameter stopped being finite.
+    seconds : float
+        Wall time.
+    """
+
+    accuracy: float
+    diverged: bool
+    seconds: float
+
+
+def train(run: Run, digits: Digits, interrupted: Callable[[], bool] = lambda: False) -> Outcome:
+    """Train a network and score it.
+
+    Parameters
+    ----------
+    run : Run
+        What to do.
+    digits : Digits
+        The data.
+    interrupted : callable
+        Asked before every step whether to give up.
+
+    Returns
+    -------
+    Outcome
+        The same for the same `run` and `digits`, but for the seconds.
+
+    Raises
+    ------
+    CancelledError
+        If `interrupted` said so.
+    """
+    start = perf_counter()
+    # Too large learning rates are part of the experiment. Whatever overflows is noticed below, so NumPy need not warn.
+    with np.errstate(all="ignore"):
+        params = fit(run, digits, interrupted)
+        part = digits.validation if run.scored_on == "validation" else digits.test
+        score = CHANCE if params is None else accuracy(params, part.x, part.y)
+    return Outcome(score, params is None, perf_counter() - start)
+
+
+def fit(run: Run, digits: Digits, interrupted: Callable[[], bool]) -> Params | None:
+    """Return the parameters that `run` ends with on the training part, or None if it diverged."""
+    rng = np.random.default_rng(run.seed)
+    params = init_params(rng)
+    schedule = list(batches(rng, len(digits.train.y), run))
+    optimizer = make_optimizer(run, params, steps=len(schedule))
+    for batch in schedule:
+        if interrupted():
+            raise CancelledError
+        _, gradients = loss_and_gradients(params, digits.train.x[batch], digits.train.y[batch])
+        try:
+            optimizer.step(gradients)  # Refuses gradients that are not finite, and leaves the parameters alone.
+        except NonFiniteError:
+            return None
+    # The last step may have gone too far, with no gradient after it to tell.
+    return params if all(np.isfinite(array).all() for array in params.values()) else None
+
+
+def make_optimizer(run: Run, params: Params, steps: int) -> LARS:
+    """Return the optimizer of `run`: linear warm-up, then cosine; biases neither decayed nor adapted."""
+    lr = warmup_cosine(run.lr, total_steps=steps, warmup_steps=round(WARMUP_SHARE * steps))
+    # The options go into the groups, because what a group says about adaptation wins over what `LARS` is told.
+    groups = [{**group, **OPTIMIZERS[run.optimizer]} for group in param_groups(params, weight_decay=WEIGHT_DECAY)]
+    return LARS(groups, lr=lr, momentum=MOMENTUM)
+
+
+def batches(rng: np.random.Generator, rows: int, run: Run) -> Iterator[Labels]:
+    """Yield the rows of every step, shape (batch_size,).
+
+    The shuffled epochs are joined to one stream and that is cut into batches. So every batch is full, and every batch
+    size sees the same examples (but for the last few of the last epoch).
+    """
+    stream = np.concatenate([rng.permutation(rows) for _ in range(run.epochs)])
+    for start in range(0, len(stream) - run.batch_size + 1, run.batch_size):
+        yield stream[start : start + run.batch_size]

@@ -1,0 +1,99 @@
+"""The table on the terminal and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from lars_array._version import __version__
+from lars_array.demo import experiment
+from lars_array.demo.data import Digits
+from lars_array.demo.network import WIDTHS
+from lars_array.demo.plan import METHODS, Outcomes, Settings
+from lars_array.demo.summary import Cells
+
+
+def table(settings: Settings, cells: Cells) -> Table:
+    """Return test accuracies and learning rates, a row a method, a column a batch size."""
+    rows = Table(
+        title=f"Test accuracy in %, mean ± standard deviation over {settings.final_seeds} seeds",
+        caption="below each: the peak learning rate, chosen on validation",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    rows.add_column("batch size", no_wrap=True)
+    for batch_size in settings.batch_sizes:
+        rows.add_column(str(batch_size), justify="right", no_wrap=True)
+    for name, method in METHODS.items():
+        found = [cells[name, batch_size] for batch_size in settings.batch_sizes]
+        style = "bold" if name == "lars" else ""
+        rows.add_row(method.label, *(f"{cell}\n[dim]lr {cell.lr:g}[/dim]" for cell in found), style=style)
+    return rows
+
+
+def to_json(
+    settings: Settings,
+    digits: Digits,
+    outcomes: Outcomes,
+    cells: Cells,
+    sentences: dict[str, list[str]],
+    seconds: float,
+) -> str:
+    """Return all numbers as JSON. Only what is under ``"timings"`` differs between two equal runs.
+
+    Parameters
+    ----------
+    settings : Settings
+        The size of the experiment.
+    digits : Digits
+        The data, of which the sizes are reported.
+    outcomes : mapping of Run to Outcome
+        Of all runs.
+    cells : mapping of (method, batch size) to Cell
+        The summary.
+    sentences : dict of str to list of str
+        Verdict and caveats.
+    seconds : float
+        Wall time of everything.
+    """
+    document: dict[str, Any] = {
+        "config": {
+            **asdict(settings),
+            "widths": WIDTHS,
+            "rows": {part: len(getattr(digits, part).y) for part in ("train", "validation", "test")},
+            "momentum": experiment.MOMENTUM,
+            "weight_decay": experiment.WEIGHT_DECAY,
+            "warmup_share": experiment.WARMUP_SHARE,
+            "optimizers": experiment.OPTIMIZERS,
+            "methods": {name: asdict(method) for name, method in METHODS.items()},
+            "diverged_counts_as": experiment.CHANCE,
+        },
+        "versions": {
+            "lars-array": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("numpy", "scikit-learn")},
+        },
+        "runs": [
+            {**asdict(run), "accuracy": outcome.accuracy, "diverged": outcome.diverged}
+            for run, outcome in outcomes.items()
+        ],
+        "chosen_lrs": _by_method(cells, lambda cell: cell.lr),
+        "summary": _by_method(cells, asdict),
+        **sentences,
+        "timings": {"seconds": seconds, "seconds_of_runs": [outcome.seconds for outcome in outcomes.values()]},
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _by_method(cells: Cells, value: Any) -> dict[str, dict[str, Any]]:
+    """Return ``{method: {batch size: value of the cell}}``."""
+    return {
+        name: {str(batch_size): value(cell) for (of, batch_size), cell in cells.items() if of == name}
+        for name in METHODS
+    }
