@@ -1,0 +1,1 @@
+"""Speed against named peers, in one run. Not part of the package."""
