@@ -65,6 +65,8 @@ def check_gradient(name: str, g: Any, p: Any) -> None:
     """
     if not is_array(g):
         raise TypeError(f"the gradient of {name!r} must be an array; got {g!r}")
+    if isinstance(g, np.ma.MaskedArray):
+        raise TypeError(f"the gradient of {name!r} must be a plain array; got a masked one")
     if type(g) is not type(p) and array_namespace(g) is not array_namespace(p):
         raise TypeError(
             f"the gradient of {name!r} must be an array of {_library(p)}, as the parameter; got {_library(g)}"

@@ -157,9 +157,9 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
     wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
     if v is None:  # as if it were zero, and not stored
         lam, mu = lam + kappa * alpha, mu + kappa * beta
-        return xp.astype(wide_p - (lam * wide_g + mu * wide_p), p.dtype, copy=False), None
+        return xp.asarray(wide_p - (lam * wide_g + mu * wide_p), dtype=p.dtype), None
     new_p, new_v = affine(wide_p, wide_g, v, m, alpha, beta, kappa, lam, mu)
-    return xp.astype(new_p, p.dtype, copy=False), new_v
+    return xp.asarray(new_p, dtype=p.dtype), xp.asarray(new_v, dtype=v.dtype)
 
 
 # ------------------------------------------------------------------------------------------- the stages, put together

@@ -105,9 +105,9 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
     >>> params["w"].round(4)
     array([2.9832, 3.9776])
     """
-    if "lr" not in hyper:
-        raise TypeError("update needs lr")
     layout = read_parameters(params)
+    if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
+        raise TypeError("update needs lr")
     names, arrays = _flat(layout)
     gradients = match_gradients(grads, names)
     layers = [i for i, g in enumerate(gradients) if g is not None]

@@ -99,8 +99,11 @@ def _predicate(option: str, given: Predicate | Iterable[str] | None) -> Predicat
         return given
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {given!r}")
+    patterns = list(given)
+    if not all(isinstance(pattern, str | re.Pattern) for pattern in patterns):
+        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {given!r}")
     try:
-        patterns = [re.compile(pattern) for pattern in given]
+        compiled = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
         raise ValueError(f"{option} must hold regular expressions; {error.pattern!r}: {error}") from None
-    return lambda name, array: any(pattern.search(name) for pattern in patterns)
+    return lambda name, array: any(pattern.search(name) for pattern in compiled)

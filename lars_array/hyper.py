@@ -96,7 +96,8 @@ def check(group: Mapping[str, Any]) -> None:
     ):
         if not 0 <= known.get(name, 0) < inf:
             raise ValueError(f"Invalid {label}: {group[name]}")
-    damped = known.get("dampening", 0) != 0 and not resolve(group["rule"]).damped_nesterov
+    rule = resolve(group["rule"])
+    damped = known.get("dampening", 0) != 0 and not rule.damped_nesterov
     if group["nesterov"] is True and (known.get("momentum", 1) <= 0 or damped):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
@@ -153,6 +154,8 @@ def complete(group: Mapping[str, Any]) -> dict[str, Any]:
     unknown = group.keys() - DEFAULTS.keys() - {"lr"}
     if unknown:
         raise ValueError(f"unknown hyper-parameter {min(unknown)!r}; known are lr, {', '.join(DEFAULTS)}")
+    if "lr" not in group:
+        raise ValueError("a parameter group must have the key 'lr'")
     return {"lr": group["lr"], **DEFAULTS, **group}
 
 
@@ -221,7 +224,7 @@ def vectors(
     index = asarray(group_of_layer, like=like, xp=xp)
     fields = {
         "first": asarray(first, xp.bool, like=like, xp=xp),
-        "previous_lr": asarray(previous_lr, dtype, like=like, xp=xp),
+        "previous_lr": _vector(previous_lr, dtype, like, xp),
     }
     numbers = [name for name in Hyper._fields if name not in (*fields, *_BOOLEANS)]
     for names, kind in ((numbers, dtype), (_BOOLEANS, xp.bool)):
@@ -230,6 +233,14 @@ def vectors(
         spread = xp.take(table, index, axis=1)
         fields |= {name: spread[row, :] for row, name in enumerate(names)}
     return Hyper(**fields)
+
+
+def _vector(values: Any, dtype: Any, like: Any, xp: Any) -> Any:
+    return (
+        _table([values], dtype, like, xp)[0, :]
+        if isinstance(values, list)
+        else asarray(values, dtype, like=like, xp=xp)
+    )
 
 
 def _table(rows: list[list[Any]], dtype: Any, like: Any, xp: Any) -> Any:

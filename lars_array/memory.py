@@ -41,8 +41,10 @@ def check_writable(name: str, p: Any) -> None:
         raise TypeError(
             f"parameter {name!r} must be writable; {kind} is not, use lars_array.init and lars_array.update"
         )
-    if is_numpy_array(p) and _overlaps_itself(p):
-        raise ValueError(f"parameter {name!r} must not overlap itself; got strides {p.strides!r} for shape {p.shape!r}")
+    view = _host_view(p)
+    if view is not None and _overlaps_itself(view):
+        strides = f"{view.strides!r} for shape {view.shape!r}"
+        raise ValueError(f"parameter {name!r} must not overlap itself; got strides {strides}")
 
 
 def _overlaps_itself(p: Any) -> bool:
@@ -73,12 +75,13 @@ class Spans:
     """
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
-        seen: dict[int, str] = {}
+        self._ids: dict[int, str] = {}
         spans = []
         for name, array in arrays.items():
-            if id(array) in seen:
-                raise ValueError(f"every parameter must be given once; {name} and {seen[id(array)]} are the same array")
-            seen[id(array)] = name
+            if id(array) in self._ids:
+                twice = f"{name} and {self._ids[id(array)]}"
+                raise ValueError(f"every parameter must be given once; {twice} are the same array")
+            self._ids[id(array)] = name
             view = _host_view(array)
             if view is not None and view.size:
                 spans.append((*_bounds(view), name, view))
@@ -93,9 +96,12 @@ class Spans:
 
     def owner(self, array: Any) -> str | None:
         """Return the name of an array that shares memory with `array`, or None."""
-        if not isinstance(array, np.ndarray) or not array.size:
+        if id(array) in self._ids:
+            return self._ids[id(array)]
+        view = _host_view(array)
+        if view is None or not view.size:
             return None
-        return self._find(array, bisect_left(self._lows, _bounds(array)[1]))
+        return self._find(view, bisect_left(self._lows, _bounds(view)[1]))
 
     def _find(self, view: Any, before: int) -> str | None:
         """Look through the spans that begin before the given one and reach as far as `view`."""

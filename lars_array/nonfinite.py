@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from array_api_compat import size
+
 from lars_array.arrays import asarray
 from lars_array.dtypes import real_dtype
 
@@ -85,7 +87,7 @@ def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:
         count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
         if count:
             raise NonFiniteError(
-                f"the {what} of {name!r} has {count} non-finite entries of {x.size}; nothing was changed"
+                f"the {what} of {name!r} has {count} non-finite entries of {size(x)}; nothing was changed"
             )
     raise NonFiniteError(
         f"the update of {name!r} overflows {p.dtype!r} or the float64 of its norms; nothing was changed"

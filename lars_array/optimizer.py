@@ -10,7 +10,8 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
-from lars_array.arrays import check_buffer, check_gradient
+from lars_array.arrays import check_gradient
+from lars_array.checkpoint import read_checkpoint
 from lars_array.core import Plan, plan
 from lars_array.dtypes import compute_dtype
 from lars_array.hyper import DEFAULTS, at_step, complete, needs_buffer
@@ -28,6 +29,9 @@ class _Required:
 
     def __repr__(self) -> str:
         return "<required parameter>"
+
+    def __reduce__(self) -> str:
+        return "required"  # copies and pickles are the one there is
 
 
 required = _Required()
@@ -216,7 +220,10 @@ class LARS:
             loss, grads = _loss_and_gradients(closure())
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
-        gradients = match_gradients(grads, self._names)
+        # A torch gradient may come with a graph, which must not reach into the parameters.
+        gradients = [
+            g.detach() if getattr(g, "requires_grad", False) else g for g in match_gradients(grads, self._names)
+        ]
         layers = [i for i, g in enumerate(gradients) if g is not None]
         self._check_gradients(layers, gradients)
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
@@ -267,7 +274,7 @@ class LARS:
         for name, v, previous_lr in zip(self._names, self._buffers, self._previous_lr, strict=True):
             buffer = {} if v is None else {"momentum_buffer": array_namespace(v).asarray(v, copy=True)}
             state[name] = {"previous_lr": previous_lr, **buffer}
-        groups = [_options(group) | {"names": list(group["names"])} for group in self.param_groups]
+        groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -283,26 +290,11 @@ class LARS:
         ValueError, TypeError
             If it does not fit these parameters; then nothing was changed.
         """
-        missing = {"steps", "skipped_steps", "param_groups", "state"} - state_dict.keys()
-        if missing:
-            raise ValueError(f"state_dict must hold the key {min(missing)!r}; got {list(state_dict)!r}")
-        names = [list(group["names"]) for group in self.param_groups]
-        loaded = [list(group["names"]) for group in state_dict["param_groups"]]
-        if loaded != names:
-            raise ValueError(f"state_dict must be of parameters named {names!r}, by group; got {loaded!r}")
-        groups = [complete(_options(group)) for group in state_dict["param_groups"]]
-        for options in groups:
-            _at_step(options, state_dict["steps"])
-        buffers, previous_lr = [], []
-        for name, p in zip(self._names, self._params, strict=True):
-            state = state_dict["state"].get(name, {})
-            buffers.append(_loaded_buffer(name, state.get("momentum_buffer"), p))
-            previous_lr.append(float(state.get("previous_lr", 0.0)))
-
-        self.steps, self.skipped_steps = int(state_dict["steps"]), int(state_dict["skipped_steps"])
-        for group, options in zip(self.param_groups, groups, strict=True):
-            group.update(copy.copy(options))
-        self._buffers, self._previous_lr, self._spans = buffers, previous_lr, None
+        read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._params)
+        self.steps, self.skipped_steps = read.steps, read.skipped_steps
+        for group, options in zip(self.param_groups, read.groups, strict=True):
+            group.update(options)
+        self._buffers, self._previous_lr, self._spans = read.buffers, read.previous_lr, None
 
     def __repr__(self) -> str:
         lines = []
@@ -359,6 +351,8 @@ class LARS:
             self._spans = Spans(written)
         for i in layers:
             check_gradient(self._names[i], gradients[i], self._params[i])
+            if isinstance(self._params[i], np.ndarray) and not self._params[i].flags.writeable:
+                check_writable(self._names[i], self._params[i])
             owner = self._spans.owner(gradients[i])
             if owner is not None:
                 raise ValueError(f"the gradient of {self._names[i]!r} must not share memory with {owner}")
@@ -407,8 +401,10 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _at_step(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Return `hyper.at_step` with numbers for arrays of shape ()."""
-    numbers = {key: value.item() if getattr(value, "shape", None) == () else value for key, value in options.items()}
-    return at_step(numbers, step)
+    group = dict(options)
+    if callable(group.get("lr")):
+        group["lr"] = group["lr"](step)
+    return at_step({key: x.item() if getattr(x, "shape", None) == () else x for key, x in group.items()}, step)
 
 
 def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:
@@ -424,13 +420,3 @@ def _check_same_place(p: Any, other: Any, name: str, other_name: str) -> None:
     if device(p) != device(other):
         places = f"{device(p)!r} and {device(other)!r}"
         raise ValueError(f"parameters must lie on one device; {name!r} and {other_name!r} lie on {places}")
-
-
-def _loaded_buffer(name: str, buffer: Any, p: Any) -> Any:
-    if buffer is None:
-        return None
-    check_buffer(name, buffer, p)
-    xp = array_namespace(p)
-    mine = xp.zeros_like(p, dtype=compute_dtype(p, xp))
-    mine[...] = buffer
-    return mine

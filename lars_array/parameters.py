@@ -10,6 +10,12 @@ from lars_array.arrays import check_parameter, is_array
 __all__ = ["Group", "Layout", "match_gradients", "read_parameters"]
 
 
+class Position(str):
+    """The name of a parameter that has none: its position among all. It keeps it through `param_groups`."""
+
+    __slots__ = ()
+
+
 class Group(NamedTuple):
     """A parameter group as it was given: `names` and `arrays` of its parameters, and its own hyper-parameters."""
 
@@ -64,7 +70,7 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     for group in params if grouped else [{"params": params}]:
         if "params" not in group:
             raise ValueError(f"a parameter group must have the key 'params'; got the keys {list(group)!r}")
-        names, arrays, form = _read_arrays(group["params"], start)
+        names, arrays, form = _read_arrays(group["params"], start, group.get("names"))
         overrides = {key: value for key, value in group.items() if key not in ("params", "names")}
         groups.append(Group(names, arrays, overrides, form))
         start += len(names)
@@ -108,9 +114,9 @@ def match_gradients(grads: Any, names: Sequence[str]) -> list[Any]:
         if not grads or not all(_is_pair(item) for item in grads):
             if len(grads) != len(names):
                 raise ValueError(f"grads must hold one entry for each of the {len(names)} parameters; got {len(grads)}")
-            # Parameters named by position may stand in another order, after `param_groups` say: gradients don't.
-            by_position = set(names) == {str(i) for i in range(len(names))}
-            return [grads[int(name)] for name in names] if by_position else grads
+            # Parameters without a name may stand in another order, after `param_groups` say: gradients don't.
+            places = [int(name) if isinstance(name, Position) else i for i, name in enumerate(names)]
+            return [grads[place] for place in places] if set(places) == set(range(len(names))) else grads
         if len({name for name, _ in grads}) < len(grads):
             raise ValueError(f"grads must hold each name once; got {[name for name, _ in grads]!r}")
         grads = dict(grads)
@@ -136,15 +142,18 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
 
 
-def _read_arrays(params: Any, start: int) -> tuple[list[str], list[Any], str]:
+def _read_arrays(params: Any, start: int, names: Any) -> tuple[list[str], list[Any], str]:
     """Return names, arrays and form of what stands under "params"."""
     if isinstance(params, Mapping):
         pairs, form = list(params.items()), "mapping"
     else:
         pairs, form = _listed(params), "pairs"
         if not pairs or not all(_is_pair(item) for item in pairs):
-            pairs = [(str(start + i), p) for i, p in enumerate(pairs)]
             form = "tuple" if isinstance(params, tuple) else "list"
+            names = [Position(start + i) for i in range(len(pairs))] if names is None else list(names)
+            if len(names) != len(pairs):
+                raise ValueError(f"names must hold one entry for each of {len(pairs)} parameters; got {names!r}")
+            pairs = list(zip(names, pairs, strict=True))
     for name, p in pairs:
         if not isinstance(name, str):
             raise TypeError(f"names of parameters must be strings; got {name!r}")

@@ -65,10 +65,11 @@ def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFun
     """
 
     def decorate(function: RuleFunction) -> RuleFunction:
+        rule = resolve(Rule(function, **properties))
         for name in names:
             if name in RULES:
                 raise ValueError(f"rule names must be new; {name!r} is taken")
-            RULES[name] = Rule(function, **properties)
+        RULES.update(dict.fromkeys(names, rule))
         return function
 
     return decorate
@@ -92,11 +93,13 @@ def resolve(rule: Any) -> Rule:
     Raises
     ------
     ValueError
-        For an unknown name.
+        For an unknown name, or a `Rule` with an unknown `norm_of`.
     TypeError
         For anything else.
     """
     if isinstance(rule, Rule):
+        if rule.norm_of not in NORM_OF:
+            raise ValueError(f"norm_of must be one of {', '.join(map(repr, NORM_OF))}; got {rule.norm_of!r}")
         return rule
     if isinstance(rule, str):
         if rule not in RULES:
@@ -131,16 +134,16 @@ def evaluate(rules: Sequence[Rule], S: Any, hyper: Any, xp: Any) -> Any:
     ValueError
         If a rule returns an array of another shape.
     """
-    layers_of: dict[Rule, list[int]] = {}
+    layers_of: dict[int, list[int]] = {}
     for layer, rule in enumerate(rules):
-        layers_of.setdefault(rule, []).append(layer)
+        layers_of.setdefault(id(rule), []).append(layer)
     if len(layers_of) == 1:
         return _evaluate_one(rules[0], S, hyper, xp)
     rows = []
-    for rule, layers in layers_of.items():
+    for layers in layers_of.values():
         index = asarray(layers, like=S, xp=xp)
         own = type(hyper)(*(xp.take(field, index, axis=0) for field in hyper))
-        rows.append(_evaluate_one(rule, xp.take(S, index, axis=0), own, xp))
+        rows.append(_evaluate_one(rules[layers[0]], xp.take(S, index, axis=0), own, xp))
     place = {layer: row for row, layer in enumerate(layer for layers in layers_of.values() for layer in layers)}
     order = asarray([place[layer] for layer in range(len(rules))], like=S, xp=xp)
     return xp.take(xp.concat(rows, axis=0), order, axis=0)

@@ -41,8 +41,10 @@ def trust_ratios(step: Plan, *, xp: Any) -> Any:
     array of shape (layers,)
         1 where a layer was not adapted.
     """
-    # A warm-up may start at lr = 0 and a buffer be damped to nothing: there is a ratio all the same.
-    hyper = step.hyper._replace(lr=xp.where(step.hyper.lr == 0, 1.0, step.hyper.lr), dampening=0 * step.hyper.dampening)
+    # A warm-up may start at lr = 0 and a buffer be damped to nothing: there is a ratio all the same, the limit.
+    lr = step.hyper.lr
+    lr = xp.where(lr == 0, float(xp.finfo(lr.dtype).smallest_normal) ** 0.5, lr)
+    hyper = step.hyper._replace(lr=lr, dampening=0 * step.hyper.dampening)
     S = xp.stack([step.S[:, 0], step.gamma**2 * step.S[:, 1], step.S[:, 2]], axis=1)
     C = coefficients(S, hyper, step.rules, xp.ones_like(step.gamma), xp=xp)
     alpha, kappa, lam = C[:, 1], C[:, 3], C[:, 4]

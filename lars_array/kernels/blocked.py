@@ -73,12 +73,17 @@ def apply(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], C
 
 
 def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
-    """`core.affine`, an operation at a time, each into memory that is there; terms that are zero are left out."""
+    """`core.affine`, an operation at a time, each into memory that is there.
+
+    Terms of weight zero are left out, but once the gradient always goes in: a nan in it is not to be lost.
+    """
     m, alpha, beta, kappa, lam, mu = (p.dtype.type(x) for x in c)
     total, part = scratch(p.size, p.dtype, 0), scratch(p.size, p.dtype, 1)
     if v is not None:
         np.multiply(v, m, out=v)
-        _add(v, part, (alpha, g), (beta, p))
+        np.multiply(g, alpha, out=part)
+        np.add(v, part, out=v)
+        _add(v, part, (beta, p))
         np.multiply(v, kappa, out=total)
     else:
         lam, mu = lam + kappa * alpha, mu + kappa * beta

@@ -73,7 +73,7 @@ def sum_of_squares_of(terms: list[Any], weights: list[float], squares: float) ->
         np.multiply(term, kind.type(weight), out=part)
         total += part
     result = sum_of_squares(total)
-    if kind == np.float32 and not LEFT * squares <= result:
+    if kind == np.float32 and not max(LEFT * squares, LEAST) <= result < np.inf:
         return _sum_wide(terms, weights)
     return result
 
