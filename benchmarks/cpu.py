@@ -34,7 +34,6 @@ def measure(rounds: int) -> dict[str, Any]:
     import torch
 
     contestants = {REFERENCE: _torch_optimizer(), "lars_array, blocked NumPy kernel": _lars_array("blocked")}
-    contestants["lars_array, portable kernel on NumPy"] = _lars_array("portable")
     return {
         "case": "ResNet-50, 161 arrays, 25,557,032 float32 parameters, one step",
         "processor": _processor(),

@@ -286,8 +286,8 @@ def lars_step(
     previous_lr : float or 0-d array, optional
         Learning rate of the step before, which rules with momentum correction need. None: no change.
     nonfinite : {"propagate", "skip", "raise"}
-        What becomes of non-finite sums: they go through; p and v are returned as they were; or ValueError, which
-        reads a value and so cannot be traced.
+        What becomes of non-finite sums: they go through; p and v are returned as they were (v None: as zeros); or
+        `NonFiniteError`, which reads a value and so cannot be traced.
     **options
         The other options of `LARS`: rule, trust_clip, trust_bounds, always_adapt, adapt, maximize, rescale_grad,
         max_grad_norm.

@@ -109,12 +109,12 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
     if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
         raise TypeError("update needs lr")
     names, arrays = _flat(layout)
-    gradients = match_gradients(grads, names)
+    gradients = [np.asarray(g) if isinstance(g, np.generic) else g for g in match_gradients(grads, names)]
     layers = [i for i, g in enumerate(gradients) if g is not None]
     for i in layers:
         check_gradient(names[i], gradients[i], arrays[i])
     _check_state(state, names, arrays)
-    given = hyper | {"nonfinite": nonfinite or "raise"}
+    given = hyper | {"nonfinite": "raise" if nonfinite is None else nonfinite}
     groups = [at_step(given | group.overrides, state.step) for group in layout.groups]
     if not layers:
         return params, state._replace(step=state.step + 1)
@@ -197,5 +197,9 @@ def _check_state(state: Any, names: list[str], arrays: list[Any]) -> None:
         raise TypeError(f"state must be what init or update returned; got {type(state).__name__}")
     if set(state.momentum_buffers) != set(names):
         raise ValueError(f"state must be of parameters named {names!r}; got {list(state.momentum_buffers)!r}")
+    for field in ("first", "previous_lr"):
+        if tuple(getattr(state, field).shape) != (len(names),):
+            shapes = f"({len(names)},); got {tuple(getattr(state, field).shape)!r}"
+            raise ValueError(f"{field} of state must have the shape {shapes}")
     for name, p in zip(names, arrays, strict=True):
         check_buffer(name, state.momentum_buffers[name], p)

@@ -7,6 +7,9 @@ from math import inf, isfinite, isnan
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
+from array_api_compat import is_jax_array
+
 from lars_array.arrays import asarray
 from lars_array.dtypes import accumulation_dtype
 from lars_array.registry import resolve
@@ -67,7 +70,7 @@ class Hyper(NamedTuple):
 def check(group: Mapping[str, Any]) -> None:
     """Refuse hyper-parameters that no step should be taken with.
 
-    Values that are arrays (traced by ``jax.jit``, say) are let through: what they hold cannot be asked.
+    What a traced array will hold, or without waiting one on a GPU does, can't be asked: these are let through.
 
     Parameters
     ----------
@@ -87,7 +90,9 @@ def check(group: Mapping[str, Any]) -> None:
         numbers["max_grad_norm"] = group["max_grad_norm"]
     for name, value in numbers.items():
         _check_number(name, value)
-    known = {name: float(value) for name, value in numbers.items() if isinstance(value, Real)}
+    known = {
+        name: value for name, value in ((name, _known(value)) for name, value in numbers.items()) if value is not None
+    }
 
     for name, label in (
         ("lr", "learning rate"),
@@ -98,7 +103,7 @@ def check(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {label}: {group[name]}")
     rule = resolve(group["rule"])
     damped = known.get("dampening", 0) != 0 and not rule.damped_nesterov
-    if group["nesterov"] is True and (known.get("momentum", 1) <= 0 or damped):
+    if group["nesterov"] and (known.get("momentum", 1) <= 0 or damped):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     for name in ("trust_coefficient", "eps"):
@@ -111,11 +116,22 @@ def check(group: Mapping[str, Any]) -> None:
     if not known.get("max_grad_norm", 1) > 0:
         raise ValueError(f"max_grad_norm must be above 0, or None; got {group['max_grad_norm']!r}")
     for name in _BOOLEANS:
-        if not isinstance(group[name], bool):
+        if not isinstance(group[name], bool | np.bool_):
             raise TypeError(f"{name} must be True or False; got {group[name]!r}")
     if group["nonfinite"] not in NONFINITE:
         raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}; got {group['nonfinite']!r}")
     _check_bounds(group["trust_bounds"])
+
+
+def _known(value: Any) -> float | None:
+    if not (isinstance(value, Real | np.ndarray) or is_jax_array(value)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return inf
+    except TypeError:  # traced
+        return None
 
 
 def _check_number(name: str, value: Any) -> None:

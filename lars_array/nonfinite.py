@@ -34,8 +34,9 @@ def finite(S: Any, C: Any, params: Sequence[Any], *, xp: Any) -> Any:
     bool array of shape (layers,)
         False where the layer's update would not be finite.
     """
-    largest = [float(xp.finfo(real_dtype(p, xp)).max) for p in params]
-    limit = asarray(largest, C.dtype, like=C, xp=xp)
+    types = [real_dtype(p, xp) for p in params]
+    largest = {kind: float(xp.finfo(kind).max) for kind in set(types)}
+    limit = asarray([largest[kind] for kind in types], C.dtype, like=C, xp=xp)
     return xp.all(xp.isfinite(S), axis=1) & xp.all(xp.abs(C) <= limit[:, None], axis=1)
 
 

@@ -84,10 +84,18 @@ class LARS:
     max_grad_norm : float, optional
         :math:`g \leftarrow g \min(1, \text{max\_grad\_norm} / \|g\|)`, the norm being that of all gradients together.
     nonfinite : {"raise", "skip", "propagate"}
-        What is done about a layer whose update would not be finite: `NonFiniteError`, naming it, and nothing is
-        changed; nothing is changed and `skipped_steps` counts it; or nothing at all.
+        What is done about a layer whose parameters, gradient or coefficients are not finite: `NonFiniteError`, naming
+        it, and nothing is changed; nothing is changed and `skipped_steps` counts it; or nothing at all. Momentum
+        buffers are not looked at.
     kernel : str, optional
         "blocked" (NumPy) or "portable"; by default the fastest that takes the parameters.
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        Hyper-parameters of each group, to be read and, between steps, changed; its "params" and "names" only read.
+    steps, skipped_steps : int
+        How many steps were taken, and skipped.
 
     Raises
     ------
@@ -220,10 +228,7 @@ class LARS:
             loss, grads = _loss_and_gradients(closure())
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
-        # A torch gradient may come with a graph, which must not reach into the parameters.
-        gradients = [
-            g.detach() if getattr(g, "requires_grad", False) else g for g in match_gradients(grads, self._names)
-        ]
+        gradients = [_as_array(g) for g in match_gradients(grads, self._names)]
         layers = [i for i, g in enumerate(gradients) if g is not None]
         self._check_gradients(layers, gradients)
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
@@ -405,6 +410,13 @@ def _at_step(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     if callable(group.get("lr")):
         group["lr"] = group["lr"](step)
     return at_step({key: x.item() if getattr(x, "shape", None) == () else x for key, x in group.items()}, step)
+
+
+def _as_array(g: Any) -> Any:
+    """Return a gradient without what must not reach into parameters or kernels: torch's graph, NumPy's scalars."""
+    if isinstance(g, np.generic):
+        return np.asarray(g)
+    return g.detach() if getattr(g, "requires_grad", False) else g
 
 
 def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:

@@ -19,8 +19,8 @@ __all__ = ["TAKES", "apply", "sums", "unusable"]
 
 TAKES = "NumPy arrays, in place, in cache-sized blocks"
 
-READ_BLOCK = 1 << 18  # elements of one partial sum
-WRITE_BLOCK = 1 << 16  # elements: p, g, v and scratch stay in a core's cache, and calls are few
+READ_BLOCK = 1 << 20  # elements of one partial sum
+WRITE_BLOCK = 1 << 18  # elements: what threads lose by waiting for the interpreter outweighs what smaller blocks gain
 
 
 def unusable(params: Sequence[Any]) -> str | None:
@@ -77,24 +77,24 @@ def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
 
     Terms of weight zero are left out, but once the gradient always goes in: a nan in it is not to be lost.
     """
-    m, alpha, beta, kappa, lam, mu = (p.dtype.type(x) for x in c)
-    total, part = scratch(p.size, p.dtype, 0), scratch(p.size, p.dtype, 1)
+    m, alpha, beta, kappa, lam, mu = map(p.dtype.type, c)
+    total = scratch(p.size, p.dtype, 0)
     if v is not None:
         np.multiply(v, m, out=v)
-        np.multiply(g, alpha, out=part)
-        np.add(v, part, out=v)
-        _add(v, part, (beta, p))
+        _add(v, total, alpha, g)
+        if beta:
+            _add(v, total, beta, p)
         np.multiply(v, kappa, out=total)
     else:
         lam, mu = lam + kappa * alpha, mu + kappa * beta
         np.multiply(g, lam, out=total)
         lam = 0
-    _add(total, part, (lam, g), (mu, p))
+    for weight, x in ((lam, g), (mu, p)):
+        if weight:
+            _add(total, scratch(p.size, p.dtype, 1), weight, x)
     np.subtract(p, total, out=p)
 
 
-def _add(total: Any, part: Any, *terms: tuple[Any, Any]) -> None:
-    for weight, x in terms:
-        if weight:
-            np.multiply(x, weight, out=part)
-            np.add(total, part, out=total)
+def _add(total: Any, part: Any, weight: Any, x: Any) -> None:
+    np.multiply(x, weight, out=part)
+    np.add(total, part, out=total)

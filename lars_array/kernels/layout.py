@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,12 @@ import numpy as np
 from lars_array.dtypes import compute_dtype, real_dtype
 
 __all__ = ["Pieces", "flat_views"]
+
+# The types that are computed on as they are, in the machine's byte order, and those of their real numbers.
+_REAL_OF = {np.dtype(kind): kind(0).real.dtype for kind in (np.float64, np.float32, np.complex128, np.complex64)}
+
+
+BUFFER = 1 << 16  # elements; what is copied anyway is copied in blocks that stay in a core's cache
 
 
 class Pieces:
@@ -22,7 +28,7 @@ class Pieces:
     reads_only : int, optional
         Which array of a layer is only read from; None: all are.
     block : int
-        Elements a block holds at most.
+        Elements a piece holds at most.
 
     Attributes
     ----------
@@ -47,13 +53,12 @@ class Pieces:
                 self._start.append(start)
                 self.sizes.append(min(step, size - start))
 
-    def blocks(self, k: int) -> Iterator[list[Any]]:
-        """Yield the arrays of piece `k` in blocks: one-dimensional, real, contiguous, of the type computed in."""
+    def blocks(self, k: int) -> Iterable[list[Any]]:
+        """Return the arrays of piece `k` in blocks: one-dimensional, real, contiguous, of the type computed in."""
         views, start = self.views[self.layer[k]], self._start[k]
         if views is None:
-            yield from self._copied_blocks(self.layers[self.layer[k]])
-        else:
-            yield [view[start : start + self.block] for view in views]
+            return self._copied_blocks(self.layers[self.layer[k]])
+        return ([view[start : start + self.block] for view in views],)
 
     def _copied_blocks(self, arrays: Sequence[Any]) -> Iterator[list[Any]]:
         """Any strides, any type: what is written to a block is cast and stored when the next one is asked for."""
@@ -62,7 +67,7 @@ class Pieces:
         access: Any = [read if self.reads_only in (None, i) else write for i in range(len(arrays))]
         types = [kind] * len(arrays)
         with np.nditer(
-            arrays, ["buffered", "external_loop"], access, types, "K", "same_kind", buffersize=self.block
+            arrays, ["buffered", "external_loop"], access, types, "K", "same_kind", buffersize=BUFFER
         ) as iterator:
             for blocks in iterator:
                 yield [x.view(real) for x in blocks]
@@ -81,13 +86,14 @@ def flat_views(arrays: Sequence[Any]) -> list[Any] | None:
     list of ndarray, or None
         Views of shape (size,), of complex arrays (2 size,). None also for types that are not computed on as they are.
     """
-    kind = compute_dtype(arrays[0], np)
-    if not all(a.dtype == kind and a.dtype.isnative and a.flags.aligned for a in arrays):
+    kind = arrays[0].dtype
+    real = _REAL_OF.get(kind)
+    if real is None or any(a.dtype != kind or not a.flags.aligned for a in arrays):
         return None
-    if not all(a.flags.c_contiguous for a in arrays):
+    if any(not a.flags.c_contiguous for a in arrays):
         axes = sorted(range(arrays[0].ndim), key=arrays[0].strides.__getitem__, reverse=True)
         arrays = [a.transpose(axes) for a in arrays]
-        if not all(a.flags.c_contiguous for a in arrays):
+        if any(not a.flags.c_contiguous for a in arrays):
             return None
-    real = real_dtype(arrays[0], np)
-    return [a.reshape(-1).view(real) for a in arrays]
+    flat = [a.reshape(-1) for a in arrays]
+    return flat if real == kind else [a.view(real) for a in flat]

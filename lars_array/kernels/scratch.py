@@ -9,7 +9,13 @@ import numpy as np
 
 __all__ = ["scratch"]
 
-_local = threading.local()
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[Any, int], Any] = {}
+
+
+_kept = _Kept()
 
 
 def scratch(size: int, dtype: Any, slot: int) -> Any:
@@ -29,8 +35,7 @@ def scratch(size: int, dtype: Any, slot: int) -> Any:
     ndarray of shape (size,)
         The array.
     """
-    key = f"{np.dtype(dtype).char}{slot}"
-    kept = _local.__dict__.get(key)
+    kept = _kept.arrays.get((dtype, slot))
     if kept is None or kept.size < size:
-        kept = _local.__dict__[key] = np.empty(size, dtype)
+        kept = _kept.arrays[dtype, slot] = np.empty(size, dtype)
     return kept[:size]
