@@ -66,10 +66,10 @@ def sums(
         d_parts = g_parts
         if operand is not None:
             gamma, w, h = operand
-            d_parts = [gamma[i] * g_part + w[i] * p_part for g_part, p_part in zip(g_parts, p_parts, strict=True)]
+            d_parts = [gamma[i] * g_part + w[i] * p_part for g_part, p_part in zip(g_parts, p_parts)]
             if h is not None and v is not None:
                 v_parts = real_parts(v, wide, xp)
-                d_parts = [d_part + h[i] * v_part for d_part, v_part in zip(d_parts, v_parts, strict=True)]
+                d_parts = [d_part + h[i] * v_part for d_part, v_part in zip(d_parts, v_parts)]
         rows.append(xp.stack([sum(xp.sum(part * part) for part in parts) for parts in (p_parts, g_parts, d_parts)]))
     return xp.stack(rows)
 

@@ -276,7 +276,7 @@ class LARS:
             "state", by name "previous_lr" and, where there is one, "momentum_buffer".
         """
         state: dict[str, dict[str, Any]] = {}
-        for name, v, previous_lr in zip(self._names, self._buffers, self._previous_lr, strict=True):
+        for name, v, previous_lr in zip(self._names, self._buffers, self._previous_lr):
             buffer = {} if v is None else {"momentum_buffer": array_namespace(v).asarray(v, copy=True)}
             state[name] = {"previous_lr": previous_lr, **buffer}
         groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
@@ -297,7 +297,7 @@ class LARS:
         """
         read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._params)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
-        for group, options in zip(self.param_groups, read.groups, strict=True):
+        for group, options in zip(self.param_groups, read.groups):
             group.update(options)
         self._buffers, self._previous_lr, self._spans = read.buffers, read.previous_lr, None
 
@@ -335,10 +335,10 @@ class LARS:
         repeated = set(self._names) & set(names[len(self._names) :])
         if repeated:
             raise ValueError(f"names of parameters must differ; got {min(repeated)!r} twice")
-        for name, p in zip(names, arrays, strict=True):
+        for name, p in zip(names, arrays):
             check_writable(name, p)
             _check_same_place(p, arrays[0], name, names[0])
-        Spans({f"parameter {name!r}": p for name, p in zip(names, arrays, strict=True)})
+        Spans({f"parameter {name!r}": p for name, p in zip(names, arrays)})
         self._kernel = kernels.pick(arrays, self._kernel_name)
 
         added = len(names) - len(self._names)
@@ -350,8 +350,8 @@ class LARS:
 
     def _check_gradients(self, layers: list[int], gradients: list[Any]) -> None:
         if self._spans is None:
-            written = {f"parameter {name!r}": p for name, p in zip(self._names, self._params, strict=True)}
-            buffers = zip(self._names, self._buffers, strict=True)
+            written = {f"parameter {name!r}": p for name, p in zip(self._names, self._params)}
+            buffers = zip(self._names, self._buffers)
             written |= {f"the momentum buffer of {name!r}": v for name, v in buffers if v is not None}
             self._spans = Spans(written)
         for i in layers:
@@ -373,7 +373,7 @@ class LARS:
         first = [self._buffers[i] is None for i in layers]
         buffers = [
             None if not keeps[k] else xp.zeros_like(p, dtype=compute_dtype(p, xp)) if new else self._buffers[i]
-            for i, k, p, new in zip(layers, group_of, params, first, strict=True)
+            for i, k, p, new in zip(layers, group_of, params, first)
         ]
         previous_lr = [self._previous_lr[i] for i in layers]
 
@@ -390,11 +390,11 @@ class LARS:
             if offenders:
                 return False
 
-            for i, v, new in zip(layers, buffers, first, strict=True):
+            for i, v, new in zip(layers, buffers, first):
                 if new and v is not None:
                     self._buffers[i], self._spans = v, None
             self._kernel.apply(params, grads, buffers, step.C, xp)
-        for i, k in zip(layers, group_of, strict=True):
+        for i, k in zip(layers, group_of):
             self._previous_lr[i] = groups[k]["lr"]
         self._last = names, step
         return True
