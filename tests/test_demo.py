@@ -1,5 +1,6 @@
 """The demo: its network, its data, its runs, and `main` from end to end."""
 
+import functools
 import json
 import os
 import signal
@@ -290,19 +291,24 @@ def ends(group: int) -> bool:
 )
 def test_ctrl_c_leaves_cleanly(tmp_path, send, delay):
     command = [sys.executable, "-m", "lars_array", "demo", "--out", str(tmp_path)]
-    demo = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
-    try:
-        assert wait_until(lambda: len(processes_in_group(demo.pid)) >= 3, seconds=60)  # Itself, the tracker, a worker.
-        time.sleep(delay)
-        send(demo.pid, signal.SIGINT)
-        _, errors = demo.communicate(timeout=10)
-        assert demo.returncode == 130
-        assert errors == "Interrupted.\n"
-        assert list(tmp_path.iterdir()) == []
-        assert ends(demo.pid)
-    finally:
-        if demo.poll() is None:
-            os.killpg(demo.pid, signal.SIGKILL)
+    # A shell has what it runs in the background ignore Ctrl-C, and this inherits it.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        command, stdout=-1, stderr=-1, text=True, start_new_session=True, preexec_fn=listening
+    ) as demo:
+        try:
+            # Itself, the tracker, a worker.
+            assert wait_until(lambda: len(processes_in_group(demo.pid)) >= 3, seconds=60)
+            time.sleep(delay)
+            send(demo.pid, signal.SIGINT)
+            _, errors = demo.communicate(timeout=30)
+            assert demo.returncode == 130
+            assert errors == "Interrupted.\n"
+            assert list(tmp_path.iterdir()) == []
+            assert ends(demo.pid)
+        finally:
+            if demo.poll() is None:
+                os.killpg(demo.pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="looks for processes of a group")
