@@ -1,6 +1,5 @@
 """The demo: its network, its data, its runs, and `main` from end to end."""
 
-import functools
 import json
 import os
 import signal
@@ -290,12 +289,10 @@ def ends(group: int) -> bool:
     ids=["group, starting", "group, training", "parent, training"],
 )
 def test_ctrl_c_leaves_cleanly(tmp_path, send, delay):
-    command = [sys.executable, "-m", "lars_array", "demo", "--out", str(tmp_path)]
-    # A shell has what it runs in the background ignore Ctrl-C, and this inherits it.
-    listening = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(
-        command, stdout=-1, stderr=-1, text=True, start_new_session=True, preexec_fn=listening
-    ) as demo:
+    # A shell has what it runs in the background ignore Ctrl-C, and this would inherit it.
+    listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", listen, sys.executable, "-m", "lars_array", "demo", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as demo:
         try:
             # Itself, the tracker, a worker.
             assert wait_until(lambda: len(processes_in_group(demo.pid)) >= 3, seconds=60)
