@@ -90,9 +90,7 @@ def check(group: Mapping[str, Any]) -> None:
         numbers["max_grad_norm"] = group["max_grad_norm"]
     for name, value in numbers.items():
         _check_number(name, value)
-    known = {
-        name: value for name, value in ((name, _known(value)) for name, value in numbers.items()) if value is not None
-    }
+    known = {name: number for name, value in numbers.items() if (number := _known(value)) is not None}
 
     for name, label in (
         ("lr", "learning rate"),

@@ -89,8 +89,8 @@ class Spans:
         self._lows = [span[0] for span in spans]
         self._reach = list(accumulate((span[1] for span in spans), max))
         self._spans = spans
-        for k, (_, _, name, view) in enumerate(spans):
-            other = self._find(view, k)
+        for k, (low, _, name, view) in enumerate(spans):
+            other = self._find(view, low, k)
             if other is not None:
                 raise ValueError(f"parameters must not overlap in memory; {name} and {other} do")
 
@@ -101,11 +101,11 @@ class Spans:
         view = _host_view(array)
         if view is None or not view.size:
             return None
-        return self._find(view, bisect_left(self._lows, _bounds(view)[1]))
+        low, high = _bounds(view)
+        return self._find(view, low, bisect_left(self._lows, high))
 
-    def _find(self, view: Any, before: int) -> str | None:
-        """Look through the spans that begin before the given one and reach as far as `view`."""
-        low = _bounds(view)[0]
+    def _find(self, view: Any, low: int, before: int) -> str | None:
+        """Look through the spans that begin before the given one and reach beyond `low`, where `view` begins."""
         for k in range(before - 1, -1, -1):
             if self._reach[k] <= low:
                 return None
