@@ -23,10 +23,23 @@ from lars_array.arrays import asarray, check_buffer, check_gradient, check_param
 from lars_array.blocks import momentum_form, norms, trust_ratio, update_weights
 from lars_array.dtypes import accumulation_dtype, compute_dtype, real_dtype, real_parts
 from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
-from lars_array.nonfinite import finite, refuse_nonfinite
+from lars_array.nonfinite import finite, largest, refuse_nonfinite
 from lars_array.registry import Rule, evaluate, register, resolve
 
-__all__ = ["Plan", "affine", "apply", "coefficients", "flash", "gradient_factor", "lars_step", "plan", "sums"]
+__all__ = [
+    "Plan",
+    "Prepared",
+    "affine",
+    "affine_without_buffer",
+    "apply",
+    "coefficients",
+    "flash",
+    "gradient_factor",
+    "lars_step",
+    "plan",
+    "prepare",
+    "sums",
+]
 
 Array = Any
 Namespace = Any
@@ -132,6 +145,11 @@ def affine(p: Any, g: Any, v: Any, m: Any, alpha: Any, beta: Any, kappa: Any, la
     return p - (kappa * v + lam * g + mu * p), v
 
 
+def affine_without_buffer(p: Any, g: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> Any:
+    """Return p' where v is zero and not kept: `affine` with alpha g + beta p in the place of v'."""
+    return p - ((lam + kappa * alpha) * g + (mu + kappa * beta) * p)
+
+
 def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tuple[Array, Array | None]:
     r"""Third stage, for one layer: :math:`v' = m v + \alpha g + \beta p, p' = p - (\kappa v' + \lambda g + \mu p)`.
 
@@ -155,9 +173,9 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
     c = xp.astype(c, real_dtype(p, xp), copy=False)
     m, alpha, beta, kappa, lam, mu = (c[i] for i in range(6))
     wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
-    if v is None:  # as if it were zero, and not stored
-        lam, mu = lam + kappa * alpha, mu + kappa * beta
-        return xp.asarray(wide_p - (lam * wide_g + mu * wide_p), dtype=p.dtype), None
+    if v is None:
+        new_p = affine_without_buffer(wide_p, wide_g, alpha, beta, kappa, lam, mu)
+        return xp.asarray(new_p, dtype=p.dtype), None
     new_p, new_v = affine(wide_p, wide_g, v, m, alpha, beta, kappa, lam, mu)
     return xp.asarray(new_p, dtype=p.dtype), xp.asarray(new_v, dtype=v.dtype)
 
@@ -196,6 +214,30 @@ def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
     return gamma * xp.where(clipped, hyper.max_grad_norm / xp.where(clipped, norm, 1.0), 1.0)
 
 
+class Prepared(NamedTuple):
+    """What is known of a step before memory is looked at; a row a layer, or a row for several that are alike.
+
+    Parameters
+    ----------
+    hyper : Hyper
+        Hyper-parameters, arrays of shape (rows,).
+    rules : sequence of Rule
+        One a row.
+    gamma : array of shape (rows,)
+        What gradients are multiplied by, before any clipping.
+    operand : tuple of arrays, or None
+        The weights of the third sum, if a rule reads it.
+    clips : bool
+        Whether gradients are clipped by their global norm, so that gamma and operand depend on the sums.
+    """
+
+    hyper: Hyper
+    rules: Sequence[Rule]
+    gamma: Array
+    operand: Operand | None
+    clips: bool
+
+
 class Plan(NamedTuple):
     """A step about to be taken: sums, factors of the gradients, coefficients, and what they were made with."""
 
@@ -206,8 +248,7 @@ class Plan(NamedTuple):
     rules: Sequence[Rule]
 
 
-def plan(
-    measure: Callable[[Operand | None], Array],
+def prepare(
     groups: Sequence[Mapping[str, Any]],
     group_of: Sequence[int],
     *,
@@ -215,18 +256,16 @@ def plan(
     previous_lr: Any,
     like: Array,
     xp: Namespace,
-) -> Plan:
-    """First and second stage, whoever visits memory.
+) -> Prepared:
+    """All that comes before the first stage.
 
     Parameters
     ----------
-    measure : callable
-        ``measure(operand) -> S``: the first stage over all layers, as `sums` does it.
     groups : sequence of mappings
         Complete and checked hyper-parameters, one mapping a group.
     group_of : sequence of int
-        The group of each layer.
-    first, previous_lr : sequences or arrays of shape (layers,)
+        The group of each row.
+    first, previous_lr : sequences or arrays of shape (rows,)
         As in `Hyper`.
     like : array
         An array on the device where the tiny maths shall be done.
@@ -235,21 +274,44 @@ def plan(
 
     Returns
     -------
-    Plan
-        All that `apply` and telemetry need.
+    Prepared
+        What `plan` starts from.
     """
     hyper = vectors(groups, group_of, first, previous_lr, like=like, xp=xp)
     rule_of_group = [resolve(group["rule"]) for group in groups]
     rules = [rule_of_group[k] for k in group_of]
+    gamma = gradient_factor(hyper, None, xp=xp)
+    reads_third_sum = any(rule.norm_of != "gradient" for rule in rules)
+    operand = _operand(hyper, rules, gamma, xp) if reads_third_sum else None
     clips = any(group["max_grad_norm"] is not None for group in groups)
-    needs_operand = any(rule.norm_of != "gradient" for rule in rules)
+    return Prepared(hyper, rules, gamma, operand, clips)
 
-    S = None if needs_operand and not clips else measure(None)
-    gamma = gradient_factor(hyper, S if clips else None, xp=xp)
-    if S is None or needs_operand:
-        # After clipping this is a second look at memory: the third sum is over clipped gradients, and by how much they
-        # are clipped is known only after the first.
-        S = measure(_operand(hyper, rules, gamma, xp))
+
+def plan(prepared: Prepared, measure: Callable[[Operand | None], Array], *, xp: Namespace) -> Plan:
+    """First and second stage, whoever visits memory.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        A row a layer.
+    measure : callable
+        ``measure(operand) -> S``: the first stage over all layers, as `sums` does it.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    Plan
+        All that `apply` and telemetry need.
+    """
+    hyper, rules, gamma, operand, clips = prepared
+    S = measure(None if clips else operand)
+    if clips:
+        gamma = gradient_factor(hyper, S, xp=xp)
+        if operand is not None:
+            # A second look at memory: the third sum is over clipped gradients, and how much they are clipped is known
+            # only now.
+            S = measure(_operand(hyper, rules, gamma, xp))
     return Plan(S, gamma, coefficients(S, hyper, rules, gamma, xp=xp), hyper, rules)
 
 
@@ -332,10 +394,11 @@ def lars_step(
     def measure(operand: Operand | None) -> Array:
         return sums([p], [g], [buffer], operand, xp=xp)
 
-    step = plan(measure, [group], [0], first=[v is None], previous_lr=before, like=p, xp=xp)
+    prepared = prepare([group], [0], first=[v is None], previous_lr=before, like=p, xp=xp)
+    step = plan(prepared, measure, xp=xp)
     new_p, new_v = apply(p, g, buffer, step.C[0, :], xp=xp)
     if nonfinite != "propagate":
-        ok = finite(step.S, step.C, [p], xp=xp)[0]
+        ok = finite(step.S, step.C, largest([p], like=p, xp=xp), xp=xp)[0]
         if nonfinite == "raise" and not bool(ok):
             refuse_nonfinite("p", p, g, xp=xp)
         new_p, new_v = xp.where(ok, new_p, p), None if buffer is None else xp.where(ok, new_v, buffer)

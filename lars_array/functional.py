@@ -8,11 +8,12 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array.arrays import asarray, check_buffer, check_gradient
-from lars_array.core import apply, plan, sums
+from lars_array.core import apply, plan, prepare, sums
 from lars_array.dtypes import accumulation_dtype, compute_dtype
+from lars_array.gradients import given_order, match_gradients
 from lars_array.hyper import at_step, needs_buffer
-from lars_array.nonfinite import finite, refuse_nonfinite
-from lars_array.parameters import Layout, match_gradients, read_parameters
+from lars_array.nonfinite import finite, largest, refuse_nonfinite
+from lars_array.parameters import Layout, read_parameters
 
 __all__ = ["State", "init", "update"]
 
@@ -109,7 +110,7 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
     if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
         raise TypeError("update needs lr")
     names, arrays = _flat(layout)
-    gradients = [np.asarray(g) if isinstance(g, np.generic) else g for g in match_gradients(grads, names)]
+    gradients = match_gradients(grads, names, given_order(names))
     layers = [i for i, g in enumerate(gradients) if g is not None]
     for i in layers:
         check_gradient(names[i], gradients[i], arrays[i])
@@ -135,14 +136,16 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
 
     with np.errstate(all="ignore"):  # what is not finite is dealt with by name
         first, previous_lr = xp.take(state.first, index), xp.take(state.previous_lr, index)
-        step = plan(measure, groups, group_of, first=first, previous_lr=previous_lr, like=like, xp=xp)
+        prepared = prepare(groups, group_of, first=first, previous_lr=previous_lr, like=like, xp=xp)
+        step = plan(prepared, measure, xp=xp)
         results = [
             apply(p, g, v, step.C[row, :], xp=xp)
             for row, (p, g, v) in enumerate(zip(chosen, grads, buffers, strict=True))
         ]
 
     policies = [groups[k]["nonfinite"] for k in group_of]
-    ok = finite(step.S, step.C, chosen, xp=xp) | asarray([p == "propagate" for p in policies], like=like, xp=xp)
+    ok = finite(step.S, step.C, largest(chosen, like=like, xp=xp), xp=xp)
+    ok = ok | asarray([p == "propagate" for p in policies], like=like, xp=xp)
     if "raise" in policies:
         _refuse(ok, policies, [names[i] for i in layers], chosen, grads, explicit=nonfinite is not None, xp=xp)
     taken = xp.all(ok) if "skip" in policies else None

@@ -14,7 +14,7 @@ from lars_array.arrays import asarray
 from lars_array.dtypes import accumulation_dtype
 from lars_array.registry import resolve
 
-__all__ = ["DEFAULTS", "NONFINITE", "Hyper", "at_step", "check", "complete", "needs_buffer", "vectors"]
+__all__ = ["BOOLEANS", "DEFAULTS", "NONFINITE", "Hyper", "at_step", "check", "complete", "needs_buffer", "vectors"]
 
 # What a parameter group holds beside its parameters. `lr` has no default. The values up to eps are flash's.
 DEFAULTS: dict[str, Any] = {
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 
 NONFINITE = ("raise", "skip", "propagate")
 
-_BOOLEANS = ("nesterov", "trust_clip", "always_adapt", "adapt", "maximize")
+BOOLEANS = ("nesterov", "trust_clip", "always_adapt", "adapt", "maximize")
 
 
 class Hyper(NamedTuple):
@@ -113,7 +113,7 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rescale_grad must be finite and above 0; got {group['rescale_grad']!r}")
     if not known.get("max_grad_norm", 1) > 0:
         raise ValueError(f"max_grad_norm must be above 0, or None; got {group['max_grad_norm']!r}")
-    for name in _BOOLEANS:
+    for name in BOOLEANS:
         if not isinstance(group[name], bool | np.bool_):
             raise TypeError(f"{name} must be True or False; got {group[name]!r}")
     if group["nonfinite"] not in NONFINITE:
@@ -240,8 +240,8 @@ def vectors(
         "first": asarray(first, xp.bool, like=like, xp=xp),
         "previous_lr": _vector(previous_lr, dtype, like, xp),
     }
-    numbers = [name for name in Hyper._fields if name not in (*fields, *_BOOLEANS)]
-    for names, kind in ((numbers, dtype), (_BOOLEANS, xp.bool)):
+    numbers = [name for name in Hyper._fields if name not in (*fields, *BOOLEANS)]
+    for names, kind in ((numbers, dtype), (BOOLEANS, xp.bool)):
         # One table of all fields: making an array costs the same for one number or a hundred.
         table = _table([columns[name] for name in names], kind, like, xp)
         spread = xp.take(table, index, axis=1)

@@ -89,6 +89,7 @@ class Spans:
         self._lows = [span[0] for span in spans]
         self._reach = list(accumulate((span[1] for span in spans), max))
         self._spans = spans
+        self._starts, self._ends = np.array(self._lows, np.int64), np.array([0, *self._reach], np.int64)
         for k, (low, _, name, view) in enumerate(spans):
             other = self._find(view, low, k)
             if other is not None:
@@ -103,6 +104,10 @@ class Spans:
             return None
         low, high = _bounds(view)
         return self._find(view, low, bisect_left(self._lows, high))
+
+    def are_clear(self, starts: Any, ends: Any) -> bool:
+        """Return whether it is certain that nobody is in any of these stretches of addresses, integer arrays."""
+        return bool(np.all(self._ends[np.searchsorted(self._starts, ends)] <= starts))
 
     def _find(self, view: Any, low: int, before: int) -> str | None:
         """Look through the spans that begin before the given one and reach beyond `low`, where `view` begins."""

@@ -8,24 +8,46 @@ from typing import Any
 from array_api_compat import size
 
 from lars_array.arrays import asarray
-from lars_array.dtypes import real_dtype
+from lars_array.dtypes import accumulation_dtype, real_dtype
 
-__all__ = ["NonFiniteError", "finite", "nonfinite_layers", "refuse_nonfinite"]
+__all__ = ["NonFiniteError", "finite", "largest", "refuse_nonfinite"]
 
 
 class NonFiniteError(ValueError):
     """A step was refused, and nothing changed, because a layer's update would not have been finite."""
 
 
-def finite(S: Any, C: Any, params: Sequence[Any], *, xp: Any) -> Any:
+def largest(params: Sequence[Any], *, like: Any, xp: Any) -> Any:
+    """Return the largest number of the type that each layer is computed in, an array of shape (layers,) beside `like`.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+        One entry a layer.
+    like : array
+        An array on the device where the result shall be.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    array of shape (layers,)
+        In the type that sums are accumulated in.
+    """
+    types = [real_dtype(p, xp) for p in params]
+    limits = {kind: float(xp.finfo(kind).max) for kind in set(types)}
+    return asarray([limits[kind] for kind in types], accumulation_dtype(xp), like=like, xp=xp)
+
+
+def finite(S: Any, C: Any, limit: Any, *, xp: Any) -> Any:
     """Return where sums and coefficients are finite in the type that a layer is computed in.
 
     Parameters
     ----------
     S, C : arrays of shape (layers, 3) and (layers, 6)
         Sums and coefficients.
-    params : sequence of arrays
-        One entry a layer.
+    limit : array of shape (layers,)
+        From `largest`.
     xp : Array API namespace
         Namespace of the arrays.
 
@@ -34,37 +56,7 @@ def finite(S: Any, C: Any, params: Sequence[Any], *, xp: Any) -> Any:
     bool array of shape (layers,)
         False where the layer's update would not be finite.
     """
-    types = [real_dtype(p, xp) for p in params]
-    largest = {kind: float(xp.finfo(kind).max) for kind in set(types)}
-    limit = asarray([largest[kind] for kind in types], C.dtype, like=C, xp=xp)
     return xp.all(xp.isfinite(S), axis=1) & xp.all(xp.abs(C) <= limit[:, None], axis=1)
-
-
-def nonfinite_layers(S: Any, C: Any, params: Sequence[Any], policies: Sequence[str], *, xp: Any) -> list[int]:
-    """Return the layers whose update would not be finite and whose policy is not "propagate".
-
-    Parameters
-    ----------
-    S, C : arrays of shape (layers, 3) and (layers, 6)
-        Sums and coefficients; their values are read.
-    params : sequence of arrays
-        One entry a layer.
-    policies : sequence of str
-        The option `nonfinite` of each layer.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Returns
-    -------
-    list of int
-        Usually empty.
-    """
-    if set(policies) == {"propagate"}:
-        return []
-    ok = finite(S, C, params, xp=xp)
-    if bool(xp.all(ok)):
-        return []
-    return [i for i, policy in enumerate(policies) if policy != "propagate" and not bool(ok[i])]
 
 
 def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:

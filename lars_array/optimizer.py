@@ -6,18 +6,15 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
-from lars_array.arrays import check_gradient
 from lars_array.checkpoint import read_checkpoint
-from lars_array.core import Plan, plan
-from lars_array.dtypes import compute_dtype
-from lars_array.hyper import DEFAULTS, at_step, complete, needs_buffer
+from lars_array.gradients import given_order, match_gradients
+from lars_array.hyper import DEFAULTS, at_step, complete
+from lars_array.layers import Layers, Taken
 from lars_array.memory import Spans, check_writable
-from lars_array.nonfinite import nonfinite_layers, refuse_nonfinite
-from lars_array.parameters import match_gradients, read_parameters
+from lars_array.parameters import read_parameters
 from lars_array.registry import Rule
 from lars_array.telemetry import Norms, trust_ratios
 
@@ -174,7 +171,9 @@ class LARS:
         self._group_of: list[int] = []
         self._buffers: list[Any] = []
         self._previous_lr: list[float] = []
-        self._last: tuple[list[str], Plan] | None = None
+        self._order: list[int] | None = None
+        self._last: Taken | None = None
+        self._layers: Layers | None = None
         self._kernel_name = kernel
         self._kernel: Any = None
         self._spans: Spans | None = None
@@ -228,11 +227,11 @@ class LARS:
             loss, grads = _loss_and_gradients(closure())
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
-        gradients = [_as_array(g) for g in match_gradients(grads, self._names)]
-        layers = [i for i, g in enumerate(gradients) if g is not None]
-        self._check_gradients(layers, gradients)
+        gradients = match_gradients(grads, self._names, self._order)
+        index = [i for i, g in enumerate(gradients) if g is not None]
+        gradients = [gradients[i] for i in index]
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
-        if self._advance(layers, gradients, groups):
+        if self._advance(index, gradients, groups):
             self.steps += 1
         else:
             self.skipped_steps += 1
@@ -248,8 +247,9 @@ class LARS:
         """
         if self._last is None:
             return {}
-        names, step = self._last
-        return {name: Norms(float(step.S[i, 0]) ** 0.5, float(step.S[i, 1]) ** 0.5) for i, name in enumerate(names)}
+        S = self._last.plan.S
+        norms = [Norms(float(S[i, 0]) ** 0.5, float(S[i, 1]) ** 0.5) for i in range(len(self._last.names))]
+        return dict(zip(self._last.names, norms))
 
     def trust_ratios(self) -> dict[str, float]:
         """Return the trust ratios that the last step was taken with; they cost nothing.
@@ -262,9 +262,8 @@ class LARS:
         """
         if self._last is None:
             return {}
-        names, step = self._last
-        ratios = trust_ratios(step, xp=array_namespace(step.S))
-        return {name: float(ratios[i]) for i, name in enumerate(names)}
+        ratios = trust_ratios(self._last)
+        return {name: float(ratios[i]) for i, name in enumerate(self._last.names)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that a step depends on beside the parameters.
@@ -299,7 +298,8 @@ class LARS:
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options)
-        self._buffers, self._previous_lr, self._spans = read.buffers, read.previous_lr, None
+        self._buffers, self._previous_lr = read.buffers, read.previous_lr
+        self._layers = self._spans = None
 
     def __repr__(self) -> str:
         lines = []
@@ -310,8 +310,8 @@ class LARS:
         return "\n".join(["LARS(", *lines, ")"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A kernel is a module, and spans hold addresses: neither may travel.
-        return self.__dict__ | {"_kernel": None, "_spans": None}
+        # Layers and spans hold addresses, and a kernel is what is fastest here: none of them may travel.
+        return self.__dict__ | {"_kernel": None, "_layers": None, "_spans": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -346,57 +346,34 @@ class LARS:
         self._names, self._params, self._group_of = names, arrays, group_of
         self._buffers += [None] * added
         self._previous_lr += [0.0] * added
-        self._spans = None
+        self._order = given_order(names)
+        self._layers = self._spans = None
 
-    def _check_gradients(self, layers: list[int], gradients: list[Any]) -> None:
+    def _advance(self, index: list[int], grads: list[Any], groups: list[dict[str, Any]]) -> bool:
+        """Take the step with the parameters at `index`, and return True; or return False and change nothing."""
+        if not index:
+            return True
         if self._spans is None:
             written = {f"parameter {name!r}": p for name, p in zip(self._names, self._params)}
             buffers = zip(self._names, self._buffers)
             written |= {f"the momentum buffer of {name!r}": v for name, v in buffers if v is not None}
             self._spans = Spans(written)
-        for i in layers:
-            check_gradient(self._names[i], gradients[i], self._params[i])
-            if isinstance(self._params[i], np.ndarray) and not self._params[i].flags.writeable:
-                check_writable(self._names[i], self._params[i])
-            owner = self._spans.owner(gradients[i])
-            if owner is not None:
-                raise ValueError(f"the gradient of {self._names[i]!r} must not share memory with {owner}")
-
-    def _advance(self, layers: list[int], gradients: list[Any], groups: list[dict[str, Any]]) -> bool:
-        """Take the step, and return True; or return False and change nothing."""
-        if not layers:
-            return True
-        names, params, grads = ([kind[i] for i in layers] for kind in (self._names, self._params, gradients))
-        group_of = [self._group_of[i] for i in layers]
-        xp = array_namespace(params[0])
-        keeps = [needs_buffer(group) for group in groups]
-        first = [self._buffers[i] is None for i in layers]
-        buffers = [
-            None if not keeps[k] else xp.zeros_like(p, dtype=compute_dtype(p, xp)) if new else self._buffers[i]
-            for i, k, p, new in zip(layers, group_of, params, first)
-        ]
-        previous_lr = [self._previous_lr[i] for i in layers]
-
-        def measure(operand: Any) -> Any:
-            return self._kernel.sums(params, grads, buffers, operand, xp)
-
-        with np.errstate(all="ignore"):  # what is not finite is reported by name
-            step = plan(measure, groups, group_of, first=first, previous_lr=previous_lr, like=params[0], xp=xp)
-            policies = [groups[k]["nonfinite"] for k in group_of]
-            offenders = nonfinite_layers(step.S, step.C, params, policies, xp=xp)
-            for i in offenders:
-                if policies[i] == "raise":
-                    refuse_nonfinite(names[i], params[i], grads[i], xp=xp)
-            if offenders:
-                return False
-
-            for i, v, new in zip(layers, buffers, first):
-                if new and v is not None:
-                    self._buffers[i], self._spans = v, None
-            self._kernel.apply(params, grads, buffers, step.C, xp)
-        for i, k in zip(layers, group_of):
-            self._previous_lr[i] = groups[k]["lr"]
-        self._last = names, step
+        if self._layers is None or self._layers.index != index:
+            lists: Any = (self._names, self._params, self._buffers, self._group_of, self._previous_lr)
+            self._layers = Layers(index, *([x[i] for i in index] for x in lists), kernel=self._kernel)
+        layers = self._layers
+        layers.check(grads, self._spans)
+        step = layers.step(groups, grads)
+        if step is None:
+            return False
+        self._last = step
+        if layers.has_new_buffers:
+            for i, v in zip(index, layers.buffers):
+                self._buffers[i] = v
+            layers.has_new_buffers, self._spans = False, None
+        lrs = [group["lr"] for group in groups]
+        for i, k in zip(index, layers.group_of):
+            self._previous_lr[i] = lrs[k]
         return True
 
 
@@ -410,13 +387,6 @@ def _at_step(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     if callable(group.get("lr")):
         group["lr"] = group["lr"](step)
     return at_step({key: x.item() if getattr(x, "shape", None) == () else x for key, x in group.items()}, step)
-
-
-def _as_array(g: Any) -> Any:
-    """Return a gradient without what must not reach into parameters or kernels: torch's graph, NumPy's scalars."""
-    if isinstance(g, np.generic):
-        return np.asarray(g)
-    return g.detach() if getattr(g, "requires_grad", False) else g
 
 
 def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:

@@ -1,13 +1,13 @@
-"""The forms in which parameters and gradients are given, and what becomes of them: lists of named arrays."""
+"""The forms in which parameters are given, and what becomes of them: lists of named arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lars_array.arrays import check_parameter, is_array
 
-__all__ = ["Group", "Layout", "match_gradients", "read_parameters"]
+__all__ = ["Group", "Layout", "Position", "is_pair", "listed", "read_parameters"]
 
 
 class Position(str):
@@ -64,7 +64,7 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
         if "params" in params and not is_array(params["params"]):
             raise TypeError("params must be an iterable of groups, not one group; write [{'params': ...}]")
     elif not isinstance(params, tuple):
-        params = _listed(params)
+        params = listed(params)
     grouped = not isinstance(params, Mapping) and bool(params) and all(isinstance(item, Mapping) for item in params)
     groups = []
     for group in params if grouped else [{"params": params}]:
@@ -87,50 +87,8 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     return Layout(groups, grouped)
 
 
-def match_gradients(grads: Any, names: Sequence[str]) -> list[Any]:
-    """Return a gradient, or None, for each name.
-
-    Parameters
-    ----------
-    grads : mapping or iterable
-        By name; or one a parameter, in the order in which parameters were given.
-    names : sequence of str
-        The names of all parameters.
-
-    Returns
-    -------
-    list
-        In the order of `names`.
-
-    Raises
-    ------
-    ValueError
-        For unknown or missing names, or another number of gradients than of parameters.
-    TypeError
-        If `grads` is neither a mapping nor an iterable of gradients.
-    """
-    if not isinstance(grads, Mapping):
-        grads = _listed(grads, "grads")
-        if not grads or not all(_is_pair(item) for item in grads):
-            if len(grads) != len(names):
-                raise ValueError(f"grads must hold one entry for each of the {len(names)} parameters; got {len(grads)}")
-            # Parameters without a name may stand in another order, after `param_groups` say: gradients don't.
-            places = [int(name) if isinstance(name, Position) else i for i, name in enumerate(names)]
-            return [grads[place] for place in places] if set(places) == set(range(len(names))) else grads
-        if len({name for name, _ in grads}) < len(grads):
-            raise ValueError(f"grads must hold each name once; got {[name for name, _ in grads]!r}")
-        grads = dict(grads)
-    known = set(names)
-    unknown = [name for name in grads if name not in known]
-    missing = [name for name in names if name not in grads]
-    if unknown:
-        raise ValueError(f"grads must be named as the parameters are; got the unknown name {unknown[0]!r}")
-    if missing:
-        raise ValueError(f"grads must hold every parameter, with None for one to be skipped; {missing[0]!r} is missing")
-    return [grads[name] for name in names]
-
-
-def _listed(items: Any, what: str = "params") -> list[Any]:
+def listed(items: Any, what: str = "params") -> list[Any]:
+    """Return an iterable of arrays as a list, refusing what is none; `what` it is called in messages."""
     if is_array(items):
         raise TypeError(f"{what} must be an iterable of arrays or a mapping; got a single {type(items).__name__}")
     if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
@@ -138,7 +96,8 @@ def _listed(items: Any, what: str = "params") -> list[Any]:
     return list(items)
 
 
-def _is_pair(item: Any) -> bool:
+def is_pair(item: Any) -> bool:
+    """Return whether `item` is a name and something that bears it."""
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
 
 
@@ -147,8 +106,8 @@ def _read_arrays(params: Any, start: int, names: Any) -> tuple[list[str], list[A
     if isinstance(params, Mapping):
         pairs, form = list(params.items()), "mapping"
     else:
-        pairs, form = _listed(params), "pairs"
-        if not pairs or not all(_is_pair(item) for item in pairs):
+        pairs, form = listed(params), "pairs"
+        if not pairs or not all(is_pair(item) for item in pairs):
             form = "tuple" if isinstance(params, tuple) else "list"
             names = [Position(start + i) for i in range(len(pairs))] if names is None else list(names)
             if len(names) != len(pairs):

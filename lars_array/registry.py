@@ -153,4 +153,4 @@ def _evaluate_one(rule: Rule, S: Any, hyper: Any, xp: Any) -> Any:
     C = rule.function(S, hyper, xp)
     if tuple(C.shape) != (S.shape[0], 6):
         raise ValueError(f"a rule must return an array of shape ({S.shape[0]}, 6); got shape {tuple(C.shape)!r}")
-    return xp.astype(C, S.dtype, copy=False)
+    return C if C.dtype == S.dtype else xp.astype(C, S.dtype)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lars_array.core import Plan, coefficients
+from array_api_compat import array_namespace
+
+from lars_array.core import coefficients
+from lars_array.hyper import Hyper
+from lars_array.layers import Taken
 
 __all__ = ["Norms", "trust_ratios"]
 
@@ -24,28 +28,30 @@ class Norms(NamedTuple):
     gradient: float
 
 
-def trust_ratios(step: Plan, *, xp: Any) -> Any:
+def trust_ratios(step: Taken) -> Any:
     r"""Return each layer's trust ratio: its first-order step along the gradient, relative to that of SGD.
 
     Taken from the coefficients, :math:`(\kappa\alpha + \lambda)` over the same of SGD, so any rule has one.
 
     Parameters
     ----------
-    step : Plan
-        What `core.plan` returned.
-    xp : Array API namespace
-        Namespace of its arrays.
+    step : Taken
+        What `Layers.step` returned.
 
     Returns
     -------
     array of shape (layers,)
         1 where a layer was not adapted.
     """
+    (S, gamma, _, hyper, rules), kind_of = step.plan, step.kind_of
+    xp = array_namespace(S)
+    if kind_of is not None:
+        gamma, hyper = xp.take(gamma, kind_of), Hyper(*(xp.take(field, kind_of) for field in hyper))
+        rules = [rules[kind] for kind in kind_of.tolist()]
     # A warm-up may start at lr = 0 and a buffer be damped to nothing: there is a ratio all the same, the limit.
-    lr = step.hyper.lr
-    lr = xp.where(lr == 0, float(xp.finfo(lr.dtype).smallest_normal) ** 0.5, lr)
-    hyper = step.hyper._replace(lr=lr, dampening=0 * step.hyper.dampening)
-    S = xp.stack([step.S[:, 0], step.gamma**2 * step.S[:, 1], step.S[:, 2]], axis=1)
-    C = coefficients(S, hyper, step.rules, xp.ones_like(step.gamma), xp=xp)
+    lr = xp.where(hyper.lr == 0, float(xp.finfo(hyper.lr.dtype).smallest_normal) ** 0.5, hyper.lr)
+    hyper = hyper._replace(lr=lr, dampening=0 * hyper.dampening)
+    S = xp.stack([S[:, 0], gamma**2 * S[:, 1], S[:, 2]], axis=1)
+    C = coefficients(S, hyper, rules, xp.ones_like(gamma), xp=xp)
     alpha, kappa, lam = C[:, 1], C[:, 3], C[:, 4]
     return (kappa * alpha + lam) / (hyper.lr * xp.where(hyper.nesterov, 1 + hyper.momentum, 1.0))

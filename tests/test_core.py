@@ -10,7 +10,7 @@ from assertions import assert_close, to_numpy
 
 from lars_array import RULES, Rule, apply, coefficients, sums
 from lars_array.blocks import update_weights
-from lars_array.core import affine, flash, gradient_factor, plan
+from lars_array.core import affine, flash, gradient_factor, plan, prepare
 from lars_array.hyper import DEFAULTS, Hyper, at_step, vectors
 
 # Norms 5, 0.5; 13, 0.
@@ -228,7 +228,8 @@ def test_what_is_asked_of_memory(options: list[dict[str, Any]], operands: list[A
         return np.array([[4.0, 2.0, 3.0], [9.0, 2.0, 5.0]])
 
     groups = [DEFAULTS | {"lr": 0.5} | given for given in options]
-    step = plan(measure, groups, [0, 1], first=[False] * 2, previous_lr=[0.5] * 2, like=np.zeros(1), xp=np)
+    prepared = prepare(groups, [0, 1], first=[False] * 2, previous_lr=[0.5] * 2, like=np.zeros(1), xp=np)
+    step = plan(prepared, measure, xp=np)
     assert [x if x is None else tuple(y if y is None else pytest.approx(y) for y in x) for x in operands] == asked
     assert step.rules == [RULES[group["rule"]] for group in groups]
     assert_close(step.S, np.array([[4.0, 2.0, 3.0], [9.0, 2.0, 5.0]]), 0)

@@ -12,6 +12,7 @@ import pytest
 from assertions import assert_refused, assert_same
 
 from lars_array import LARS, NonFiniteError, init, update
+from lars_array.kernels import KERNELS
 
 HYPER: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
 TYPES = "float64, float32, float16, bfloat16, complex128, complex64"
@@ -94,7 +95,7 @@ def test_a_masked_array(masked: str) -> None:
         message = "parameter 'w' must be a plain array; got a masked one"
         assert_refused(lambda: LARS({"w": np.ma.masked_array([1.0, 2.0], [False, True])}, lr=1.0), TypeError, message)
         return
-    for kernel in ("blocked", "portable"):
+    for kernel in KERNELS:
         optimizer, w, b = trained(kernel=kernel)
         grads = [GW, np.ma.masked_array([1.0, np.nan], [False, True])]
         with pytest.raises(TypeError, match="gradient of 'b' must be a plain array; got a masked one") as caught:

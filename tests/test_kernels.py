@@ -18,11 +18,13 @@ from references import (
 )
 
 from lars_array import LARS, RULES
-from lars_array.kernels import blocked, squares
+from lars_array.kernels import KERNELS, blocked, machine, squares, tasks
 
 DTYPES = ["f8", "f4", "f2", "c8", "c16"]
-KERNELS = ["blocked", "portable"]
-BORDERS = sorted({squares.ROW, squares.SMALL, squares.WIDE, blocked.READ_BLOCK, blocked.WRITE_BLOCK})
+BORDERS_OF = {
+    "compiled": [machine.PIECE, tasks.PART * machine.PIECE, tasks.LARGE],
+    "blocked": sorted({squares.ROW, squares.SMALL, squares.WIDE, blocked.READ_BLOCK, blocked.WRITE_BLOCK}),
+}
 SHAPES = [(), (0,), (1,), (3, 0, 2), (1, 1, 1), (7,), (3, 5), (2, 3, 4, 5), (129, 8), (33, 31, 3)]
 EVERYTHING = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
 HYPER: dict[str, dict[str, Any]] = {
@@ -78,9 +80,10 @@ def test_a_norm_of_zero_means_what_it_does_in_flash(hyper: str, kernel: str) -> 
     assert_is_flash(zeros.copy(), [zeros, zeros], HYPER[hyper], kernel, "neither")
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", ["f4", "f2", "c8"])
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(
+    ("kernel", "border"), [(kernel, border) for kernel, borders in BORDERS_OF.items() for border in borders]
+)
 def test_sizes_around_the_borders_of_blocks(border: int, dtype: str, kernel: str) -> None:
     # Complex numbers reach each border at half of it, since their blocks are of real ones.
     for size in (border - 1, border, border + 1, *([border // 2, border // 2 + 1] if dtype == "c8" else [])):
@@ -104,7 +107,7 @@ def test_layouts(of_p: str, of_g: str, dtype: str) -> None:
         for kernel in KERNELS:
             assert_is_flash(laid.copy(order="K"), graded, EVERYTHING, kernel, f"{shape}, {of_p}, {of_g}")
         # copy() tidies up some layouts, so once more on the array itself.
-        assert_is_flash(laid, graded, EVERYTHING, "blocked", f"{shape}, {of_p}, {of_g}")
+        assert_is_flash(laid, graded, EVERYTHING, "compiled", f"{shape}, {of_p}, {of_g}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,15 +178,15 @@ def test_kernels_agree_on_every_rule(rule: str, nesterov: bool, dtype: str) -> N
             for step in range(3):
                 optimizer.step({name: layer[1][step] for name, layer in layers.items()})
             results.append((params, optimizer.state_dict()["state"]))
-        (ours, our_state), (theirs, their_state) = results
-        for name, p in ours.items():
-            assert_stored_close(
-                p, theirs[name].astype(np.result_type(dtype, "f8")), tolerance(dtype, 32), f"{rule}: {name}"
-            )
-            v, other = (state[name].get("momentum_buffer") for state in (our_state, their_state))
-            assert (v is None) == (other is None)
-            if v is not None:
-                assert_close(v, other, tolerance(dtype, 32), f"{rule}: momentum of {name}")
+        theirs, their_state = results[KERNELS.index("portable")]
+        for kernel, (ours, our_state) in zip(KERNELS, results, strict=True):
+            for name, p in ours.items():
+                what = f"{rule}, {kernel}: {name}"
+                assert_stored_close(p, theirs[name].astype(np.result_type(dtype, "f8")), tolerance(dtype, 32), what)
+                v, other = (state[name].get("momentum_buffer") for state in (our_state, their_state))
+                assert (v is None) == (other is None)
+                if v is not None:
+                    assert_close(v, other, tolerance(dtype, 32), f"momentum of {what}")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lars_array import LARS, sums
-from lars_array.kernels import pick
+from lars_array.kernels import KERNELS, pick
 
 PROMISED = 1e-6
 AIM = 1e-7
@@ -42,13 +42,13 @@ def kernel_sums(kernel: str, p: Any, g: Any, operand: Any = None, v: Any = None)
         operand = tuple(None if x is None else np.array([x], float) for x in operand)
     if kernel == "core":
         return sums([p], [g], [v], operand, xp=np)[0]
-    return pick([p], kernel).sums([p], [g], [v], operand, np)[0]
+    return pick([p], kernel)([p], [v], np).sums([g], operand)[0]
 
 
 def assert_norms(p: Any, g: Any, allowed: float = AIM) -> None:
     """Hold the norms that every path has of p and g against exact ones."""
     want = math.sqrt(exact_squares((1, p))), math.sqrt(exact_squares((1, g)))
-    for kernel in ("blocked", "portable"):
+    for kernel in KERNELS:
         # The step itself must not matter: at a learning rate of 0 nothing moves, and extremes can't overflow.
         optimizer = LARS({"w": p.copy()}, lr=0.0, weight_decay=1e-4, kernel=kernel)
         optimizer.step({"w": g})
@@ -138,7 +138,7 @@ def test_norms_of_zeros() -> None:
 
 def test_norms_of_complex_numbers_count_both_parts() -> None:
     z = (gaussian(1e30) + 1j * gaussian(1e-30)).astype(np.complex64)
-    for kernel in ("blocked", "portable", "core"):
+    for kernel in (*KERNELS, "core"):
         S = kernel_sums(kernel, z, z[::-1].copy())
         want = exact_squares((1, z.real)) + exact_squares((1, z.imag))
         assert_relative(math.sqrt(S[0]), math.sqrt(want), AIM, kernel)
@@ -147,7 +147,7 @@ def test_norms_of_complex_numbers_count_both_parts() -> None:
 
 def test_float64_loses_nothing() -> None:
     x = RNG.standard_normal(N) * 1e100
-    for kernel in ("blocked", "portable", "core"):
+    for kernel in (*KERNELS, "core"):
         assert_relative(math.sqrt(kernel_sums(kernel, x, x)[0]), math.sqrt(exact_squares((1, x))), 1e-14, kernel)
 
 
@@ -156,7 +156,7 @@ def assert_third_norm(
 ) -> None:
     terms = [(gamma, g), (w, p)] + ([] if h is None else [(h, v)])
     want = math.sqrt(exact_squares(*terms))
-    for kernel in ("blocked", "portable", "core"):
+    for kernel in (*KERNELS, "core"):
         ours = math.sqrt(kernel_sums(kernel, p, g, (gamma, w, h), v)[2])
         assert_relative(ours, want, allowed, f"{kernel}, third norm")
 

@@ -1,25 +1,30 @@
 """How memory is visited: `sums` and `apply` for particular arrays. Kernels do not know what LARS is.
 
-A kernel is a module of this package, imported when it is first asked for, with ``TAKES``, a description, and ::
+A kernel is a class ``Kernel`` in a module of this package that is imported when it is first asked for::
 
-    unusable(params) -> str or None                     why it can't take these parameters
-    sums(params, grads, buffers, operand, xp) -> S      as core.sums
-    apply(params, grads, buffers, C, xp) -> None        as core.apply for each layer, in place
+    TAKES                              a description
+    unusable(params) -> str or None    why it can't take these parameters; a static method
+    Kernel(params, buffers, xp)        for the layers of a step, as long as they are the same; a buffer may be None
+        .sums(grads, operand) -> S     as core.sums
+        .apply(grads, C) -> None       as core.apply for each layer, in place
+
+and, if it can do with less, ``.take(...)``, see `lars_array.kernels.compiled`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 __all__ = ["KERNELS", "pick", "report"]
 
-KERNELS = ("blocked", "portable")  # fastest first
+KERNELS = ("compiled", "blocked", "portable")  # fastest first
 
 
 def pick(params: Sequence[Any], name: str | None = None) -> Any:
-    """Return the kernel for `params`: the fastest that takes them, or the one that is named.
+    """Return the kernel for `params`: the one that is named, here or by ``LARS_ARRAY_KERNEL``, or the fastest.
 
     Parameters
     ----------
@@ -30,7 +35,7 @@ def pick(params: Sequence[Any], name: str | None = None) -> Any:
 
     Returns
     -------
-    module
+    type
         The kernel.
 
     Raises
@@ -38,13 +43,16 @@ def pick(params: Sequence[Any], name: str | None = None) -> Any:
     ValueError
         If no kernel has that name, or it can't take the parameters.
     """
+    what = "kernel"
+    if name is None and os.environ.get("LARS_ARRAY_KERNEL"):
+        name, what = os.environ["LARS_ARRAY_KERNEL"], "LARS_ARRAY_KERNEL"
     if name is None:
         return next(kernel for kernel in map(_load, KERNELS) if kernel.unusable(params) is None)
     if name not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(KERNELS)}; got {name!r}")
     reason = _load(name).unusable(params)
     if reason is not None:
-        raise ValueError(f"kernel {name!r} can't be used here: {reason}")
+        raise ValueError(f"{what} {name!r} can't be used here: {reason}")
     return _load(name)
 
 
@@ -56,8 +64,9 @@ def report() -> list[tuple[str, bool, str]]:
     list of tuple (str, bool, str)
         Fastest first.
     """
-    return [(name, True, _load(name).TAKES) for name in KERNELS]
+    reasons = [(name, _load(name).unusable([])) for name in KERNELS]
+    return [(name, reason is None, reason or _load(name).TAKES) for name, reason in reasons]
 
 
 def _load(name: str) -> Any:
-    return import_module(f"lars_array.kernels.{name}")
+    return import_module(f"lars_array.kernels.{name}").Kernel

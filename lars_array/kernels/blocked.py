@@ -15,61 +15,73 @@ from lars_array.kernels.scratch import scratch
 from lars_array.kernels.squares import sum_of_squares, sum_of_squares_of
 from lars_array.kernels.threads import run
 
-__all__ = ["TAKES", "apply", "sums", "unusable"]
-
-TAKES = "NumPy arrays, in place, in cache-sized blocks"
+__all__ = ["Kernel"]
 
 READ_BLOCK = 1 << 20  # elements of one partial sum
 WRITE_BLOCK = 1 << 18  # elements: what threads lose by waiting for the interpreter outweighs what smaller blocks gain
 
 
-def unusable(params: Sequence[Any]) -> str | None:
-    """Return None for NumPy arrays, else why not."""
-    strange = next((type(p).__name__ for p in params if not isinstance(p, np.ndarray)), None)
-    return None if strange is None else f"it takes NumPy arrays only, not {strange}"
+class Kernel:
+    """See `lars_array.kernels`."""
 
+    TAKES = "NumPy arrays, in place, in cache-sized blocks"
 
-def sums(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], operand: Any, xp: Any) -> Any:
-    """Return what `core.sums` does."""
-    weights = None if operand is None else [[0.0] * len(params) if x is None else x.tolist() for x in operand]
-    looks_back = [weights is not None and weights[2][i] != 0 and v is not None for i, v in enumerate(buffers)]
-    layers = [[p, g, v] if back else [p, g] for p, g, v, back in zip(params, grads, buffers, looks_back, strict=True)]
-    pieces = Pieces(layers, block=READ_BLOCK)
-    partial = np.zeros((len(pieces.sizes), 3))
+    def __init__(self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np) -> None:
+        self.params, self.buffers = params, buffers
 
-    def third_sum(i: int, blocks: list[Any], p_squares: float, g_squares: float) -> float:
-        if weights is None:
-            return g_squares
-        gamma, w, h = (x[i] for x in weights)
-        if w == 0 and not looks_back[i]:
-            return float(gamma**2 * g_squares)
-        return sum_of_squares_of(blocks, [w, gamma, h][: len(blocks)], w**2 * p_squares + gamma**2 * g_squares)
+    @staticmethod
+    def unusable(params: Sequence[Any]) -> str | None:
+        """Return None for NumPy arrays, else why not."""
+        strange = next((type(p).__name__ for p in params if not isinstance(p, np.ndarray)), None)
+        return None if strange is None else f"it takes NumPy arrays only, not {strange}"
 
-    def visit(k: int) -> None:
-        for blocks in pieces.blocks(k):
-            p_squares, g_squares = sum_of_squares(blocks[0]), sum_of_squares(blocks[1])
-            partial[k] += p_squares, g_squares, third_sum(pieces.layer[k], blocks, p_squares, g_squares)
+    @staticmethod
+    def addresses(arrays: Sequence[Any]) -> Any:
+        """Return where the data of arrays begin."""
+        return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
 
-    run(visit, pieces.sizes)
-    S = np.zeros((len(params), 3))
-    np.add.at(S, pieces.layer, partial)
-    return S
+    def sums(self, grads: Sequence[Any], operand: Any = None) -> Any:
+        """Return what `core.sums` does."""
+        count = len(self.params)
+        weights = None if operand is None else [[0.0] * count if x is None else x.tolist() for x in operand]
+        looks_back = [weights is not None and weights[2][i] != 0 and v is not None for i, v in enumerate(self.buffers)]
+        arrays = zip(self.params, grads, self.buffers, looks_back, strict=True)
+        pieces = Pieces([[p, g, v] if back else [p, g] for p, g, v, back in arrays], block=READ_BLOCK)
+        partial = np.zeros((len(pieces.sizes), 3))
 
+        def third_sum(i: int, blocks: list[Any], p_squares: float, g_squares: float) -> float:
+            if weights is None:
+                return g_squares
+            gamma, w, h = (x[i] for x in weights)
+            if w == 0 and not looks_back[i]:
+                return float(gamma**2 * g_squares)
+            return sum_of_squares_of(blocks, [w, gamma, h][: len(blocks)], w**2 * p_squares + gamma**2 * g_squares)
 
-def apply(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], C: Any, xp: Any) -> None:
-    """Do what `core.apply` does for each layer, in place.
+        def visit(k: int) -> None:
+            for blocks in pieces.blocks(k):
+                p_squares, g_squares = sum_of_squares(blocks[0]), sum_of_squares(blocks[1])
+                partial[k] += p_squares, g_squares, third_sum(pieces.layer[k], blocks, p_squares, g_squares)
 
-    Backwards through memory, since the end of it is what `sums` has left in cache.
-    """
-    layers = [[g, p] if v is None else [g, p, v] for p, g, v in zip(params, grads, buffers, strict=True)]
-    pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=0)
-    rows = C.tolist()
+        run(visit, pieces.sizes)
+        S = np.zeros((count, 3))
+        np.add.at(S, pieces.layer, partial)
+        return S
 
-    def visit(k: int) -> None:
-        for g, p, *v in pieces.blocks(k):
-            _apply(p, g, v[0] if v else None, rows[pieces.layer[k]])
+    def apply(self, grads: Sequence[Any], C: Any) -> None:
+        """Do what `core.apply` does for each layer, in place.
 
-    run(visit, pieces.sizes, backwards=True)
+        Backwards through memory, since the end of it is what `sums` has left in cache.
+        """
+        arrays = zip(self.params, grads, self.buffers, strict=True)
+        layers = [[g, p] if v is None else [g, p, v] for p, g, v in arrays]
+        pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=0)
+        rows = C.tolist()
+
+        def visit(k: int) -> None:
+            for g, p, *v in pieces.blocks(k):
+                _apply(p, g, v[0] if v else None, rows[pieces.layer[k]])
+
+        run(visit, pieces.sizes, backwards=True)
 
 
 def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:

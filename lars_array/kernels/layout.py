@@ -9,7 +9,7 @@ import numpy as np
 
 from lars_array.dtypes import compute_dtype, real_dtype
 
-__all__ = ["Pieces", "flat_views"]
+__all__ = ["Pieces", "common_order", "flat_views"]
 
 # The types that are computed on as they are, in the machine's byte order, and those of their real numbers.
 _REAL_OF = {np.dtype(kind): kind(0).real.dtype for kind in (np.float64, np.float32, np.complex128, np.complex64)}
@@ -90,10 +90,16 @@ def flat_views(arrays: Sequence[Any]) -> list[Any] | None:
     real = _REAL_OF.get(kind)
     if real is None or any(a.dtype != kind or not a.flags.aligned for a in arrays):
         return None
-    if any(not a.flags.c_contiguous for a in arrays):
-        axes = sorted(range(arrays[0].ndim), key=arrays[0].strides.__getitem__, reverse=True)
-        arrays = [a.transpose(axes) for a in arrays]
-        if any(not a.flags.c_contiguous for a in arrays):
-            return None
-    flat = [a.reshape(-1) for a in arrays]
+    axes = common_order(arrays)
+    if axes is None:
+        return None
+    flat = [a.transpose(axes).reshape(-1) for a in arrays]
     return flat if real == kind else [a.view(real) for a in flat]
+
+
+def common_order(arrays: Sequence[Any]) -> Sequence[int] | None:
+    """Return the order of the axes in which all arrays, of one shape, are contiguous; None if there is none."""
+    if all(a.flags.c_contiguous for a in arrays):
+        return range(arrays[0].ndim)
+    axes = sorted(range(arrays[0].ndim), key=arrays[0].strides.__getitem__, reverse=True)
+    return axes if all(a.transpose(axes).flags.c_contiguous for a in arrays) else None

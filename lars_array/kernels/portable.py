@@ -7,25 +7,30 @@ from typing import Any
 
 from lars_array import core
 
-__all__ = ["TAKES", "apply", "sums", "unusable"]
-
-TAKES = "writable arrays of any Array API library"
+__all__ = ["Kernel"]
 
 
-def unusable(params: Sequence[Any]) -> str | None:
-    """Return None: it takes everything that an optimizer does."""
-    return None
+class Kernel:
+    """See `lars_array.kernels`."""
 
+    TAKES = "writable arrays of any Array API library"
 
-def sums(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], operand: Any, xp: Any) -> Any:
-    """Return `core.sums`."""
-    return core.sums(params, grads, buffers, operand, xp=xp)
+    def __init__(self, params: Sequence[Any], buffers: Sequence[Any], xp: Any) -> None:
+        self.params, self.buffers, self.xp = params, buffers, xp
 
+    @staticmethod
+    def unusable(params: Sequence[Any]) -> str | None:
+        """Return None: it takes everything that an optimizer does."""
+        return None
 
-def apply(params: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any], C: Any, xp: Any) -> None:
-    """Write `core.apply` of each layer into its parameters and its buffer."""
-    for i, (p, g, v) in enumerate(zip(params, grads, buffers, strict=True)):
-        new_p, new_v = core.apply(p, g, v, C[i, :], xp=xp)
-        p[...] = new_p
-        if v is not None:
-            v[...] = new_v
+    def sums(self, grads: Sequence[Any], operand: Any = None) -> Any:
+        """Return `core.sums`."""
+        return core.sums(self.params, grads, self.buffers, operand, xp=self.xp)
+
+    def apply(self, grads: Sequence[Any], C: Any) -> None:
+        """Write `core.apply` of each layer into its parameters and its buffer."""
+        for i, (p, g, v) in enumerate(zip(self.params, grads, self.buffers, strict=True)):
+            new_p, new_v = core.apply(p, g, v, C[i, :], xp=self.xp)
+            p[...] = new_p
+            if v is not None:
+                v[...] = new_v

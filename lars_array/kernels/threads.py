@@ -11,16 +11,21 @@ import numpy as np
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["run", "thread_count"]
+__all__ = ["run", "thread_count", "together"]
 
 WORTH_IT = 1 << 20  # elements; below, handing work over costs more than it saves
-MOST = 4  # NumPy holds the interpreter's lock between its loops, so more threads only queue for it
+MOST = 4  # for NumPy, which holds the interpreter's lock between its loops: more threads only queue for it
 
 _pool: ThreadPoolExecutor | None = None
 
 
-def thread_count() -> int:
-    """Return how many threads a step may use: ``LARS_ARRAY_THREADS``, or the machine's cores up to 4.
+def thread_count(most: int | None = None) -> int:
+    """Return how many threads a step may use: ``LARS_ARRAY_THREADS``, or the machine's cores up to `most`.
+
+    Parameters
+    ----------
+    most : int, optional
+        Beyond which more threads are no use to the caller.
 
     Returns
     -------
@@ -34,7 +39,8 @@ def thread_count() -> int:
     """
     given = os.environ.get("LARS_ARRAY_THREADS")
     if given is None:
-        return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores if most is None else min(cores, most)
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"LARS_ARRAY_THREADS must be a positive integer; got {given!r}")
     return int(given)
@@ -52,7 +58,7 @@ def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = 
     backwards : bool
         Whether each thread starts at its end: what the last pass left in cache is used first.
     """
-    parts = _split(sizes, thread_count() if sum(sizes) >= WORTH_IT else 1)
+    parts = _split(sizes, thread_count(MOST) if sum(sizes) >= WORTH_IT else 1)
 
     def run_part(part: range) -> None:
         with np.errstate(all="ignore"):  # a thread's own; nothing may stop half way
@@ -65,6 +71,25 @@ def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = 
     finally:
         for other in others:
             other.result()
+
+
+def together(work: Callable[[], object], count: int) -> None:
+    """Call ``work()`` here and on up to ``count - 1`` more threads, if they come in time, and return when all is done.
+
+    Parameters
+    ----------
+    work : callable
+        Must not raise, and do what is left to do, whoever else does so at the same time.
+    count : int
+        How many threads it is worth.
+    """
+    helpers = [_workers().submit(work) for _ in range(count - 1)]
+    try:
+        work()
+    finally:
+        for helper in helpers:
+            if not helper.cancel():  # those that were not needed
+                helper.result()
 
 
 def _split(sizes: Sequence[int], count: int) -> list[range]:

@@ -1,0 +1,160 @@
+"""The layers that take part in a step, and the step itself: the stages, each of them checked before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lars_array.core import Plan, plan, prepare
+from lars_array.dtypes import compute_dtype
+from lars_array.gradients import Fit
+from lars_array.hyper import needs_buffer
+from lars_array.memory import Spans
+from lars_array.nonfinite import finite, largest, refuse_nonfinite
+
+__all__ = ["Layers", "Taken"]
+
+
+class Taken(NamedTuple):
+    """A step that was taken: the names of its layers, its plan, and the kind of each layer if that has a row a kind."""
+
+    names: Sequence[str]
+    plan: Plan
+    kind_of: Any
+
+
+class Layers:
+    """Layers, as long as the same ones take part in a step: what is known of their memory is found out once.
+
+    Parameters
+    ----------
+    index : list of int
+        Their positions among all parameters.
+    names : list of str
+        Their names.
+    params, buffers : lists of arrays
+        Parameters and momentum buffers; None where there is none yet.
+    group_of : list of int
+        The group of each.
+    previous_lr : list of float
+        The learning rate of its last step.
+    kernel : type
+        One of `lars_array.kernels`.
+    """
+
+    def __init__(
+        self,
+        index: list[int],
+        names: list[str],
+        params: list[Any],
+        buffers: list[Any],
+        group_of: list[int],
+        previous_lr: list[float],
+        *,
+        kernel: Any,
+    ) -> None:
+        self.index, self.names, self.params, self.buffers, self.group_of = index, names, params, buffers, group_of
+        self.has_new_buffers = False
+        self.xp = array_namespace(params[0])
+        self._fit = Fit(names, params, getattr(kernel, "addresses", None))
+        self._limit = largest(params, like=params[0], xp=self.xp)
+        self._kernel_type = kernel
+        self._kernel: Any = None
+        self._keeps: list[bool] | None = None
+        # Layers of one kind differ in nothing but their sums.
+        kinds: dict[tuple[int, bool, float], int] = {}
+        first = [v is None for v in buffers]
+        of_layers = zip(group_of, first, previous_lr, strict=True)
+        self._kind_of = np.array([kinds.setdefault(kind, len(kinds)) for kind in of_layers], np.int64)
+        self._kinds = list(kinds)
+
+    def check(self, grads: Sequence[Any], written: Spans) -> None:
+        """Refuse gradients that don't fit, see `lars_array.gradients.Fit`."""
+        self._fit.check(grads, written)
+
+    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any]) -> Taken | None:
+        """Take a step, if it may be taken.
+
+        Parameters
+        ----------
+        groups : sequence of mappings
+            Complete and checked hyper-parameters of all groups.
+        grads : sequence of arrays
+            One a layer, checked.
+
+        Returns
+        -------
+        Taken or None
+            None where it is skipped; then nothing was changed.
+
+        Raises
+        ------
+        NonFiniteError
+            Then nothing was changed.
+        """
+        self._make_room([needs_buffer(group) for group in groups])
+        policies = [groups[group]["nonfinite"] for group, _, _ in self._kinds]
+        with np.errstate(all="ignore"):  # what is not finite is reported by name
+            may_write = set(policies) == {"propagate"}
+            taken = self._without_asking(groups, grads, write=may_write)
+            written = taken is not None and may_write
+            taken = taken or self._by_stages(groups, grads)
+            if not may_write and self._refused(taken.plan, policies, grads):
+                return None
+            if not written:
+                self._kernel.apply(grads, taken.plan.C)
+        self._go_on(groups)
+        return taken
+
+    def _make_room(self, keeps: list[bool]) -> None:
+        """Have buffers of zeros where they are wanted and there are none. They count once a step is taken."""
+        if keeps == self._keeps:
+            return
+        self._keeps = keeps
+        used = []
+        for i, (k, p) in enumerate(zip(self.group_of, self.params)):
+            if keeps[k] and self.buffers[i] is None:
+                self.buffers[i] = self.xp.zeros_like(p, dtype=compute_dtype(p, self.xp))
+                self.has_new_buffers = True
+            used.append(self.buffers[i] if keeps[k] else None)
+        self._kernel = self._kernel_type(self.params, used, self.xp)
+
+    def _without_asking(self, groups: Any, grads: Any, *, write: bool) -> Taken | None:
+        """Let the kernel do all that it can do by itself."""
+        if not hasattr(self._kernel, "take"):
+            return None
+        prepared = self._prepared(groups, self._kinds)
+        found = self._kernel.take(grads, prepared, self._kind_of, write=write)
+        if found is None:
+            return None
+        S, C = found
+        return Taken(self.names, Plan(S, prepared.gamma, C, prepared.hyper, prepared.rules), self._kind_of)
+
+    def _by_stages(self, groups: Any, grads: Any) -> Taken:
+        prepared = self._prepared(groups, [self._kinds[kind] for kind in self._kind_of.tolist()])
+        return Taken(self.names, plan(prepared, lambda operand: self._kernel.sums(grads, operand), xp=self.xp), None)
+
+    def _prepared(self, groups: Any, rows: Sequence[tuple[int, bool, float]]) -> Any:
+        group_of, first, previous_lr = (list(column) for column in zip(*rows, strict=True))
+        return prepare(groups, group_of, first=first, previous_lr=previous_lr, like=self.params[0], xp=self.xp)
+
+    def _refused(self, planned: Plan, policies: Sequence[str], grads: Sequence[Any]) -> bool:
+        """Return whether the step is to be skipped."""
+        ok = finite(planned.S, planned.C, self._limit, xp=self.xp)
+        if bool(self.xp.all(ok)):
+            return False
+        offenders = [i for i, k in enumerate(self._kind_of) if policies[k] != "propagate" and not bool(ok[i])]
+        for i in offenders:
+            if policies[self._kind_of[i]] == "raise":
+                refuse_nonfinite(self.names[i], self.params[i], grads[i], xp=self.xp)
+        return bool(offenders)
+
+    def _go_on(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Note what the step has made of the kinds of layers; some may now be one."""
+        gone = [(k, first and not needs_buffer(groups[k]), float(groups[k]["lr"])) for k, first, _ in self._kinds]
+        self._kinds = list(dict.fromkeys(gone))
+        if len(self._kinds) < len(gone):
+            self._kind_of = np.array([self._kinds.index(kind) for kind in gone])[self._kind_of]

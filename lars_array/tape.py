@@ -1,0 +1,221 @@
+"""Rules as lists of operations on single numbers, which a kernel runs layer by layer without asking Python.
+
+A rule is not translated or written again: it is called once, with symbols for arrays, and what it does to them is
+noted. All operations that are noted are exact or correctly rounded, so a tape gives the bits that the rule does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lars_array.core import coefficients
+from lars_array.hyper import BOOLEANS, Hyper
+from lars_array.registry import Rule
+
+__all__ = ["INPUTS", "OPERATIONS", "Tape", "record"]
+
+# What a tape starts from, in this order: numbers, and 0 or 1 for booleans.
+INPUTS = ("p_squares", "g_squares", "third_sum", "gamma", *Hyper._fields)
+
+# NumPy's names; an operation's code is its index. "where" has three operands, "sqrt" and "absolute" have one.
+OPERATIONS = ("add", "subtract", "multiply", "divide", "less", "less_equal", "equal", "where", "sqrt", "absolute")
+
+
+
+
+@dataclass(frozen=True, eq=False)
+class Tape:
+    """What `core.coefficients` does for one layer.
+
+    Parameters
+    ----------
+    operations : int64 array of shape (operations, 4)
+        The code of each operation, and the registers of up to three operands. Registers hold the inputs, then the
+        constants, then the result of each operation.
+    constants : float64 array of shape (constants,)
+        The numbers that stand in the rule.
+    outputs : int64 array of shape (6,)
+        The registers of the coefficients.
+    """
+
+    operations: Any
+    constants: Any
+    outputs: Any
+
+
+MOST = 256  # rules that are remembered
+_recorded: dict[int, tuple[Any, Tape | None]] = {}
+
+
+def record(rule: Rule) -> Tape | None:
+    """Return the tape of a rule.
+
+    Parameters
+    ----------
+    rule : Rule
+        A pure function, as rules are: it is called once.
+
+    Returns
+    -------
+    Tape or None
+        The same one each time. None where the rule can't be noted, because it looks at other layers or at values, or
+        uses a function beyond arithmetic, comparison, ``where``, ``sqrt`` and ``abs``.
+    """
+    # By identity: a user's callable may be equal to another, or have no hash.
+    function, tape = _recorded.get(id(rule.function), (None, None))
+    if function is not rule.function:
+        if len(_recorded) == MOST:
+            _recorded.clear()
+        tape = _record(rule)
+        _recorded[id(rule.function)] = rule.function, tape
+    return tape
+
+
+def _record(rule: Rule) -> Tape | None:
+    notes = _Notes()
+    inputs = [_Symbol(notes, i, name in (*BOOLEANS, "first")) for i, name in enumerate(INPUTS)]
+    try:
+        C = coefficients(_Columns(inputs[:3]), Hyper(*inputs[4:]), [rule], inputs[3], xp=np)
+        return notes.tape([notes.register(column) for column in C.columns])
+    except Exception:  # whatever a user's function makes of symbols, it can still be called with arrays
+        return None
+
+
+class _Notes:
+    """What was noted so far: constants and operations, each once."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, int] = {}  # by their hex, which tells -0.0 from 0.0
+        self.operations: dict[tuple[int, ...], int] = {}
+
+    def register(self, x: Any) -> int:
+        """Return where a symbol or number is: constants below zero, until it is known how many there are."""
+        if isinstance(x, _Symbol):
+            return x.register
+        return self.constants.setdefault(float(x).hex(), -1 - len(self.constants))
+
+    def note(self, operation: str, *operands: Any, boolean: bool = False) -> _Symbol:
+        row = (OPERATIONS.index(operation), *map(self.register, operands))
+        return _Symbol(self, self.operations.setdefault(row, len(INPUTS) + len(self.operations)), boolean)
+
+    def tape(self, outputs: Sequence[int]) -> Tape:
+        def place(register: int) -> int:
+            if register < 0:
+                return len(INPUTS) - 1 - register
+            return register if register < len(INPUTS) else register + len(self.constants)
+
+        rows = [[row[0], *map(place, row[1:]), *[0] * (4 - len(row))] for row in self.operations]
+        return Tape(
+            np.array(rows, np.int64).reshape(-1, 4),
+            np.array([float.fromhex(constant) for constant in self.constants], np.float64),
+            np.array([place(register) for register in outputs], np.int64),
+        )
+
+
+class _Symbol(np.lib.mixins.NDArrayOperatorsMixin):
+    """A register in the place of an array of shape (layers,). NumPy hands over whatever is done with it."""
+
+    shape, ndim = (1,), 1
+
+    def __init__(self, notes: _Notes, register: int, boolean: bool) -> None:
+        self.notes, self.register, self.boolean = notes, register, boolean
+
+    def __bool__(self) -> bool:
+        raise TypeError("a symbol has no value; rules branch with xp.where")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Any:
+        plain = all(isinstance(x, (_Symbol, float, int)) for x in operands)
+        if method != "__call__" or options or not plain or ufunc.__name__ not in _UFUNCS:
+            return NotImplemented
+        return _UFUNCS[ufunc.__name__](self.notes.note, *operands)
+
+    def __array_function__(self, function: Any, types: Any, operands: Any, options: Any) -> Any:
+        name = function.__name__
+        if name == "where" and len(operands) == 3:
+            return _where(self.notes.note, *operands)
+        if name in ("zeros_like", "ones_like") and not options:
+            constant = self.notes.register(1.0 if name == "ones_like" else 0.0)
+            return _Symbol(self.notes, constant, self.boolean)
+        if name == "stack" and options in ({"axis": 1}, {"axis": -1}):
+            return _Columns(operands[0])
+        return NotImplemented
+
+
+class _Columns(np.lib.mixins.NDArrayOperatorsMixin):
+    """Symbols in the place of an array of shape (layers, columns)."""
+
+    dtype = np.dtype(np.float64)
+
+    def __init__(self, columns: Sequence[_Symbol]) -> None:
+        self.columns = columns
+        self.shape = (1, len(columns))
+
+    def __getitem__(self, key: Any) -> Any:
+        rows, column = key
+        if rows != slice(None):
+            raise TypeError("a rule is recorded for one layer, it can't choose among several")
+        return self.columns[column]
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Any:
+        if method != "__call__" or options or not all(isinstance(x, (_Columns, float, int)) for x in operands):
+            return NotImplemented
+        each = [x.columns if isinstance(x, _Columns) else [x] * self.shape[1] for x in operands]
+        return _Columns([ufunc(*column) for column in zip(*each, strict=True)])
+
+
+_Note = Callable[..., _Symbol]
+
+
+def _is_boolean(x: Any) -> bool:
+    return x.boolean if isinstance(x, _Symbol) else isinstance(x, bool)
+
+
+def _arithmetic(operation: str, note: _Note, a: Any, b: Any) -> _Symbol:
+    if _is_boolean(a) and _is_boolean(b):
+        raise TypeError("arithmetic on two booleans is logic")
+    return note(operation, a, b)
+
+
+def _compare(operation: str, note: _Note, a: Any, b: Any) -> _Symbol:
+    return note(operation, a, b, boolean=True)
+
+
+def _logic(note: _Note, a: Any, if_true: Any, if_false: Any) -> _Symbol:
+    if not all(map(_is_boolean, (a, if_true, if_false))):
+        raise TypeError("&, | and ~ of numbers are operations on bits")
+    return note("where", a, if_true, if_false, boolean=True)
+
+
+def _where(note: _Note, condition: Any, a: Any, b: Any) -> _Symbol:
+    if not _is_boolean(condition):
+        raise TypeError("the condition of where must be boolean")
+    return note("where", condition, a, b, boolean=_is_boolean(a) and _is_boolean(b))
+
+
+def _power(note: _Note, a: Any, exponent: Any) -> _Symbol:
+    if exponent != 2:
+        raise TypeError("powers other than the square are not correctly rounded")
+    return _arithmetic("multiply", note, a, a)
+
+
+# NumPy's functions by the names that they bear, in terms of the operations. Booleans are 0 and 1.
+_UFUNCS: dict[str, Callable[..., _Symbol]] = {
+    **{name: partial(_arithmetic, name) for name in ("add", "subtract", "multiply", "divide")},
+    **{name: partial(_compare, name) for name in ("less", "less_equal", "equal")},
+    "greater": lambda note, a, b: _compare("less", note, b, a),
+    "greater_equal": lambda note, a, b: _compare("less_equal", note, b, a),
+    "not_equal": lambda note, a, b: _logic(note, _compare("equal", note, a, b), False, True),
+    "bitwise_and": lambda note, a, b: _logic(note, a, b, False),
+    "bitwise_or": lambda note, a, b: _logic(note, a, True, b),
+    "invert": lambda note, a: _logic(note, a, False, True),
+    "negative": lambda note, a: _arithmetic("multiply", note, a, -1.0),
+    "square": lambda note, a: _arithmetic("multiply", note, a, a),
+    "power": _power,
+    "sqrt": lambda note, a: note("sqrt", a),
+    "absolute": lambda note, a: note("absolute", a),
+}
