@@ -26,8 +26,6 @@ INPUTS = ("p_squares", "g_squares", "third_sum", "gamma", *Hyper._fields)
 OPERATIONS = ("add", "subtract", "multiply", "divide", "less", "less_equal", "equal", "where", "sqrt", "absolute")
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class Tape:
     """What `core.coefficients` does for one layer.

@@ -130,10 +130,10 @@ def _problem() -> str | None:
     """Return why compiled code can't be run here."""
     try:
         import numba
-
-        from lars_array.kernels import machine
     except ImportError as error:
         return f"it needs numba, pip install lars-array[fast]: {error}"
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
+    from lars_array.kernels import machine
+
     return machine.problem()

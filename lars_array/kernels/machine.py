@@ -144,10 +144,50 @@ def _coefficients(sums: Any, given: Any, operations: Any, constants: Any, output
         c[i] = registers[outputs[i]]
 
 
-def _compile(stamp: int) -> Any:
-    # numba takes what is on disk for current if this file is as old and as long as it was, and its closures hold
-    # what they did. `stamp` tells it of all the code that `work` is made of.
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
+def _kept_on_disk(function: Any) -> Any:
+    """Have `function` compiled when it is called with new types, and the result kept for other processes."""
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # there is no directory that could be written to
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+@_kept_on_disk
+def data_of(ids: Any, offset: int) -> Any:
+    """Return where the data of arrays begin, 0 where the id is 0.
+
+    From its id on, an array of NumPy is a PyObject of `offset` bytes, then the pointer to its data: the beginning of
+    PyArrayObject_fields in numpy/ndarraytypes.h. Asked in Python, 10,000 arrays take 10 ms.
+    """
+    like = np.empty(0, np.int64)
+    places = np.zeros_like(ids)
+    for row in range(ids.shape[0]):
+        for column in range(ids.shape[1]):
+            if ids[row, column] != 0:
+                places[row, column] = array_at(ids[row, column] + offset, 1, like)[0]
+    return places
+
+
+def problem() -> str | None:
+    """Return why this code can't be trusted here: arrays may not be what `data_of` takes them for."""
+    x = np.empty(3)
+    if sys.implementation.name != "cpython":
+        return f"it reads the arrays of CPython, not of {sys.implementation.name}"
+    found = int(data_of(np.array([[id(x)]]), object.__basicsize__)[0, 0])
+    return None if found == x.__array_interface__["data"][0] else "the arrays of this NumPy are built differently"
+
+
+def _checksum() -> int:
+    """Return a number that changes with any of the code that `work` is made of.
+
+    numba takes what is on disk for current if this file is as old and as long as it was, and the closure of the
+    function holds what it did.
+    """
+    sources: tuple[Any, ...] = (sys.modules[__name__], intrinsics, core.affine, core.affine_without_buffer)
+    return zlib.crc32("".join(map(inspect.getsource, sources)).encode())
+
+
+def _make_work(checksum: int) -> Any:
     def work(
         tasks: Any,
         cursor: Any,
@@ -172,7 +212,7 @@ def _compile(stamp: int) -> Any:
         while True:
             number = fetch_add(cursor, 0, 1)
             if number >= len(tasks):
-                return stamp
+                return checksum
             what, first_row, last_row, first_piece, last_piece = tasks[number]
             for row in range(first_row, last_row):
                 kind, pieces = kind_of[row], -(-sizes[row] // PIECE)
@@ -207,34 +247,4 @@ def _compile(stamp: int) -> Any:
     return work
 
 
-@numba.njit(cache=True)
-def data_of(ids: Any, offset: int) -> Any:
-    """Return where the data of arrays begin, 0 where the id is 0.
-
-    An array of NumPy is, from its id on, a PyObject of `offset` bytes, then the pointer to its data: the beginning of
-    PyArrayObject_fields in numpy/ndarraytypes.h. Asked in Python, 10,000 arrays take 10 ms.
-    """
-    like = np.empty(0, np.int64)
-    places = np.zeros_like(ids)
-    for row in range(ids.shape[0]):
-        for column in range(ids.shape[1]):
-            if ids[row, column] != 0:
-                places[row, column] = array_at(ids[row, column] + offset, 1, like)[0]
-    return places
-
-
-def problem() -> str | None:
-    """Return why this code can't be trusted here: arrays may not be what `addresses` takes them for."""
-    x = np.empty(3)
-    if sys.implementation.name != "cpython":
-        return f"it reads the arrays of CPython, not of {sys.implementation.name}"
-    found = int(data_of(np.array([[id(x)]]), object.__basicsize__)[0, 0])
-    return None if found == x.__array_interface__["data"][0] else "this NumPy's arrays are built differently"
-
-
-def _stamp() -> int:
-    sources: tuple[Any, ...] = (sys.modules[__name__], intrinsics, core.affine, core.affine_without_buffer)
-    return zlib.crc32("".join(map(inspect.getsource, sources)).encode())
-
-
-work = _compile(_stamp())
+work = _kept_on_disk(_make_work(_checksum()))

@@ -1,0 +1,340 @@
+"""The compiled kernel beyond the numbers: its tasks, its calls, half precision as bits, its cache on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from references import LAYOUTS, assert_same_bits, gaussian
+
+import lars_array
+from lars_array import LARS, RULES
+from lars_array.kernels import compiled, machine, pick, table
+from lars_array.kernels.intrinsics import array_at, load, stored
+from lars_array.kernels.machine import MEASURE, PIECE, WHOLE, WRITE
+from lars_array.kernels.tasks import LARGE, PART, tasks
+
+numba = pytest.importorskip("numba")
+
+SIZES = st.one_of(
+    st.integers(0, 3000), st.integers(-2, 2).map(lambda k: PART * PIECE + k), st.integers(0, 40).map(lambda k: k * PIECE)
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+@given(
+    sizes=st.lists(SIZES, max_size=400),
+    threads=st.integers(1, 9),
+    what=st.sampled_from([MEASURE, WRITE, MEASURE | WRITE]),
+)
+def test_tasks_do_everything_once_and_wait_for_nothing_that_comes_later(
+    sizes: list[int], threads: int, what: int
+) -> None:
+    sizes = sorted(sizes, reverse=True)
+    done: dict[tuple[int, int], set[int]] = {(kind, row): set() for row in range(len(sizes)) for kind in (MEASURE, WRITE)}
+    for does, row, stop, first, last in tasks(sizes, what, threads).tolist():
+        assert row < stop <= len(sizes)
+        for r in range(row, stop):
+            pieces = -(-sizes[r] // PIECE)
+            mine = set(range(pieces)) if last == WHOLE else set(range(first, last))
+            if last != WHOLE:
+                assert pieces > PART, "there is no room for partial sums of smaller layers"
+                assert stop == row + 1 and 0 <= first < last <= pieces
+            for kind in (MEASURE, WRITE):
+                if does & kind:
+                    assert not mine & done[kind, r], "twice"
+                    done[kind, r] |= mine
+            if what & MEASURE and does & WRITE:
+                assert len(done[MEASURE, r]) == pieces, "written before it is known with what"
+    for row, size in enumerate(sizes):
+        for kind in (MEASURE, WRITE):
+            assert len(done[kind, row]) == (-(-size // PIECE) if what & kind else 0)
+
+
+def test_layers_too_large_for_a_cache_are_shared() -> None:
+    shared = tasks([LARGE + 1, 1000], MEASURE | WRITE, 2)
+    assert {what for what, *_ in shared.tolist()} == {MEASURE, WRITE, MEASURE | WRITE}
+    assert tasks([PIECE] * 9, MEASURE | WRITE, 2)[:, 0].tolist() == [MEASURE | WRITE] * 9
+    assert len(tasks([100] * 10_000, MEASURE | WRITE, 2)) == 40, "small layers go together"
+    assert len(tasks([0] * 1000, WRITE, 2)) == 4
+
+
+# -------------------------------------------------------------------------------------------------- passes over memory
+
+CALLS: list[tuple[dict[str, Any], list[int]]] = [
+    ({"nonfinite": "propagate"}, [MEASURE | WRITE]),
+    ({"nonfinite": "propagate", "rule": "simclr-popular", "momentum": 0.9}, [MEASURE | WRITE]),
+    ({}, [MEASURE, WRITE]),
+    ({"nonfinite": "skip", "momentum": 0.9, "nesterov": True}, [MEASURE, WRITE]),
+    ({"rule": "barlow"}, [MEASURE, WRITE]),
+    ({"max_grad_norm": 0.1, "nonfinite": "propagate"}, [MEASURE, WRITE]),
+    # By how much gradients are clipped is known only after the first look.
+    ({"rule": "barlow", "max_grad_norm": 0.1}, [MEASURE, MEASURE, WRITE]),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), CALLS, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_step_is_one_call_a_thread_and_touches_everything_once(
+    options: dict[str, Any], expected: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LARS_ARRAY_THREADS", str(threads))
+    calls: list[Any] = []
+    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), machine.work(*given))[1])
+    params = [np.ones(size, np.float32) for size in (2_000_000, 70_000, 3, 0)]
+    optimizer = LARS(params, lr=0.1, weight_decay=0.1, kernel="compiled", **options)
+    gradients = [np.ones_like(p) for p in params]
+    for _ in range(2):
+        calls.clear()
+        optimizer.step(gradients)
+        by_list = {id(arguments[1]): arguments for arguments in calls}  # the cursor: threads of one walk share it
+        assert len(calls) <= len(by_list) * threads
+        assert len(by_list) == len(expected)
+        for what, (todo, _, _, places, sizes, *_) in zip(expected, by_list.values(), strict=True):
+            assert np.bitwise_or.reduce(todo[:, 0]) == what
+            read = sum(_elements(task, sizes) for task in todo.tolist() if task[0] & MEASURE)
+            written = sum(_elements(task, sizes) for task in todo.tolist() if task[0] & WRITE)
+            assert (read, written) == tuple(2_070_003 if what & kind else 0 for kind in (MEASURE, WRITE))
+            assert set(places[:, 0]) == {p.__array_interface__["data"][0] for p in params}
+        calls.clear()
+        optimizer.norms(), optimizer.trust_ratios(), optimizer.state_dict()
+        assert not calls
+
+
+def _elements(task: list[int], sizes: Any) -> int:
+    _, row, stop, first, last = task
+    if last == WHOLE:
+        return int(sizes[row:stop].sum())
+    return int(min(last * PIECE, sizes[row]) - first * PIECE)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_taking_a_step_at_once_gives_the_bits_of_the_stages(rule: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(PART * PIECE + 5,), (300, 301), (7,), (0,), ()]
+    start = [gaussian(rng, shape, "f4") for shape in shapes]
+    steps = [[gaussian(rng, shape, "f4") for shape in shapes] for _ in range(3)]
+    results = []
+    for nonfinite in ("propagate", "raise"):
+        params = [p.copy() for p in start]
+        groups = [{"params": params[:3], "weight_decay": 0.1, "nesterov": True}, {"params": params[3:], "rule": "flash"}]
+        optimizer = LARS(groups, lr=0.3, momentum=0.9, rule=rule, nonfinite=nonfinite, kernel="compiled")
+        for gradients in steps:
+            optimizer.step(gradients)
+        results.append((params, optimizer.norms(), optimizer.trust_ratios()))
+    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
+        assert_same_bits(ours, theirs, rule)
+    assert results[0][1:] == results[1][1:]
+
+
+def test_a_step_needs_little_memory_for_many_layers() -> None:
+    import tracemalloc
+
+    params = [np.ones(100, np.float32) for _ in range(10_000)]
+    gradients = [np.ones(100, np.float32) for _ in params]
+    for options in ({"nonfinite": "propagate"}, {}):
+        optimizer = LARS(params, lr=0.1, momentum=0.9, weight_decay=0.1, kernel="compiled", **options)
+        optimizer.step(gradients)
+        optimizer.step(gradients)
+        tracemalloc.start()
+        optimizer.step(gradients)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < (1 << 20) + 200 * len(params), f"{peak / len(params):.0f} bytes a layer"
+
+
+# ------------------------------------------------------------------------------------------ what lies where, and changes
+
+
+def test_an_array_of_another_type_or_order_does_not_hold_up_the_others() -> None:
+    rng = np.random.default_rng(1)
+    layouts = ["C", "Fortran", "strided", "big-endian", "unaligned", "C"]
+    dtypes = ["f4", "f8", "f4", "f4", "f4", "f2"]
+    start = [gaussian(rng, (30, 40), dtype) for dtype in dtypes]
+    results = []
+    for kernel in ("compiled", "portable"):
+        params = [LAYOUTS[layout](p.copy()) for p, layout in zip(start, layouts, strict=True)]
+        params = [p.astype(p.dtype.newbyteorder(">")) if x == "big-endian" else p for p, x in zip(params, layouts)]
+        optimizer = LARS(params, 0.1, 0.9, weight_decay=0.1, rule="barlow", kernel=kernel)
+        for turn in range(4):  # gradients that lie now like this, now like that
+            gradients = [np.full_like(p, 0.1 * (turn + 1)) for p in params]
+            if turn % 2:
+                gradients[0] = np.asfortranarray(gradients[0])
+                gradients[-1] = np.repeat(gradients[-1], 2, axis=1)[:, ::2]
+            optimizer.step(gradients)
+        results.append([np.array(p, dtype="f8") for p in params])
+    for ours, theirs, dtype in zip(*results, dtypes, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3 if dtype == "f2" else 1e-6)
+
+
+def test_a_parameter_that_moves_is_found_again() -> None:
+    p = np.ones(4)
+    optimizer = LARS([p], lr=0.5, kernel="compiled", nonfinite="propagate")
+    optimizer.step([np.ones(4)])
+    p.resize(100_000, refcheck=False)
+    with pytest.raises(ValueError, match="shape"):
+        optimizer.step([np.ones(4)])
+    p.resize(4, refcheck=False)
+    optimizer.step([np.ones(4)])
+    assert p.tolist() == [0.0] * 4
+
+
+def test_a_parameter_that_becomes_read_only_is_refused() -> None:
+    p = np.ones(4)
+    optimizer = LARS([p], lr=0.5, kernel="compiled")
+    p.flags.writeable = False
+    with pytest.raises(ValueError, match="writable"):
+        optimizer.step([np.ones(4)])
+    assert p.tolist() == [1.0] * 4
+
+
+def test_a_gradient_in_a_buffer_or_parameter_is_refused() -> None:
+    whole = np.ones(12)
+    p, beside = whole[:4], whole[4:8]
+    optimizer = LARS([p], lr=0.5, momentum=0.9, kernel="compiled")
+    optimizer.step([beside])
+    for bad in (whole[3:7], whole[:4], p, optimizer._buffers[0]):
+        before = whole.copy()
+        with pytest.raises(ValueError, match="must not share memory"):
+            optimizer.step([bad])
+        assert_same_bits(whole, before, "refused")
+    optimizer.step([beside])
+
+
+# ------------------------------------------------------------------------------------------------- half precision as bits
+
+
+@numba.njit
+def _loaded(bits: Any) -> Any:
+    x = np.empty(bits.size, np.float32)
+    for i in range(bits.size):
+        x[i] = load(bits[i])
+    return x
+
+
+@numba.njit
+def _stored(x: Any, like: Any) -> Any:
+    bits = np.empty(x.size, like.dtype)
+    for i in range(x.size):
+        bits[i] = stored(x[i], bits[i])
+    return bits
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_is_what_numpy_makes_of_it(name: str) -> None:
+    kind, as_bits = {
+        "float16": (np.float16, np.uint16),
+        "bfloat16": (pytest.importorskip("ml_dtypes").bfloat16, np.int16),
+    }[name]
+    every = np.arange(1 << 16, dtype=np.uint16)
+    wide = every.view(kind).astype(np.float32)
+    numbers = ~np.isnan(wide)
+    ours = _loaded(every.view(as_bits))
+    assert_same_bits(ours[numbers], wide[numbers], name)
+    assert np.isnan(ours[~numbers]).all()
+
+    # Each number, the ones halfway to the next, their neighbours, and any others.
+    halfway = wide[numbers].astype(np.float64)
+    halfway = ((halfway[1:] + halfway[:-1]) / 2).astype(np.float32)
+    anything = np.random.default_rng(0).integers(0, 1 << 32, 1 << 18, dtype=np.uint32).view(np.float32)
+    nothing = np.float32([np.nan, np.inf, -np.inf, 0.0, -0.0, 3.4e38, -3.4e38, 1e-45])
+    x = np.concatenate([wide, halfway, np.nextafter(halfway, np.float32(np.inf)), anything, nothing])
+    with np.errstate(all="ignore"):
+        want = x.astype(kind)
+    ours = _stored(x, np.empty(0, as_bits)).view(kind)
+    numbers = ~np.isnan(x)
+    assert_same_bits(ours[numbers], want[numbers], name)
+    assert np.isnan(ours[~numbers].astype(np.float32)).all()
+
+
+def test_memory_at_an_address() -> None:
+    x = np.arange(5, dtype=np.float32)
+    for offset in (0, 2):
+        y = numba.njit(lambda address, like: array_at(address, 3, like).copy())(x.ctypes.data + 4 * offset, x[:0])
+        assert_same_bits(y, x[offset : offset + 3], "array_at")
+
+
+# ------------------------------------------------------------------------------------- other processes, other machines
+
+STEP = """
+import sys, numpy as np
+from lars_array import LARS, kernels
+p = np.arange(1.0, 4.0)
+optimizer = LARS([p], lr=0.5, momentum=0.9)
+for _ in range(2):
+    optimizer.step([np.ones(3)])
+print(optimizer._kernel.__module__.rsplit(".")[-1], *p.tolist())
+"""
+
+
+def output(code: str, where: Path | None = None, **environment: str) -> list[str]:
+    command, given = [sys.executable, "-W", "error", "-c", code], os.environ | environment
+    done = subprocess.run(command, cwd=where, env=given, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split()
+
+
+def test_without_numba_the_blocked_kernel_is_taken() -> None:
+    missing = "import sys; sys.modules['numba'] = None\n"
+    kernel, *values = output(missing + STEP)
+    assert kernel == "blocked" and [float(x) for x in values] == pytest.approx([-0.45, 0.55, 1.55])
+    report = "from lars_array.kernels import report; print([r for r in report() if not r[1]])"
+    assert "pip install lars-array[fast]" in " ".join(output(missing + report))
+    forced = missing + "from lars_array import LARS; import numpy as np; LARS([np.ones(3)], lr=1, kernel='compiled')"
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        output(forced)
+    assert "ValueError: kernel 'compiled' can't be used here: it needs numba" in failure.value.stderr
+
+
+def test_with_numba_switched_off_the_blocked_kernel_is_taken() -> None:
+    assert output(STEP, NUMBA_DISABLE_JIT="1")[0] == "blocked"
+    assert output(STEP)[0] == "compiled"
+
+
+def test_where_nothing_can_be_kept_on_disk_it_is_compiled_again() -> None:
+    nowhere = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
+    assert output(nowhere + STEP) == output(STEP)
+
+
+def test_what_is_kept_on_disk_is_not_used_when_the_equations_change(tmp_path: Path) -> None:
+    package = Path(lars_array.__file__).parent
+    shutil.copytree(package, tmp_path / "lars_array", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    before = output(STEP, tmp_path, **environment)
+    assert list((tmp_path / "cache").rglob("*.nbc")), "this test is about what is kept"
+    core = tmp_path / "lars_array" / "core.py"
+    core.write_text(core.read_text().replace("return p - (kappa * v", "return p + (kappa * v"))
+    after = output(STEP, tmp_path, **environment)
+    assert [float(x) + float(y) for x, y in zip(before[1:], after[1:], strict=True)] == pytest.approx([2.0, 4.0, 6.0])
+
+
+@pytest.mark.parametrize("name", ["compiled", "blocked", "portable"])
+def test_the_environment_chooses_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LARS_ARRAY_KERNEL", name)
+    assert pick([np.ones(3)]) is pick([np.ones(3)], name)
+    assert pick([np.ones(3)], "portable").__module__ == "lars_array.kernels.portable", "an argument comes first"
+
+
+def test_the_environment_is_told_what_it_chooses_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LARS_ARRAY_KERNEL", "fast")
+    with pytest.raises(ValueError, match="LARS_ARRAY_KERNEL must be one of compiled, blocked, portable; got 'fast'"):
+        LARS([np.ones(3)], lr=0.1)
+    monkeypatch.setenv("LARS_ARRAY_KERNEL", "compiled")
+    strict = pytest.importorskip("array_api_strict").ones(3)
+    with pytest.raises(ValueError, match="LARS_ARRAY_KERNEL 'compiled' can't be used here: it takes NumPy arrays only"):
+        LARS([strict], lr=0.1)
+
+
+def test_arrays_are_built_as_expected() -> None:
+    assert compiled._problem() is None
+    x = np.ones((3, 4))[1:]
+    assert machine.data_of(np.array([[id(x), 0]]), object.__basicsize__).tolist() == [[x.ctypes.data, 0]]
