@@ -20,13 +20,12 @@ from lars_array import LARS, RULES
 from lars_array.kernels import compiled, machine, pick, table
 from lars_array.kernels.intrinsics import array_at, load, stored
 from lars_array.kernels.machine import MEASURE, PIECE, WHOLE, WRITE
-from lars_array.kernels.tasks import LARGE, PART, tasks
+from lars_array.kernels.tasks import CACHE, ROOM_FROM, tasks
 
 numba = pytest.importorskip("numba")
 
-SIZES = st.one_of(
-    st.integers(0, 3000), st.integers(-2, 2).map(lambda k: PART * PIECE + k), st.integers(0, 40).map(lambda k: k * PIECE)
-)
+AROUND = st.integers(-2, 2).map(lambda k: ROOM_FROM * PIECE + k)
+SIZES = st.one_of(st.integers(0, 3000), AROUND, st.integers(0, 40).map(lambda k: k * PIECE))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -41,14 +40,15 @@ def test_tasks_do_everything_once_and_wait_for_nothing_that_comes_later(
     sizes: list[int], threads: int, what: int
 ) -> None:
     sizes = sorted(sizes, reverse=True)
-    done: dict[tuple[int, int], set[int]] = {(kind, row): set() for row in range(len(sizes)) for kind in (MEASURE, WRITE)}
+    rows = range(len(sizes))
+    done: dict[tuple[int, int], set[int]] = {(kind, row): set() for row in rows for kind in (MEASURE, WRITE)}
     for does, row, stop, first, last in tasks(sizes, what, threads).tolist():
         assert row < stop <= len(sizes)
         for r in range(row, stop):
             pieces = -(-sizes[r] // PIECE)
             mine = set(range(pieces)) if last == WHOLE else set(range(first, last))
             if last != WHOLE:
-                assert pieces > PART, "there is no room for partial sums of smaller layers"
+                assert pieces >= ROOM_FROM, "there is no room for partial sums of smaller layers"
                 assert stop == row + 1 and 0 <= first < last <= pieces
             for kind in (MEASURE, WRITE):
                 if does & kind:
@@ -62,14 +62,14 @@ def test_tasks_do_everything_once_and_wait_for_nothing_that_comes_later(
 
 
 def test_layers_too_large_for_a_cache_are_shared() -> None:
-    shared = tasks([LARGE + 1, 1000], MEASURE | WRITE, 2)
+    shared = tasks([CACHE // 2 + 1, 1000], MEASURE | WRITE, 2)
     assert {what for what, *_ in shared.tolist()} == {MEASURE, WRITE, MEASURE | WRITE}
     assert tasks([PIECE] * 9, MEASURE | WRITE, 2)[:, 0].tolist() == [MEASURE | WRITE] * 9
     assert len(tasks([100] * 10_000, MEASURE | WRITE, 2)) == 40, "small layers go together"
     assert len(tasks([0] * 1000, WRITE, 2)) == 4
 
 
-# -------------------------------------------------------------------------------------------------- passes over memory
+# --------------------------------------------------------------------------------------------------- passes over memory
 
 CALLS: list[tuple[dict[str, Any], list[int]]] = [
     ({"nonfinite": "propagate"}, [MEASURE | WRITE]),
@@ -121,13 +121,14 @@ def _elements(task: list[int], sizes: Any) -> int:
 @pytest.mark.parametrize("rule", RULES)
 def test_taking_a_step_at_once_gives_the_bits_of_the_stages(rule: str) -> None:
     rng = np.random.default_rng(0)
-    shapes = [(PART * PIECE + 5,), (300, 301), (7,), (0,), ()]
+    shapes = [(ROOM_FROM * PIECE + 5,), (300, 301), (7,), (0,), ()]
     start = [gaussian(rng, shape, "f4") for shape in shapes]
     steps = [[gaussian(rng, shape, "f4") for shape in shapes] for _ in range(3)]
     results = []
     for nonfinite in ("propagate", "raise"):
         params = [p.copy() for p in start]
-        groups = [{"params": params[:3], "weight_decay": 0.1, "nesterov": True}, {"params": params[3:], "rule": "flash"}]
+        decayed = {"params": params[:3], "weight_decay": 0.1, "nesterov": True}
+        groups = [decayed, {"params": params[3:], "rule": "flash"}]
         optimizer = LARS(groups, lr=0.3, momentum=0.9, rule=rule, nonfinite=nonfinite, kernel="compiled")
         for gradients in steps:
             optimizer.step(gradients)
@@ -153,7 +154,7 @@ def test_a_step_needs_little_memory_for_many_layers() -> None:
         assert peak < (1 << 20) + 200 * len(params), f"{peak / len(params):.0f} bytes a layer"
 
 
-# ------------------------------------------------------------------------------------------ what lies where, and changes
+# ----------------------------------------------------------------------------------------- what lies where, and changes
 
 
 def test_an_array_of_another_type_or_order_does_not_hold_up_the_others() -> None:
@@ -211,7 +212,7 @@ def test_a_gradient_in_a_buffer_or_parameter_is_refused() -> None:
     optimizer.step([beside])
 
 
-# ------------------------------------------------------------------------------------------------- half precision as bits
+# ----------------------------------------------------------------------------------------------- half precision as bits
 
 
 @numba.njit
@@ -264,7 +265,7 @@ def test_memory_at_an_address() -> None:
         assert_same_bits(y, x[offset : offset + 3], "array_at")
 
 
-# ------------------------------------------------------------------------------------- other processes, other machines
+# -------------------------------------------------------------------------------------- other processes, other machines
 
 STEP = """
 import sys, numpy as np

@@ -22,7 +22,7 @@ from lars_array.kernels import KERNELS, blocked, machine, squares, tasks
 
 DTYPES = ["f8", "f4", "f2", "c8", "c16"]
 BORDERS_OF = {
-    "compiled": [machine.PIECE, tasks.PART * machine.PIECE, tasks.LARGE],
+    "compiled": [machine.PIECE, (tasks.ROOM_FROM - 1) * machine.PIECE, tasks.CACHE // 2],
     "blocked": sorted({squares.ROW, squares.SMALL, squares.WIDE, blocked.READ_BLOCK, blocked.WRITE_BLOCK}),
 }
 SHAPES = [(), (0,), (1,), (3, 0, 2), (1, 1, 1), (7,), (3, 5), (2, 3, 4, 5), (129, 8), (33, 31, 3)]

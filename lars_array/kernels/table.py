@@ -10,7 +10,7 @@ import numpy as np
 
 from lars_array.core import Prepared
 from lars_array.kernels.machine import DONE, MEASURE, PIECE, WRITE, data_of, work
-from lars_array.kernels.tasks import PART, tasks
+from lars_array.kernels.tasks import ROOM_FROM, tasks
 from lars_array.kernels.threads import thread_count, together
 from lars_array.tape import Tape
 
@@ -67,7 +67,7 @@ class Table:
         self.ids = np.array([[id(params[i]), 0, id(buffers[i])] for i in self.layers], np.int64)
         self.ids[[buffers[i] is None for i in self.layers], 2] = 0
         self.left = -(-self.sizes // PIECE)
-        shared = np.where(self.left > PART, self.left, 0)
+        shared = np.where(self.left >= ROOM_FROM, self.left, 0)
         self.offsets = np.cumsum(shared) - shared
         self.partial_shape = int(shared.sum()), 3
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
