@@ -14,7 +14,7 @@ from lars_array import kernels
 from lars_array._version import __version__
 
 _PACKAGES = ("numpy", "array-api-compat", "numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "optax")
-_THREAD_SETTINGS = ("LARS_ARRAY_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
+_SETTINGS = ("LARS_ARRAY_KERNEL", "LARS_ARRAY_THREADS", "NUMBA_CACHE_DIR")
 
 
 def collect() -> dict[str, Any]:
@@ -27,7 +27,7 @@ def collect() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "processors": os.cpu_count(),
-        "threads": {name: os.environ.get(name) for name in _THREAD_SETTINGS},
+        "settings": {name: os.environ.get(name) for name in _SETTINGS},
         "kernels": [{"name": name, "usable": usable, "reason": reason} for name, usable, reason in kernels.report()],
     }
 
@@ -36,7 +36,7 @@ def render(collected: dict[str, Any]) -> str:
     """The same as text, a line for each fact."""
     lines = [f"{name:<20}{found or 'not installed'}" for name, found in collected["versions"].items()]
     lines += ["", *(f"{name:<20}{collected[name]}" for name in ("platform", "processors"))]
-    lines += [f"{name:<20}{value or 'not set'}" for name, value in collected["threads"].items()]
+    lines += [f"{name:<20}{value or 'not set'}" for name, value in collected["settings"].items()]
     lines += ["", "kernels"]
     for kernel in collected["kernels"]:
         verdict = "usable" if kernel["usable"] else "not usable"

@@ -85,7 +85,8 @@ class LARS:
         it, and nothing is changed; nothing is changed and `skipped_steps` counts it; or nothing at all. Momentum
         buffers are not looked at.
     kernel : str, optional
-        "blocked" (NumPy) or "portable"; by default the fastest that takes the parameters.
+        "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays) or "portable"; by default what the environment
+        variable LARS_ARRAY_KERNEL says, else the first of them that takes the parameters.
 
     Attributes
     ----------

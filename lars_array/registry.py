@@ -19,7 +19,8 @@ class Rule(NamedTuple):
     Parameters
     ----------
     function : callable
-        ``function(S, hyper, xp) -> C``, pure, on Array API arrays. S of shape (layers, 3) holds the sums of p², of g²
+        ``function(S, hyper, xp) -> C`` on Array API arrays, pure: kernels may call it once, with symbols, and play
+        back what it did at every step. S of shape (layers, 3) holds the sums of p², of g²
         and the one that `norm_of` names, hyper is a `Hyper`, C of shape (layers, 6) is stacked from the columns
         m, alpha, beta, kappa, lambda, mu. Branches on values are ``xp.where``.
     norm_of : str
