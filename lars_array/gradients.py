@@ -15,7 +15,7 @@ from lars_array.parameters import Position, is_pair, listed
 __all__ = ["Fit", "given_order", "match_gradients"]
 
 _DTYPE, _SHAPE, _DENSE = attrgetter("dtype"), attrgetter("shape"), attrgetter("flags.forc")
-_WRITEABLE = attrgetter("flags.writeable")
+_STRIDES, _WRITEABLE = attrgetter("strides"), attrgetter("flags.writeable")
 
 
 def given_order(names: Sequence[str]) -> list[int] | None:
@@ -101,10 +101,12 @@ class Fit:
         if addresses is not None:
             self._dtypes = list(map(_DTYPE, params))
             self._shapes = list(map(_SHAPE, params))
+            self._strides = list(map(_STRIDES, params))
             self._sizes = np.array([p.nbytes for p in params])
+            self._places = addresses(params)
 
     def check(self, grads: Sequence[Any], written: Spans) -> None:
-        """Refuse gradients that don't fit, and parameters that have become read-only.
+        """Refuse gradients that don't fit, and parameters that are no longer what they were.
 
         Parameters
         ----------
@@ -120,6 +122,7 @@ class Fit:
         """
         if self.addresses is not None and self._are_plain(grads, written, self.addresses):
             return
+        self._check_parameters()
         for name, p, g in zip(self.names, self.params, grads, strict=True):
             check_gradient(name, g, p)
             if isinstance(p, np.ndarray) and not p.flags.writeable:
@@ -128,13 +131,31 @@ class Fit:
             if owner is not None:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
 
+    def _check_parameters(self) -> None:
+        """Refuse NumPy arrays that were changed in place: kernels and momentum buffers know them as they were."""
+        if self.addresses is None:
+            return
+        now = zip(self.params, self.addresses(self.params).tolist(), strict=True)
+        found = [(p.dtype, p.shape, p.strides, place) for p, place in now]
+        known = zip(self._dtypes, self._shapes, self._strides, self._places.tolist(), strict=True)
+        for name, then, today in zip(self.names, known, found, strict=True):
+            if then != today:
+                raise ValueError(
+                    f"parameter {name!r} must keep its memory, shape and dtype; it had shape {then[1]!r} and dtype "
+                    f"{then[0]!r}, and now, or elsewhere, has {today[1]!r} and {today[0]!r}"
+                )
+
     def _are_plain(self, grads: Sequence[Any], written: Spans, addresses: Callable[[Sequence[Any]], Any]) -> bool:
         """Return whether all is well for certain, at a tenth of a microsecond for each question and array."""
-        return (
+        if not (
             set(map(type, grads)) == {np.ndarray}
-            and list(map(_DTYPE, grads)) == self._dtypes
+            and list(map(_DTYPE, grads)) == self._dtypes == list(map(_DTYPE, self.params))
             and list(map(_SHAPE, grads)) == self._shapes == list(map(_SHAPE, self.params))
+            and self._strides == list(map(_STRIDES, self.params))
             and all(map(_DENSE, grads))
             and all(map(_WRITEABLE, self.params))
-            and written.are_clear(starts := addresses(grads), starts + self._sizes)
-        )
+        ):
+            return False
+        starts = addresses(grads)
+        stay = np.array_equal(addresses(self.params), self._places)
+        return stay and written.are_clear(starts, starts + self._sizes)

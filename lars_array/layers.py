@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
+from lars_array.arrays import check_buffer
 from lars_array.core import Plan, plan, prepare
 from lars_array.dtypes import compute_dtype
 from lars_array.gradients import Fit
@@ -28,6 +29,10 @@ class Taken(NamedTuple):
 
 class Layers:
     """Layers, as long as the same ones take part in a step: what is known of their memory is found out once.
+
+    Layers of the same group, with the same last learning rate and both with or without a buffer, are of one *kind*:
+    they differ in nothing but their sums, so hyper-parameters are needed once a kind. There is usually one for each
+    group; a layer that had no gradient for a while makes another until it has stepped along.
 
     Parameters
     ----------
@@ -57,17 +62,20 @@ class Layers:
         kernel: Any,
     ) -> None:
         self.index, self.names, self.params, self.buffers, self.group_of = index, names, params, buffers, group_of
-        self.has_new_buffers = False
+        self.has_new_buffers = False  # since the last step
         self.xp = array_namespace(params[0])
+        for name, p, v in zip(names, params, buffers):
+            if v is not None:
+                check_buffer(name, v, p)  # p may have been resized by its owner
         self._fit = Fit(names, params, getattr(kernel, "addresses", None))
         self._limit = largest(params, like=params[0], xp=self.xp)
         self._kernel_type = kernel
         self._kernel: Any = None
-        self._keeps: list[bool] | None = None
-        # Layers of one kind differ in nothing but their sums.
+        self._keeps: list[bool] | None = None  # by group: what the kernel was made for
+        self._used: list[Any] = []
+        self._new: list[int] = []
         kinds: dict[tuple[int, bool, float], int] = {}
-        first = [v is None for v in buffers]
-        of_layers = zip(group_of, first, previous_lr, strict=True)
+        of_layers = zip(group_of, [v is None for v in buffers], previous_lr, strict=True)
         self._kind_of = np.array([kinds.setdefault(kind, len(kinds)) for kind in of_layers], np.int64)
         self._kinds = list(kinds)
 
@@ -110,17 +118,15 @@ class Layers:
         return taken
 
     def _make_room(self, keeps: list[bool]) -> None:
-        """Have buffers of zeros where they are wanted and there are none. They count once a step is taken."""
+        """Have the kernel see a buffer where one is kept: of zeros, which count once a step is taken, if it is new."""
         if keeps == self._keeps:
             return
-        self._keeps = keeps
-        used = []
-        for i, (k, p) in enumerate(zip(self.group_of, self.params)):
-            if keeps[k] and self.buffers[i] is None:
-                self.buffers[i] = self.xp.zeros_like(p, dtype=compute_dtype(p, self.xp))
-                self.has_new_buffers = True
-            used.append(self.buffers[i] if keeps[k] else None)
+        used = [v if keeps[k] else None for k, v in zip(self.group_of, self.buffers)]
+        new = [i for i, k in enumerate(self.group_of) if keeps[k] and used[i] is None]
+        for i in new:
+            used[i] = self.xp.zeros_like(self.params[i], dtype=compute_dtype(self.params[i], self.xp))
         self._kernel = self._kernel_type(self.params, used, self.xp)
+        self._used, self._new, self._keeps = used, new, keeps
 
     def _without_asking(self, groups: Any, grads: Any, *, write: bool) -> Taken | None:
         """Let the kernel do all that it can do by itself."""
@@ -153,7 +159,10 @@ class Layers:
         return bool(offenders)
 
     def _go_on(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Note what the step has made of the kinds of layers; some may now be one."""
+        """Note what the step has changed: there may be new buffers, and fewer kinds of layers."""
+        for i in self._new:
+            self.buffers[i] = self._used[i]
+        self.has_new_buffers, self._new = bool(self._new), []
         gone = [(k, first and not needs_buffer(groups[k]), float(groups[k]["lr"])) for k, first, _ in self._kinds]
         self._kinds = list(dict.fromkeys(gone))
         if len(self._kinds) < len(gone):

@@ -371,7 +371,7 @@ class LARS:
         if layers.has_new_buffers:
             for i, v in zip(index, layers.buffers):
                 self._buffers[i] = v
-            layers.has_new_buffers, self._spans = False, None
+            self._spans = None
         lrs = [group["lr"] for group in groups]
         for i, k in zip(index, layers.group_of):
             self._previous_lr[i] = lrs[k]

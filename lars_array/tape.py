@@ -6,6 +6,7 @@ noted. All operations that are noted are exact or correctly rounded, so a tape g
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +47,8 @@ class Tape:
     outputs: Any
 
 
-MOST = 256  # rules that are remembered
-_recorded: dict[int, tuple[Any, Tape | None]] = {}
+# By the identity of a rule's function, since a user's may be equal to another or have no hash, and while it lives.
+_recorded: dict[int, tuple[Callable[[], Any], Tape | None]] = {}
 
 
 def record(rule: Rule) -> Tape | None:
@@ -56,7 +57,7 @@ def record(rule: Rule) -> Tape | None:
     Parameters
     ----------
     rule : Rule
-        A pure function, as rules are: it is called once.
+        A pure function, as rules are: it is called once, for a model of two layers and for one of three.
 
     Returns
     -------
@@ -64,18 +65,24 @@ def record(rule: Rule) -> Tape | None:
         The same one each time. None where the rule can't be noted, because it looks at other layers or at values, or
         uses a function beyond arithmetic, comparison, ``where``, ``sqrt`` and ``abs``.
     """
-    # By identity: a user's callable may be equal to another, or have no hash.
-    function, tape = _recorded.get(id(rule.function), (None, None))
-    if function is not rule.function:
-        if len(_recorded) == MOST:
-            _recorded.clear()
-        tape = _record(rule)
-        _recorded[id(rule.function)] = rule.function, tape
-    return tape
+    key = id(rule.function)
+    if key not in _recorded or _recorded[key][0]() is not rule.function:
+        tape = _noted(rule, 2)
+        if tape is not None and not _same(tape, _noted(rule, 3)):
+            tape = None
+
+        def forget(_: Any) -> None:
+            _recorded.pop(key, None)
+
+        try:
+            _recorded[key] = weakref.ref(rule.function, forget), tape
+        except TypeError:  # few objects can't be referred to weakly; their tapes are made again
+            return tape
+    return _recorded[key][1]
 
 
-def _record(rule: Rule) -> Tape | None:
-    notes = _Notes()
+def _noted(rule: Rule, layers: int) -> Tape | None:
+    notes = _Notes(layers)
     inputs = [_Symbol(notes, i, name in (*BOOLEANS, "first")) for i, name in enumerate(INPUTS)]
     try:
         C = coefficients(_Columns(inputs[:3]), Hyper(*inputs[4:]), [rule], inputs[3], xp=np)
@@ -84,10 +91,18 @@ def _record(rule: Rule) -> Tape | None:
         return None
 
 
+def _same(tape: Tape, other: Tape | None) -> bool:
+    def content(x: Tape) -> list[bytes]:
+        return [x.operations.tobytes(), x.constants.tobytes(), x.outputs.tobytes()]
+
+    return other is not None and content(tape) == content(other)
+
+
 class _Notes:
     """What was noted so far: constants and operations, each once."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
         self.constants: dict[str, int] = {}  # by their hex, which tells -0.0 from 0.0
         self.operations: dict[tuple[int, ...], int] = {}
 
@@ -118,13 +133,17 @@ class _Notes:
 class _Symbol(np.lib.mixins.NDArrayOperatorsMixin):
     """A register in the place of an array of shape (layers,). NumPy hands over whatever is done with it."""
 
-    shape, ndim = (1,), 1
+    ndim = 1
 
     def __init__(self, notes: _Notes, register: int, boolean: bool) -> None:
         self.notes, self.register, self.boolean = notes, register, boolean
+        self.shape = (notes.layers,)
 
     def __bool__(self) -> bool:
         raise TypeError("a symbol has no value; rules branch with xp.where")
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a symbol is not to become an array that nobody notes")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Any:
         plain = all(isinstance(x, (_Symbol, float, int)) for x in operands)
@@ -140,23 +159,28 @@ class _Symbol(np.lib.mixins.NDArrayOperatorsMixin):
             constant = self.notes.register(1.0 if name == "ones_like" else 0.0)
             return _Symbol(self.notes, constant, self.boolean)
         if name == "stack" and options in ({"axis": 1}, {"axis": -1}):
-            return _Columns(operands[0])
+            return _Columns(list(operands[0]))
         return NotImplemented
 
 
 class _Columns(np.lib.mixins.NDArrayOperatorsMixin):
     """Symbols in the place of an array of shape (layers, columns)."""
 
-    dtype = np.dtype(np.float64)
+    dtype, ndim = np.dtype(np.float64), 2
 
-    def __init__(self, columns: Sequence[_Symbol]) -> None:
+    def __init__(self, columns: Sequence[Any]) -> None:
+        if not all(isinstance(column, _Symbol) for column in columns):
+            raise TypeError("columns must be arrays of shape (layers,)")
         self.columns = columns
-        self.shape = (1, len(columns))
+        self.shape = (*columns[0].shape, len(columns))
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("symbols are not to become an array that nobody notes")
 
     def __getitem__(self, key: Any) -> Any:
         rows, column = key
-        if rows != slice(None):
-            raise TypeError("a rule is recorded for one layer, it can't choose among several")
+        if rows != slice(None) or not isinstance(column, int):
+            raise TypeError("a rule is recorded for any one layer, it can only take columns")
         return self.columns[column]
 
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Any:
@@ -173,10 +197,10 @@ def _is_boolean(x: Any) -> bool:
     return x.boolean if isinstance(x, _Symbol) else isinstance(x, bool)
 
 
-def _arithmetic(operation: str, note: _Note, a: Any, b: Any) -> _Symbol:
-    if _is_boolean(a) and _is_boolean(b):
-        raise TypeError("arithmetic on two booleans is logic")
-    return note(operation, a, b)
+def _arithmetic(operation: str, note: _Note, *operands: Any) -> _Symbol:
+    if all(map(_is_boolean, operands)):
+        raise TypeError("arithmetic on booleans alone is logic, or float16")
+    return note(operation, *operands)
 
 
 def _compare(operation: str, note: _Note, a: Any, b: Any) -> _Symbol:
@@ -190,8 +214,8 @@ def _logic(note: _Note, a: Any, if_true: Any, if_false: Any) -> _Symbol:
 
 
 def _where(note: _Note, condition: Any, a: Any, b: Any) -> _Symbol:
-    if not _is_boolean(condition):
-        raise TypeError("the condition of where must be boolean")
+    if not _is_boolean(condition) or not all(isinstance(x, (_Symbol, float, int)) for x in (a, b)):
+        raise TypeError("where takes a boolean and two numbers")
     return note("where", condition, a, b, boolean=_is_boolean(a) and _is_boolean(b))
 
 
@@ -203,7 +227,7 @@ def _power(note: _Note, a: Any, exponent: Any) -> _Symbol:
 
 # NumPy's functions by the names that they bear, in terms of the operations. Booleans are 0 and 1.
 _UFUNCS: dict[str, Callable[..., _Symbol]] = {
-    **{name: partial(_arithmetic, name) for name in ("add", "subtract", "multiply", "divide")},
+    **{name: partial(_arithmetic, name) for name in ("add", "subtract", "multiply", "divide", "sqrt", "absolute")},
     **{name: partial(_compare, name) for name in ("less", "less_equal", "equal")},
     "greater": lambda note, a, b: _compare("less", note, b, a),
     "greater_equal": lambda note, a, b: _compare("less_equal", note, b, a),
@@ -211,9 +235,7 @@ _UFUNCS: dict[str, Callable[..., _Symbol]] = {
     "bitwise_and": lambda note, a, b: _logic(note, a, b, False),
     "bitwise_or": lambda note, a, b: _logic(note, a, True, b),
     "invert": lambda note, a: _logic(note, a, False, True),
-    "negative": lambda note, a: _arithmetic("multiply", note, a, -1.0),
+    "negative": lambda note, a: _arithmetic("multiply", note, a, -1.0) if not _is_boolean(a) else _logic(note, 0, 0, 0),
     "square": lambda note, a: _arithmetic("multiply", note, a, a),
     "power": _power,
-    "sqrt": lambda note, a: note("sqrt", a),
-    "absolute": lambda note, a: note("absolute", a),
 }

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import compileall
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,9 @@ from hypothesis import strategies as st
 from references import LAYOUTS, assert_same_bits, gaussian
 
 import lars_array
-from lars_array import LARS, RULES
-from lars_array.kernels import compiled, machine, pick, table
+from lars_array import LARS, RULES, Rule
+from lars_array.blocks import momentum_form
+from lars_array.kernels import KERNELS, compiled, machine, pick, table, threads
 from lars_array.kernels.intrinsics import array_at, load, stored
 from lars_array.kernels.machine import MEASURE, PIECE, WHOLE, WRITE
 from lars_array.kernels.tasks import CACHE, ROOM_FROM, tasks
@@ -90,10 +96,11 @@ def test_a_step_is_one_call_a_thread_and_touches_everything_once(
 ) -> None:
     monkeypatch.setenv("LARS_ARRAY_THREADS", str(threads))
     calls: list[Any] = []
-    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), machine.work(*given))[1])
     params = [np.ones(size, np.float32) for size in (2_000_000, 70_000, 3, 0)]
     optimizer = LARS(params, lr=0.1, weight_decay=0.1, kernel="compiled", **options)
     gradients = [np.ones_like(p) for p in params]
+    optimizer.step(gradients)
+    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), machine.work(*given))[1])
     for _ in range(2):
         calls.clear()
         optimizer.step(gradients)
@@ -119,13 +126,15 @@ def _elements(task: list[int], sizes: Any) -> int:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_taking_a_step_at_once_gives_the_bits_of_the_stages(rule: str) -> None:
+def test_taking_a_step_at_once_gives_the_bits_of_the_stages(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     shapes = [(ROOM_FROM * PIECE + 5,), (300, 301), (7,), (0,), ()]
     start = [gaussian(rng, shape, "f4") for shape in shapes]
     steps = [[gaussian(rng, shape, "f4") for shape in shapes] for _ in range(3)]
     results = []
-    for nonfinite in ("propagate", "raise"):
+    for nonfinite in ("propagate", "raise", "skip"):
+        if nonfinite == "skip":
+            monkeypatch.delattr(compiled.Kernel, "take")
         params = [p.copy() for p in start]
         decayed = {"params": params[:3], "weight_decay": 0.1, "nesterov": True}
         groups = [decayed, {"params": params[3:], "rule": "flash"}]
@@ -133,9 +142,10 @@ def test_taking_a_step_at_once_gives_the_bits_of_the_stages(rule: str) -> None:
         for gradients in steps:
             optimizer.step(gradients)
         results.append((params, optimizer.norms(), optimizer.trust_ratios()))
-    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
-        assert_same_bits(ours, theirs, rule)
-    assert results[0][1:] == results[1][1:]
+    for params, *numbers in results[1:]:
+        for ours, theirs in zip(params, results[0][0], strict=True):
+            assert_same_bits(ours, theirs, rule)
+        assert numbers == [*results[0][1:]]
 
 
 def test_a_step_needs_little_memory_for_many_layers() -> None:
@@ -178,16 +188,35 @@ def test_an_array_of_another_type_or_order_does_not_hold_up_the_others() -> None
         np.testing.assert_allclose(ours, theirs, rtol=1e-3 if dtype == "f2" else 1e-6)
 
 
-def test_a_parameter_that_moves_is_found_again() -> None:
-    p = np.ones(4)
-    optimizer = LARS([p], lr=0.5, kernel="compiled", nonfinite="propagate")
-    optimizer.step([np.ones(4)])
-    p.resize(100_000, refcheck=False)
-    with pytest.raises(ValueError, match="shape"):
-        optimizer.step([np.ones(4)])
-    p.resize(4, refcheck=False)
-    optimizer.step([np.ones(4)])
-    assert p.tolist() == [0.0] * 4
+@pytest.mark.parametrize("kernel", ["compiled", "blocked"])
+@pytest.mark.parametrize("size", [2, 4, 8, 100_000])
+def test_a_parameter_that_was_resized_is_refused(size: int, kernel: str) -> None:
+    p = np.ones(200_000 if size == 2 else 4)
+    optimizer = LARS([p], lr=0.5, momentum=0.9, kernel=kernel, nonfinite="propagate")
+    optimizer.step([np.ones_like(p)])
+    p.resize(size, refcheck=False)
+    before = p.copy()
+    for g in (np.ones(size), np.ones(4), p[:]):
+        with pytest.raises(ValueError, match="parameter '0' must keep its memory, shape and dtype") if size != 4 else (
+            pytest.raises(ValueError, match="must") if g.base is p else contextlib.nullcontext()
+        ):
+            optimizer.step([g])
+        if size != 4:
+            assert_same_bits(p, before, "refused")
+    assert optimizer.steps == (3 if size == 4 else 1)
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "blocked"])
+def test_a_parameter_whose_shape_was_changed_in_place_is_refused(kernel: str) -> None:
+    p = np.ones((3, 4))
+    optimizer = LARS([p], lr=0.5, momentum=0.9, kernel=kernel)
+    optimizer.step([np.ones((3, 4))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        p.shape = (4, 3)
+    with pytest.raises(ValueError, match="parameter '0' must keep its memory, shape and dtype"):
+        optimizer.step([np.ones((4, 3))])
+    assert p.tolist() == np.full((4, 3), 0.5).tolist()
 
 
 def test_a_parameter_that_becomes_read_only_is_refused() -> None:
@@ -301,9 +330,25 @@ def test_with_numba_switched_off_the_blocked_kernel_is_taken() -> None:
     assert output(STEP)[0] == "compiled"
 
 
-def test_where_nothing_can_be_kept_on_disk_it_is_compiled_again() -> None:
+def test_where_nothing_can_be_kept_on_disk_it_is_compiled_again(tmp_path: Path) -> None:
     nowhere = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
-    assert output(nowhere + STEP) == output(STEP)
+    full = (
+        "import numba.core.caching as c\n"
+        "def save(*_): raise OSError(28, 'No space left on device')\n"
+        "c.IndexDataCacheFile.save = save\n"
+    )
+    for trouble in (nowhere, full):
+        assert output(trouble + STEP, NUMBA_CACHE_DIR=str(tmp_path)) == output(STEP)
+        assert not list(tmp_path.rglob("*.nb?"))
+
+
+def test_without_source_files_it_is_compiled_all_the_same(tmp_path: Path) -> None:
+    package = Path(lars_array.__file__).parent
+    shutil.copytree(package, tmp_path / "lars_array", ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    compileall.compile_dir(tmp_path, legacy=True, quiet=1)
+    for source in tmp_path.rglob("*.py"):
+        source.unlink()
+    assert output(STEP, tmp_path, PYTHONPATH=str(tmp_path)) == output(STEP)
 
 
 def test_what_is_kept_on_disk_is_not_used_when_the_equations_change(tmp_path: Path) -> None:
@@ -339,3 +384,79 @@ def test_arrays_are_built_as_expected() -> None:
     assert compiled._problem() is None
     x = np.ones((3, 4))[1:]
     assert machine.data_of(np.array([[id(x), 0]]), object.__basicsize__).tolist() == [[x.ctypes.data, 0]]
+
+
+# ---------------------------------------------------------------------------------------- nothing by halves, in threads
+
+
+def test_several_types_are_compiled_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [np.ones(3, np.float32), np.ones(3)]
+    optimizer = LARS(params, lr=0.5, kernel="compiled", nonfinite="propagate")
+
+    def fails(p_type: Any, v_type: Any) -> None:
+        if p_type == np.float64:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(table, "_compile_for", fails)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step([np.ones_like(p) for p in params])
+    monkeypatch.undo()
+    assert [p.tolist() for p in params] == [[1.0] * 3] * 2 and optimizer.steps == 0
+    optimizer.step([np.ones_like(p) for p in params])
+    assert [p.tolist() for p in params] == [[0.5] * 3] * 2
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "blocked"])
+def test_without_threads_one_does_it_all(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exhausted:
+        def submit(self, work: Any) -> Any:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setenv("LARS_ARRAY_THREADS", "3")
+    monkeypatch.setattr(threads, "_workers", Exhausted)
+    p = np.ones(3_000_000, np.float32)
+    LARS([p], lr=0.5, kernel=kernel).step([np.ones_like(p)])
+    assert np.all(p == 0.5)
+
+
+def test_an_interrupt_waits_for_the_helpers() -> None:
+    done: list[str] = []
+    begun = threading.Event()
+
+    def work() -> None:
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(10)
+            raise KeyboardInterrupt
+        begun.set()
+        time.sleep(0.2)
+        done.append("helper")
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.together(work, 2)
+    assert done == ["helper"]
+
+
+def test_what_a_helper_raises_is_raised() -> None:
+    begun = threading.Event()
+
+    def work() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            raise MemoryError("no room")
+        begun.wait(10)
+
+    with pytest.raises(MemoryError, match="no room"):
+        threads.together(work, 2)
+
+
+def test_the_third_sum_repeats_the_second_where_no_rule_reads_it() -> None:
+    rule = Rule(lambda S, h, xp: momentum_form(S[:, 2], h.lr, h.weight_decay, h, xp), norm_of="gradient")
+    results = []
+    for kernel in KERNELS:
+        p = np.ones(3)
+        LARS([p], 0.1, rule=rule, rescale_grad=0.5, kernel=kernel).step([np.ones(3)])
+        results.append(p.tolist())
+    assert results == [pytest.approx([0.85] * 3)] * len(KERNELS)
+    p = np.ones(3)
+    LARS([p], 0.1, adapt=False, rescale_grad=1e160, kernel="compiled").step([np.full(3, 1e-160)])
+    assert p.tolist() == pytest.approx([0.9] * 3)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from assertions import assert_close, assert_refused, assert_same, flash_run, flash_step
 
-from lars_array import LARS, param_groups, warmup_cosine
+from lars_array import LARS, NonFiniteError, param_groups, warmup_cosine
+from lars_array.kernels import KERNELS
 from lars_array.optimizer import required
 
 W, B = np.array([[3.0, 4.0]]), np.array([0.6, 0.8])
@@ -245,3 +246,37 @@ def test_what_a_closure_may_not_do() -> None:
         ),
     ]:
         assert_refused(call, kind, message, optimizer, w, b)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_refused_step_leaves_no_buffer_behind(kernel: str) -> None:
+    p = np.ones(4)
+    optimizer = LARS([p], lr=0.5, momentum=0.9, dampening=0.5, kernel=kernel)
+    with pytest.raises(NonFiniteError):
+        optimizer.step([np.full(4, np.nan)])
+    optimizer.param_groups[0]["momentum"] = 0
+    optimizer.step([np.ones(4)])
+    assert "momentum_buffer" not in optimizer.state_dict()["state"]["0"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.step([np.ones(4)])  # the first with momentum, so it is not dampened
+    assert p.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_running_out_of_memory_for_buffers_changes_nothing(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = np.ones(4)
+    optimizer = LARS([p], lr=0.5, kernel=kernel)
+    optimizer.step([np.ones(4)])
+    optimizer.param_groups[0]["momentum"] = 0.9
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "zeros_like", fails)
+        with pytest.raises(MemoryError):
+            optimizer.step([np.ones(4)])
+    for want in (0.0, -0.95):
+        optimizer.step([np.ones(4)])
+        assert p.tolist() == pytest.approx([want] * 4)

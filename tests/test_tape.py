@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from references import assert_same_bits
 
 from lars_array import LARS, RULES, Hyper, Rule
+from lars_array import tape as tape_module
 from lars_array.blocks import momentum_form, norms
 from lars_array.core import coefficients
 from lars_array.kernels.machine import _coefficients
@@ -104,6 +107,15 @@ NOT_RECORDED: dict[str, Callable[[Any, Hyper, Any], Any]] = {
     "where of numbers": lambda S, h, xp: xp.where(h.lr, S[:, 0], S[:, 1]),
     "bits": lambda S, h, xp: S[:, 0] * xp.where(~(xp.astype(h.first, xp.int64)) > 0, 1.0, 2.0),
     "in place": lambda S, h, xp: np.multiply(S[:, 0], 2.0, out=np.empty(len(h.lr))),
+    "the number of layers": lambda S, h, xp: S[:, 0] / S.shape[0],
+    "an array made of layers": lambda S, h, xp: S[:, 0] / xp.max(xp.asarray(S[:, 0])),
+    "the size of an array": lambda S, h, xp: S[:, 0] * np.asarray(S[:, 0]).size,
+    "a sum over a new array": lambda S, h, xp: S[:, 0] * xp.sum(xp.ones_like(S)),
+    "several columns": lambda S, h, xp: S[:, 0] * len(S[:, :2]),
+    "a negated boolean": lambda S, h, xp: -h.first * S[:, 0],
+    "the root of a boolean": lambda S, h, xp: xp.sqrt(h.first) * S[:, 0],
+    "a stacked number": lambda S, h, xp: xp.stack([0.9, h.lr], axis=1)[:, 1],
+    "where with an array": lambda S, h, xp: xp.where(h.first, np.array([0.5]), S[:, 1]),
     "an error": lambda S, h, xp: 1 / 0 if isinstance(S, np.ndarray) is False else S[:, 0],
 }
 
@@ -139,7 +151,22 @@ def test_a_tape_is_made_once_a_rule() -> None:
     optimizer = LARS(params, 0.1, rule=rule, kernel="compiled")
     for _ in range(3):
         optimizer.step([np.ones(3)])
-    assert len(calls) == 1 and record(rule) is record(rule)
+    assert len(calls) == 2 and record(rule) is record(rule)
+
+
+def test_a_tape_lives_as_long_as_its_rule() -> None:
+    def half(S: Any, hyper: Hyper, xp: Any) -> Any:
+        return momentum_form(0.5 * xp.ones_like(hyper.lr), hyper.lr, hyper.weight_decay, hyper, xp)
+
+    gc.collect()
+    before = len(tape_module._recorded)
+    optimizer = LARS([np.ones(3)], 0.1, rule=half, kernel="compiled")
+    optimizer.step([np.ones(3)])
+    assert len(tape_module._recorded) == before + 1
+    alive = weakref.ref(half)
+    del half, optimizer
+    gc.collect()
+    assert alive() is None and len(tape_module._recorded) == before
 
 
 def test_equal_rules_have_their_own_tapes() -> None:

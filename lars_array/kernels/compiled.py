@@ -47,8 +47,9 @@ class Kernel:
         """Return what `core.sums` does."""
         self._arrange_for(grads)
         S = np.empty((len(self.params), 3))
-        for table in self._tables:
-            S[table.layers] = table.sums(grads, operand)
+        for walk in [table.sums(grads, operand) for table in self._tables]:
+            walk.go()
+            S[walk.layers] = walk.S
         if self._others:
             mine = None if operand is None else [None if x is None else x[self._others] for x in operand]
             S[self._others] = self._blocked.sums([grads[i] for i in self._others], mine)
@@ -57,8 +58,8 @@ class Kernel:
     def apply(self, grads: Sequence[Any], C: Any) -> None:
         """Do what `core.apply` does for each layer, in place."""
         self._arrange_for(grads)
-        for table in self._tables:
-            table.apply(grads, C)
+        for walk in [table.apply(grads, C) for table in self._tables]:
+            walk.go()
         if self._others:
             self._blocked.apply([grads[i] for i in self._others], C[self._others])
 
@@ -88,8 +89,9 @@ class Kernel:
             return None
         programs = _module().programs(tuple(tapes))
         S, C = np.empty((len(self.params), 3)), np.empty((len(self.params), 6))
-        for table in self._tables:
-            S[table.layers], C[table.layers] = table.take(grads, prepared, kind_of, programs, write=write)
+        for walk in [table.take(grads, prepared, kind_of, programs, write=write) for table in self._tables]:
+            walk.go()
+            S[walk.layers], C[walk.layers] = walk.S, walk.C
         return S, C
 
     def _is_dense(self, i: int, g: Any = None) -> bool:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -76,26 +75,6 @@ def _bits_as(context: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
-@intrinsic
-def _widened(context: Any, bits: Any) -> Any:
-    """Return the float16 in 16 bits as float32."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(bits), generate
-
-
-@intrinsic
-def _narrowed(context: Any, value: Any) -> Any:
-    """Return the bits of the float16 that is nearest to a float32."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(value), generate
-
-
 # numba compares the names of these arguments, and takes annotations for a part of them.
 def load(x):  # type: ignore[no-untyped-def]
     """Return a number as it is computed on. uint16 holds the bits of a float16, int16 those of a bfloat16."""
@@ -110,7 +89,7 @@ def stored(x, like):  # type: ignore[no-untyped-def]
 @overload(load)
 def _load(x):  # type: ignore[no-untyped-def]
     if x == types.uint16:
-        return lambda x: _widened(x)
+        return _from_float16
     if x == types.int16:
         return lambda x: _bits_as(np.uint32(np.uint32(x) << 16), np.float32(0))
     return lambda x: x
@@ -119,14 +98,43 @@ def _load(x):  # type: ignore[no-untyped-def]
 @overload(stored)
 def _stored(x, like):  # type: ignore[no-untyped-def]
     if like == types.uint16:
-        return lambda x, like: _narrowed(x)
+        return _to_float16
     if like == types.int16:
-        return _stored_bfloat16
+        return _to_bfloat16
     return lambda x, like: x
 
 
-def _stored_bfloat16(x, like):  # type: ignore[no-untyped-def]
-    """Round to the nearest, of two to the even one; a nan stays one."""
+# In whole numbers, since processors that don't know float16 call a function for it that numba hasn't. A float32 has 23
+# bits of fraction and adds 127 to its exponent, a float16 10 and 15, a bfloat16 is the upper half of a float32.
+
+
+def _from_float16(x):  # type: ignore[no-untyped-def]
+    magnitude = np.uint32((np.uint32(x) & 0x7FFF) << 13)
+    bits = np.uint32(magnitude + ((127 - 15) << 23))
+    if magnitude >= np.uint32(0x7C00 << 13):  # inf and nan
+        bits = np.uint32(magnitude | (0xFF << 23))
+    elif magnitude < np.uint32(0x0400 << 13):  # subnormal: not 1 + fraction, as for other exponents, but 0 + fraction
+        one = np.uint32((127 - 14) << 23)
+        number = _bits_as(np.uint32(one + magnitude), np.float32(0)) - _bits_as(one, np.float32(0))
+        bits = _bits_as(number, np.uint32(0))
+    return _bits_as(np.uint32(bits | ((np.uint32(x) & 0x8000) << 16)), np.float32(0))
+
+
+def _to_float16(x, like):  # type: ignore[no-untyped-def]
+    bits = _bits_as(x, np.uint32(0))
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    if magnitude >= np.uint32((127 + 16) << 23):  # too large, inf or nan
+        half = np.uint32(0x7E00) if magnitude > np.uint32(0xFF << 23) else np.uint32(0x7C00)
+    elif magnitude < np.uint32((127 - 14) << 23):  # subnormal: adding 1/2 rounds to the last bit that there is room for
+        rounded = _bits_as(_bits_as(magnitude, np.float32(0)) + np.float32(0.5), np.uint32(0))
+        half = np.uint32(rounded - (126 << 23))
+    else:
+        even = (magnitude >> 13) & 1
+        half = np.uint32((magnitude - ((127 - 15) << 23) + 0xFFF + even) >> 13)
+    return np.uint16(half | ((bits >> 16) & 0x8000))
+
+
+def _to_bfloat16(x, like):  # type: ignore[no-untyped-def]
     bits = _bits_as(x, np.uint32(0))
     if x != x:
         return np.int16((bits >> 16) | 0x40)

@@ -19,7 +19,7 @@ from lars_array.kernels import intrinsics
 from lars_array.kernels.intrinsics import array_at, fetch_add, load, read, stored, write
 from lars_array.tape import OPERATIONS
 
-__all__ = ["DONE", "MEASURE", "PIECE", "WHOLE", "WRITE", "data_of", "problem", "work"]
+__all__ = ["DONE", "MEASURE", "PIECE", "WHOLE", "WRITE", "at_first", "data_of", "problem", "work"]
 
 PIECE = 1 << 16  # elements of one partial sum
 MEASURE, WRITE = 1, 2  # what a task does; both, where one thread has layers to itself
@@ -152,6 +152,14 @@ def _kept_on_disk(function: Any) -> Any:
         return numba.njit(nogil=True, error_model="numpy")(function)
 
 
+def at_first(function: Any, *arguments: Any) -> Any:
+    """Call a compiled function with arguments of new types."""
+    try:
+        return function(*arguments)
+    except OSError:  # it is compiled, but there was no room on the disk to keep it
+        return function(*arguments)
+
+
 @_kept_on_disk
 def data_of(ids: Any, offset: int) -> Any:
     """Return where the data of arrays begin, 0 where the id is 0.
@@ -173,7 +181,7 @@ def problem() -> str | None:
     x = np.empty(3)
     if sys.implementation.name != "cpython":
         return f"it reads the arrays of CPython, not of {sys.implementation.name}"
-    found = int(data_of(np.array([[id(x)]]), object.__basicsize__)[0, 0])
+    found = int(at_first(data_of, np.array([[id(x)]]), object.__basicsize__)[0, 0])
     return None if found == x.__array_interface__["data"][0] else "the arrays of this NumPy are built differently"
 
 
@@ -184,7 +192,10 @@ def _checksum() -> int:
     function holds what it did.
     """
     sources: tuple[Any, ...] = (sys.modules[__name__], intrinsics, core.affine, core.affine_without_buffer)
-    return zlib.crc32("".join(map(inspect.getsource, sources)).encode())
+    try:
+        return zlib.crc32("".join(map(inspect.getsource, sources)).encode())
+    except OSError:  # without its sources a program is not changed, and nothing kept on disk
+        return 0
 
 
 def _make_work(checksum: int) -> Any:
@@ -198,7 +209,7 @@ def _make_work(checksum: int) -> Any:
         partial: Any,
         kind_of: Any,
         weights: Any,
-        given: Any,
+        hyper: Any,
         extents: Any,
         operations: Any,
         constants: Any,
@@ -208,7 +219,28 @@ def _make_work(checksum: int) -> Any:
         p_like: Any,
         v_like: Any,
     ) -> int:
-        registers = np.empty(3 + given.shape[1] + len(constants) + len(operations))
+        """Work off tasks until none is left. Everything is written by all threads unless said otherwise.
+
+        tasks (tasks, 5)        read: see `lars_array.kernels.tasks`
+        cursor (1,)             how many tasks are taken
+        left (rows,)            of a shared layer, the pieces not yet measured; `DONE` when C may be read
+        places (rows, 3)        read: addresses of p, g, and v or 0
+        sizes, offsets (rows,)  read: elements, and where in `partial` a shared layer begins
+        partial (pieces, 3)     sums of pieces of shared layers, at first zero
+        kind_of (rows,)         read: index into the next three, and `outputs`
+        weights (kinds, 3)      read: gamma, w and h of the third sum
+        hyper (kinds, fields)   read: gamma and hyper-parameters, what tapes start from
+        extents (kinds, 4)      read: where operations and constants of a tape begin and end; none: C is given
+        operations, constants   read: those of all tapes
+        outputs (kinds, 6)      read: the registers of the coefficients
+        S (rows, 3)             sums, at first zero
+        C (rows, 6)             coefficients
+        p_like, v_like (0,)     tell the types
+
+        Who brings `left` of a layer to zero adds its partial sums, writes S and C, and then `DONE`: others see it, and
+        with it all that was written before.
+        """
+        registers = np.empty(3 + hyper.shape[1] + len(constants) + len(operations))
         while True:
             number = fetch_add(cursor, 0, 1)
             if number >= len(tasks):
@@ -229,7 +261,7 @@ def _make_work(checksum: int) -> Any:
                             begin, end, begin_constants, end_constants = extents[kind]
                             _coefficients(
                                 S[row],
-                                given[kind],
+                                hyper[kind],
                                 operations[begin:end],
                                 constants[begin_constants:end_constants],
                                 outputs[kind],

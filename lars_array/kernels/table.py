@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lars_array.core import Prepared
-from lars_array.kernels.machine import DONE, MEASURE, PIECE, WRITE, data_of, work
+from lars_array.kernels.machine import DONE, MEASURE, PIECE, WRITE, at_first, data_of, work
 from lars_array.kernels.tasks import ROOM_FROM, tasks
 from lars_array.kernels.threads import thread_count, together
 from lars_array.tape import Tape
 
-__all__ = ["Table", "addresses", "can_hold", "programs"]
+__all__ = ["Table", "Walk", "addresses", "can_hold", "programs"]
 
 # Elements that make up for waking another thread.
 SHARE = 1 << 17
 
 # The third sum is the second again, and no coefficients are asked for.
 _NO_WEIGHTS = np.array([[1.0, 0.0, 0.0]])
+_NO_HYPER = np.empty((1, 0))
 _NO_PROGRAMS = np.empty((0, 4), np.int64), np.empty((0, 4), np.int64), np.empty(0), np.empty((0, 6), np.int64)
 
 # How p and v are seen by compiled code, and how many of its elements one of p is.
@@ -48,6 +49,38 @@ def can_hold(p: Any) -> bool:
     return p.dtype.isnative and p.dtype.name in _STORAGE
 
 
+class Walk(NamedTuple):
+    """A walk over a table, ready to go: nothing that could fail is left to be done.
+
+    Parameters
+    ----------
+    arguments : tuple
+        Those of `lars_array.kernels.machine.work`.
+    threads : int
+        How many threads it is worth.
+    layers : list of int
+        Where the table's layers stand among all.
+    S, C : float64 arrays of shape (layers, 3) and (layers, 6)
+        Sums and coefficients of these layers, once it is done.
+    held : object
+        The arrays, whose addresses are in the arguments.
+    """
+
+    arguments: tuple[Any, ...]
+    threads: int
+    layers: list[int]
+    S: Any
+    C: Any
+    held: Any
+
+    def go(self) -> None:
+        """Do it, on several threads."""
+        together(self._work, self.threads)
+
+    def _work(self) -> None:
+        work(*self.arguments)
+
+
 class Table:
     """Layers of one element type, the largest first.
 
@@ -61,9 +94,11 @@ class Table:
 
     def __init__(self, params: Sequence[Any], buffers: Sequence[Any], layers: Sequence[int]) -> None:
         p_type, v_type, width = _STORAGE[params[layers[0]].dtype.name]
+        _compile_for(p_type, v_type)  # now, before anything is written
         self.likes = np.empty(0, p_type), np.empty(0, v_type)
         self.layers = sorted(layers, key=lambda i: -params[i].size)
         self.sizes = np.array([width * params[i].size for i in self.layers], np.int64)
+        self.held = [(params[i], buffers[i]) for i in self.layers]
         self.ids = np.array([[id(params[i]), 0, id(buffers[i])] for i in self.layers], np.int64)
         self.ids[[buffers[i] is None for i in self.layers], 2] = 0
         self.left = -(-self.sizes // PIECE)
@@ -73,38 +108,35 @@ class Table:
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
         self._tasks: dict[tuple[int, int], Any] = {}
 
-    def sums(self, grads: Sequence[Any], operand: Any) -> Any:
-        """Return `core.sums` of this table's layers; the arguments are those of all layers."""
+    def sums(self, grads: Sequence[Any], operand: Any) -> Walk:
+        """Return the way to `core.sums` of this table's layers; the arguments are those of all layers."""
         weights, kind_of = _NO_WEIGHTS, np.zeros(len(self.layers), np.int64)
         if operand is not None:
             weights, kind_of = _weights(*operand)[self.layers], np.arange(len(self.layers))
-        S, C = np.zeros((len(self.layers), 3)), np.empty((0, 6))
-        self._run(MEASURE, grads, S, C, kind_of, weights, np.empty((1, 0)), *_NO_PROGRAMS)
-        return S
+        return self._walk(MEASURE, grads, np.empty((0, 6)), kind_of, weights, _NO_HYPER, *_NO_PROGRAMS)
 
-    def apply(self, grads: Sequence[Any], C: Any) -> None:
-        """Do `core.apply` for this table's layers; the arguments are those of all layers."""
+    def apply(self, grads: Sequence[Any], C: Any) -> Walk:
+        """Return the way to `core.apply` of this table's layers; the arguments are those of all layers."""
         kind_of = np.zeros(len(self.layers), np.int64)
-        S, C = np.empty((0, 3)), C[self.layers]
-        self._run(WRITE, grads, S, C, kind_of, _NO_WEIGHTS, np.empty((1, 0)), *_NO_PROGRAMS)
+        return self._walk(WRITE, grads, C[self.layers], kind_of, _NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
 
-    def take(
-        self, grads: Sequence[Any], prepared: Prepared, kind_of: Any, programs: Any, *, write: bool
-    ) -> tuple[Any, Any]:
-        """Return S and C of this table's layers, see `lars_array.kernels.compiled`."""
-        S, C = np.zeros((len(self.layers), 3)), np.empty((len(self.layers), 6))
-        gamma, hyper = prepared.gamma, prepared.hyper
-        weights = _weights(gamma, 0 * gamma, None) if prepared.operand is None else _weights(*prepared.operand)
-        given = np.stack([gamma, *hyper], axis=1)
+    def take(self, grads: Sequence[Any], prepared: Prepared, kind_of: Any, programs: Any, *, write: bool) -> Walk:
+        """Return the way to S and C of this table's layers, and to the step; see `lars_array.kernels.compiled`."""
+        gamma = prepared.gamma
+        weights = _weights(np.ones_like(gamma), np.zeros_like(gamma), None)
+        if prepared.operand is not None:
+            weights = _weights(*prepared.operand)
+        hyper, C = np.stack([gamma, *prepared.hyper], axis=1), np.empty((len(self.layers), 6))
         what = MEASURE | WRITE if write else MEASURE
-        self._run(what, grads, S, C, kind_of[self.layers], weights, given, *programs)
-        return S, C
+        return self._walk(what, grads, C, kind_of[self.layers], weights, hyper, *programs)
 
-    def _run(self, what: int, grads: Sequence[Any], S: Any, C: Any, kind_of: Any, *known: Any) -> None:
+    def _walk(self, what: int, grads: Sequence[Any], C: Any, kind_of: Any, *by_kind: Any) -> Walk:
         threads = max(1, min(thread_count(), self.threads_worth))
         if (what, threads) not in self._tasks:
             self._tasks[what, threads] = tasks(self.sizes.tolist(), what, threads)
-        self.ids[:, 1] = _ids([grads[i] for i in self.layers])
+        mine = [grads[i] for i in self.layers]
+        self.ids[:, 1] = _ids(mine)
+        S = np.zeros((len(self.layers), 3))
         arguments = (
             self._tasks[what, threads],
             np.zeros(1, np.int64),
@@ -114,12 +146,22 @@ class Table:
             self.offsets,
             np.zeros(self.partial_shape),
             kind_of,
-            *known,
+            *by_kind,
             S,
             C,
             *self.likes,
         )
-        together(lambda: work(*arguments), threads)
+        return Walk(arguments, threads, self.layers, S, C, (self.held, mine))
+
+
+@cache
+def _compile_for(p_type: Any, v_type: Any) -> None:
+    """Have `work` compiled for these types, by a walk over nothing."""
+    none, nothing = np.empty(0, np.int64), np.empty((0, 3))
+    by_kind = (_NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
+    places = np.empty((0, 3), np.int64)
+    arguments = (np.empty((0, 5), np.int64), np.zeros(1, np.int64), none, places, none, none, nothing, none, *by_kind)
+    at_first(work, *arguments, nothing, np.empty((0, 6)), np.empty(0, p_type), np.empty(0, v_type))
 
 
 def _weights(gamma: Any, w: Any, h: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["run", "thread_count", "together"]
 
@@ -38,7 +38,7 @@ def thread_count(most: int | None = None) -> int:
         If the environment variable is no positive integer.
     """
     given = os.environ.get("LARS_ARRAY_THREADS")
-    if given is None:
+    if not given:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cores if most is None else min(cores, most)
     if not given.isdecimal() or int(given) < 1:
@@ -58,19 +58,16 @@ def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = 
     backwards : bool
         Whether each thread starts at its end: what the last pass left in cache is used first.
     """
-    parts = _split(sizes, thread_count(MOST) if sum(sizes) >= WORTH_IT else 1)
+    count = thread_count(MOST) if sum(sizes) >= WORTH_IT else 1
+    parts = iter(_split(sizes, count))
 
-    def run_part(part: range) -> None:
+    def work_off() -> None:
         with np.errstate(all="ignore"):  # a thread's own; nothing may stop half way
-            for k in reversed(part) if backwards else part:
-                work(k)
+            for part in parts:
+                for k in reversed(part) if backwards else part:
+                    work(k)
 
-    others = [_workers().submit(run_part, part) for part in parts[1:]]
-    try:
-        run_part(parts[0])
-    finally:
-        for other in others:
-            other.result()
+    together(work_off, count)
 
 
 def together(work: Callable[[], object], count: int) -> None:
@@ -79,17 +76,35 @@ def together(work: Callable[[], object], count: int) -> None:
     Parameters
     ----------
     work : callable
-        Must not raise, and do what is left to do, whoever else does so at the same time.
+        Does what is left to do, whoever else does so at the same time; called when nothing is left it does nothing.
     count : int
         How many threads it is worth.
     """
-    helpers = [_workers().submit(work) for _ in range(count - 1)]
+    helpers: list[Future[object]] = []
     try:
+        for _ in range(count - 1):
+            try:
+                helpers.append(_workers().submit(work))
+            except RuntimeError:  # no thread is to be had, at exit say: then this one does it all
+                break
         work()
     finally:
-        for helper in helpers:
-            if not helper.cancel():  # those that were not needed
-                helper.result()
+        _wait_for(helpers)
+
+
+def _wait_for(helpers: Sequence[Future[object]]) -> None:
+    """Return when no helper is at work. An interrupt has to wait too: they work on memory that the caller may free."""
+    interrupt: BaseException | None = None
+    for helper in helpers:
+        while not (helper.cancel() or helper.done()):
+            try:
+                helper.exception()
+            except BaseException as error:
+                interrupt = error
+    failures = [interrupt, *(helper.exception() for helper in helpers if not helper.cancelled())]
+    for failure in failures:
+        if failure is not None:
+            raise failure
 
 
 def _split(sizes: Sequence[int], count: int) -> list[range]:
