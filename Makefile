@@ -26,7 +26,7 @@ types: .venv/lint.installed ## Check the types
 docs: .venv/docs.installed ## Build docs/_build/index.html, warnings are errors
 	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --nitpicky --quiet docs docs/_build $(ARGS)
 
-bench: .venv/bench.installed ## Measure
+bench: .venv/timm.installed ## Measure speed and memory beside other LARS
 	.venv/bin/python -m benchmarks cpu $(ARGS)
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
@@ -39,6 +39,11 @@ clean: ## Remove everything that make makes
 	@echo "Installing lars-array[$*] into .venv. The first time takes a few minutes."
 	@.venv/bin/python -m pip install --disable-pip-version-check -qq --editable '.[$*]'
 	@.venv/bin/python -m compileall -q lars_array  # as pip does for what is not editable
+	@touch $@
+
+# Without what timm requires: only its optimizer is used, and torchvision's wheels are built for torch with CUDA.
+.venv/timm.installed: .venv/bench.installed
+	@.venv/bin/python -m pip install --disable-pip-version-check -qq --no-deps timm==1.0.31
 	@touch $@
 
 .venv/bin/pip:

@@ -1,29 +1,121 @@
-"""``python -m benchmarks cpu``: measure, print a table, and write a JSON."""
+"""``python -m benchmarks cpu``: measure one optimizer step, print a table, and write JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from benchmarks import cpu
+from benchmarks import cpu, latency, plot, results, table
+from benchmarks.cases import CASES, GROUPS, chosen
+from benchmarks.contestant import OPTIONS
+from benchmarks.contestants import CPU
+from benchmarks.machine import ROOT, commit, machine, versions
+
+FORMAT = 1  # of the JSON; another number for each change of what its cases hold
+OUT = ROOT / "benchmarks" / "results"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if a contestant failed, 2 if nothing could be measured."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    if asked.list:
+        print(_listing())
+        return 0
+    if asked.rounds is not None and asked.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    try:
+        names = chosen(asked.case or ["default"])
+    except ValueError as error:
+        parser.error(str(error))
+    contestants = [c for c in CPU if not asked.only or any(part in c.name for part in asked.only)]
+    if not contestants:
+        parser.error(f"no contestant has any of {', '.join(map(repr, asked.only))} in its name; see --list")
+    # Some contestants are not to take the place of all.
+    path = None if asked.only and asked.out is None else (asked.out or OUT) / "cpu.json"
+    if asked.render:
+        return _render(path or OUT / "cpu.json")
+
+    setting: dict[str, Any] = {"format": FORMAT, "machine": machine(), "versions": versions(), "options": OPTIONS}
+    try:
+        document = setting | {"cases": {}} if path is None else results.load(path, setting, replace=asked.replace)
+    except results.ConflictError as conflict:
+        print(conflict, file=sys.stderr)
+        return 2
+    _measure(document, names, contestants, asked.rounds, path)
+    if not asked.only:
+        document["latency"] = latency.measure()
+    _write(path, document)
+    print(table.markdown(document))
+    return int(any(document["cases"][name]["failed"] for name in names))
+
+
+def _render(path: Path) -> int:
+    if not path.exists():
+        print(f"there is no {path.name} in that folder yet", file=sys.stderr)
+        return 2
+    document = json.loads(path.read_text())
+    _write(path, document)
+    print(table.markdown(document))
+    return 0
+
+
+def _measure(document: dict[str, Any], names: list[str], contestants: list[Any], rounds: int | None, path: Any) -> None:
+    when = {"date": datetime.now(UTC).date().isoformat(), "commit": commit()}
+    reasons = cpu.absent(contestants)
+    for name in names:
+        case = CASES[name]
+        measured = cpu.measure(name, case, contestants, rounds or case.rounds, reasons=reasons)
+        document["cases"][name] = when | measured
+        document["cases"] = {key: document["cases"][key] for key in CASES if key in document["cases"]}
+        _write(path, document)  # what was measured is not lost if a later case ends badly
+
+
+def _write(path: Path | None, document: dict[str, Any]) -> None:
+    if path is None:
+        return
+    results.save(path, document)
+    path.with_suffix(".md").write_text(table.markdown(document))
+    path.with_suffix(".png").write_bytes(plot.draw(document))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=["cpu"])
-    parser.add_argument("--rounds", type=int, default=31, help="how often each contestant is timed (default: 31)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.json"), help="where the JSON goes")
-    arguments = parser.parse_args()
+    parser.add_argument("suite", choices=["cpu"], help="what to measure on")
+    parser.add_argument("--list", action="store_true", help="list cases and contestants, and measure nothing")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        metavar="NAME",
+        help="cases or groups of cases (default: the group 'default', about a quarter of an hour)",
+    )
+    parser.add_argument("--rounds", type=int, help="how often each contestant is timed (default: depends on the case)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="SUBSTRING",
+        help="only contestants with one of these in their name; then files are written only if --out is given",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of cpu.json, cpu.md and cpu.png (default: benchmarks/results)"
+    )
+    parser.add_argument("--replace", action="store_true", help="begin a new cpu.json instead of adding cases to it")
+    parser.add_argument("--render", action="store_true", help="measure nothing, only draw and print cpu.json again")
+    return parser
 
-    result = cpu.measure(arguments.rounds)
-    print(result["case"], "-", result["processor"], f"- {result['cores']} cores, {result['rounds']} rounds\n")
-    print(f"{'ratio':>6} {'median':>9} {'quartiles':>15} {'fastest':>8}   ms")
-    for name, row in sorted(result["contestants"].items(), key=lambda item: item[1]["ratio"]):
-        quartiles = f"{row['lower_quartile_ms']:.1f} - {row['upper_quartile_ms']:.1f}"
-        print(f"{row['ratio']:6.2f} {row['median_ms']:9.1f} {quartiles:>15} {row['minimum_ms']:8.1f}   {name}")
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+def _listing() -> str:
+    lines = ["Cases:"]
+    for name, case in CASES.items():
+        sizes = case.sizes
+        lines.append(f"  {name:12} {case.title}, arrays: {len(sizes):,}, parameters: {sum(sizes):,}")
+    lines += ["Groups of cases:", *(f"  {name:12} {', '.join(members)}" for name, members in GROUPS.items())]
+    return "\n".join([*lines, "Contestants:", *(f"  {c.name} [{c.kind}, computes {c.rule}'s step]" for c in CPU)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,77 +1,158 @@
-"""One step over ResNet-50's parameters on the CPU: `lars_array` against flash's arithmetic in torch."""
+"""The CPU suite: each case with each contestant, time and memory."""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Callable
-from importlib.metadata import version
+import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from benchmarks import memory
+from benchmarks.arrays import GRADIENT, PARAMETER, make
+from benchmarks.cases import Case
+from benchmarks.check import Truth
+from benchmarks.contestant import Contestant, Run, UnavailableError
+from benchmarks.contestants import LIMIT_NAME, REFERENCE
+from benchmarks.machine import available_bytes, give_back, plain, used_by_others
+from benchmarks.timing import interleaved, ratios, summary
 
-from benchmarks.shapes import resnet50
-from benchmarks.timing import interleaved, summary
-from lars_array import LARS
+__all__ = ["absent", "measure"]
 
-REFERENCE = "torch_optimizer 0.3.0 (flash's arithmetic, torch)"
-OPTIONS = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+STEPS = 3  # until buffers are made and everything is compiled; after them the parameters are checked
+
+# The memory rule: contestants have arrays of their own, since an array that another one has just read is in cache. If
+# those of all fit into this share of the memory that is free, every round has all contestants; if not, one contestant
+# after the other takes all of its rounds, and one that doesn't fit even alone is left out.
+SHARE = 0.85
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Return the versions, the machine and the table.
+def absent(contestants: Sequence[Contestant]) -> dict[str, str]:
+    """Return the reasons of those that can't take part on this machine, by name."""
+    reasons = {}
+    for contestant in contestants:
+        try:
+            contestant.build(make([(8, 8)], PARAMETER), make([(8, 8)], GRADIENT))
+        except (ImportError, UnavailableError) as error:
+            reasons[contestant.name] = plain(error)
+        except Exception:  # it will fail again where failures are reported
+            continue
+    return reasons
+
+
+def measure(
+    name: str,
+    case: Case,
+    contestants: Sequence[Contestant],
+    rounds: int,
+    *,
+    reasons: dict[str, str] | None = None,
+    with_memory: bool = True,
+) -> dict[str, Any]:
+    """Return what goes into the JSON of one case.
 
     Parameters
     ----------
+    name : str
+        Of the case.
+    case : Case
+        What is stepped over.
+    contestants : sequence of Contestant
+        Who takes part; all are in the result, at least with the reason why not.
     rounds : int
-        How often each contestant is timed.
+        How often each is timed.
+    reasons : dict of str to str, optional
+        What `absent` returned.
+    with_memory : bool
+        Whether memory is measured, in a new process for each.
 
     Returns
     -------
     dict
-        What goes into the JSON.
+        "contestants" by name; "skipped" and "failed", reasons by name; and what describes the case.
     """
-    import torch
+    skipped = {c.name: reason for c in contestants if (reason := _reason(c, case, reasons or {}))}
+    ready = [c for c in contestants if c.name not in skipped]
+    together = _bytes(ready, case) <= SHARE * available_bytes()
+    failed: dict[str, str] = {}
+    first: dict[str, dict[str, float]] = {}
+    seconds: dict[str, list[float]] = {}
+    others = 0.0
+    truth = Truth(case.shapes())
+    for group in [ready] if together else [[c] for c in ready]:
+        runs: dict[str, Run] = {}
+        for contestant in group:
+            needed = _bytes([contestant], case)
+            if not together and needed > SHARE * available_bytes():
+                skipped[contestant.name] = f"needs {needed / 1e9:.1f} GB, {available_bytes() / 1e9:.1f} GB are free"
+                continue
+            try:
+                runs[contestant.name], first[contestant.name] = _warm(contestant, truth)
+            except Exception as error:  # of any library, and it is in the table
+                failed[contestant.name] = f"{type(error).__name__}: {plain(error)}"
+            _say(f"{name}: {contestant.name}: {failed.get(contestant.name, 'ready')}")
+        start, used = time.perf_counter(), used_by_others()
+        seconds |= interleaved(runs, rounds)
+        others = max(others, (used_by_others() - used) / (time.perf_counter() - start))
+        del runs
+        give_back()
 
-    contestants = {REFERENCE: _torch_optimizer(), "lars_array, blocked NumPy kernel": _lars_array("blocked")}
+    rows = {c.name: _row(c, seconds, first) for c in ready if c.name in seconds}
+    for contestant in ready:
+        if with_memory and contestant.name in rows:
+            rows[contestant.name]["memory"] = memory.measure(name, contestant.name)
+    sizes = case.sizes
     return {
-        "case": "ResNet-50, 161 arrays, 25,557,032 float32 parameters, one step",
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("lars-array", "numpy", "torch", "torch_optimizer")},
-        "torch_threads": torch.get_num_threads(),
+        "title": case.title,
+        "arrays": len(sizes),
+        "elements": sum(sizes),
         "rounds": rounds,
-        "contestants": summary(interleaved(contestants, rounds), REFERENCE),
+        "interleaved": together,
+        "cores_used_by_others": others,
+        "contestants": rows,
+        "skipped": skipped,
+        "failed": failed,
     }
 
 
-def _arrays() -> tuple[list[Any], list[Any]]:
-    rng = np.random.default_rng(0)
-    params = [0.05 * rng.standard_normal(shape, dtype=np.float32) for shape in resnet50()]
-    return params, [0.01 * rng.standard_normal(p.shape, dtype=np.float32) for p in params]
+def _reason(contestant: Contestant, case: Case, reasons: dict[str, str]) -> str | None:
+    if contestant.name in reasons:
+        return reasons[contestant.name]
+    if not case.everyone and not contestant.ours:
+        return "this case is for lars_array's kernels and the limit"
+    arrays = len(case.sizes)
+    if contestant.most_arrays is not None and arrays > contestant.most_arrays:
+        return f"compiling {arrays:,} arrays takes too long; the most is {contestant.most_arrays:,}"
+    return None
 
 
-def _lars_array(kernel: str) -> Callable[[], object]:
-    params, grads = _arrays()
-    optimizer = LARS(params, **OPTIONS, kernel=kernel)
-    return lambda: optimizer.step(grads)
+def _bytes(contestants: Sequence[Contestant], case: Case) -> int:
+    """Return what the arrays of all contestants take, and what the hungriest step allocates: optax's, three copies."""
+    copies = sum(contestant.copies for contestant in contestants) + 3 * any(not c.ours for c in contestants)
+    return 4 * sum(case.sizes) * copies
 
 
-def _torch_optimizer() -> Callable[[], object]:
-    import torch
-    import torch_optimizer
+def _warm(contestant: Contestant, truth: Truth) -> tuple[Run, dict[str, float]]:
+    """Return a run that was found right, the seconds of building it and of its first steps, and their error."""
+    params, grads = make(truth.shapes, PARAMETER), make(truth.shapes, GRADIENT)
+    start = time.perf_counter()
+    run = contestant.build(params, grads)
+    for _ in range(STEPS):
+        run.before()
+        run.step()
+    seconds = time.perf_counter() - start
+    error = truth.check(run.parameters(), contestant.rule, STEPS, float32_norms=contestant.float32_norms)
+    return run, {"first_steps_s": seconds, "error": error}
 
-    params, grads = _arrays()
-    tensors = [torch.nn.Parameter(torch.from_numpy(p)) for p in params]
-    for tensor, g in zip(tensors, grads, strict=True):
-        tensor.grad = torch.from_numpy(g)
-    return torch_optimizer.LARS(tensors, **OPTIONS, trust_coefficient=0.001).step  # type: ignore[no-any-return]
+
+def _row(contestant: Contestant, seconds: dict[str, list[float]], first: dict[str, Any]) -> dict[str, Any]:
+    own = seconds[contestant.name]
+    row: dict[str, Any] = {"label": contestant.label, "kind": contestant.kind, "rule": contestant.rule}
+    compared = {
+        key: ratios(own, seconds[other]) if other in seconds else None
+        for key, other in (("ratio", REFERENCE), ("ratio_to_limit", LIMIT_NAME))
+    }
+    return row | compared | summary(own) | first[contestant.name]
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The shapes of the parameters of networks that people train."""
+"""The shapes of the parameters of networks that people train, and of what only a benchmark has."""
 
 from __future__ import annotations
 
@@ -17,3 +17,41 @@ def resnet50() -> list[Shape]:
                 shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
             channels = 4 * width
     return [*shapes, (1000, 2048), (1000,)]
+
+
+def vit_b() -> list[Shape]:
+    """Return the 152 shapes of ViT-B/16 on 224 × 224 pixels, as in torchvision and timm: 86,567,656 parameters."""
+    width, hidden = 768, 3072
+    norm: list[Shape] = [(width,), (width,)]
+    attention: list[Shape] = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    perceptron: list[Shape] = [(hidden, width), (hidden,), (width, hidden), (width,)]
+    patches: list[Shape] = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    return [*patches, *12 * [*norm, *attention, *norm, *perceptron], *norm, (1000, width), (1000,)]
+
+
+def alexnet() -> list[Shape]:
+    """Return the 16 shapes of torchvision's AlexNet: 61,100,840 parameters, 37,748,736 of them in one matrix."""
+    kernels = [(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)]
+    weights: list[Shape] = [*kernels, (4096, 9216), (4096, 4096), (1000, 4096)]
+    return [shape for weight in weights for shape in (weight, weight[:1])]
+
+
+def tiny() -> list[Shape]:
+    """Return 10,000 shapes of 100 elements: 1,000,000 parameters."""
+    return [(10, 10)] * 10_000
+
+
+def flat(size: int) -> list[Shape]:
+    """Return one shape of `size` elements, a multiple of 1000.
+
+    Parameters
+    ----------
+    size : int
+        1,000,000 to 1,000,000,000 here.
+
+    Returns
+    -------
+    list of tuple of int
+        A matrix, since pytorch-optimizer leaves vectors to SGD.
+    """
+    return [(size // 1000, 1000)]

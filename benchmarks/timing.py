@@ -1,62 +1,73 @@
-"""Medians of interleaved runs: what disturbs the machine disturbs all contestants alike."""
+"""Medians of interleaved rounds: what disturbs the machine disturbs all contestants alike."""
 
 from __future__ import annotations
 
-import statistics
+import gc
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contestant import Run
+
+__all__ = ["interleaved", "ratios", "summary"]
+
+REST = 0.005  # seconds until the worker threads of other libraries have stopped spinning
 
 
-def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, after one that is not counted.
+def interleaved(
+    runs: Mapping[str, Run],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+) -> dict[str, list[float]]:
+    """Return the seconds of each step, after a round that is not counted.
 
     Parameters
     ----------
-    contestants : mapping of str to callable
-        Called in turn, `rounds` times.
+    runs : mapping of str to Run
+        Each takes one step a round, in an order shuffled anew for every round, the same in every run.
     rounds : int
-        How often.
+        How many.
+    clock, sleep : callable
+        For tests.
 
     Returns
     -------
     dict of str to list of float
         In order of the rounds.
     """
-    for call in contestants.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    gc.collect()
+    gc.freeze()  # so that collecting between steps visits only what they made
+    gc.disable()
+    try:
+        for _ in range(rounds + 1):
+            shuffle(order)
+            for name in order:
+                runs[name].before()
+                gc.collect()
+                sleep(REST)
+                start = clock()
+                runs[name].step()
+                seconds[name].append(clock() - start)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return {name: times[1:] for name, times in seconds.items()}
 
 
-def summary(seconds: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Return for each contestant the median, the quartiles, and the median ratio to the reference of the same round.
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Return median, quartiles and minimum in milliseconds."""
+    low, median, high = (1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])).tolist()
+    return {"median_ms": median, "quartiles_ms": [low, high], "fastest_ms": 1e3 * min(seconds)}
 
-    Parameters
-    ----------
-    seconds : mapping of str to list of float
-        From `interleaved`.
-    reference : str
-        Whose times the others are compared with.
 
-    Returns
-    -------
-    dict
-        By contestant: "ratio", "median_ms", "quartiles_ms", "minimum_ms".
-    """
-    table = {}
-    for name, times in seconds.items():
-        ratios = [ours / theirs for ours, theirs in zip(times, seconds[reference], strict=True)]
-        low, median, high = (1e3 * x for x in statistics.quantiles(times, n=4))
-        table[name] = {
-            "ratio": statistics.median(ratios),
-            "median_ms": median,
-            "lower_quartile_ms": low,
-            "upper_quartile_ms": high,
-            "minimum_ms": 1e3 * min(times),
-        }
-    return table
+def ratios(seconds: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
+    """Return median and quartiles of the ratios to what another contestant took in the same round."""
+    low, median, high = np.quantile(np.divide(seconds, to), [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "quartiles": [low, high]}

@@ -1,0 +1,47 @@
+"""Who takes part."""
+
+from __future__ import annotations
+
+from benchmarks.contestant import FLOOR, LIMIT, Contestant
+from benchmarks.peers import (
+    flash_lars,
+    flat_pass,
+    kozistr_lars,
+    optax_lars,
+    our_lars,
+    our_update,
+    timm_lars,
+    torch_sgd,
+)
+
+__all__ = ["CPU", "LIMIT_NAME", "REFERENCE"]
+
+REFERENCE = "torch_optimizer"
+LIMIT_NAME = "flat pass"
+
+# JAX took 18 s to compile 1,000 arrays and more than 280 s for 4,000; torch 90 s for 161.
+TRACED = 1000
+
+CPU = [
+    Contestant("lars_array compiled, nonfinite=propagate", our_lars.compiled_unchecked, ours=True),
+    Contestant("lars_array compiled", our_lars.compiled, ours=True),
+    Contestant("lars_array blocked", our_lars.blocked, ours=True),
+    Contestant("lars_array.update, jax.jit", our_update.build, most_arrays=TRACED),
+    Contestant(REFERENCE, flash_lars.torch_optimizer, distribution="torch_optimizer", float32_norms=True),
+    Contestant("lightning-flash", flash_lars.lightning_flash, distribution="lightning-flash", float32_norms=True),
+    Contestant("timm", timm_lars.build, "timm", distribution="timm", float32_norms=True),
+    Contestant("timm, foreach", timm_lars.build_foreach, "timm", distribution="timm", float32_norms=True),
+    Contestant("timm, torch.compile", timm_lars.build_compiled, "timm", distribution="timm", most_arrays=TRACED),
+    Contestant(
+        "pytorch_optimizer",
+        kozistr_lars.build,
+        "kozistr",
+        distribution="pytorch_optimizer",
+        copies=4,
+        float32_norms=True,
+    ),
+    Contestant("optax, jax.jit", optax_lars.build, "optax", distribution="optax", most_arrays=TRACED),
+    Contestant("torch SGD, fused", torch_sgd.build_fused, "sgd", FLOOR, distribution="torch"),
+    Contestant("torch SGD, foreach", torch_sgd.build_foreach, "sgd", FLOOR, distribution="torch"),
+    Contestant(LIMIT_NAME, flat_pass.build, "sgd", LIMIT, ours=True),
+]

@@ -1,0 +1,1 @@
+"""The contestants' libraries, a file each; none is imported before its contestant is built."""

@@ -1,0 +1,153 @@
+"""The document as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["markdown"]
+
+HEAD = """# One optimizer step on a CPU
+
+{machine}.
+
+{versions}.
+
+One step over float32 arrays: {options}.
+
+Ratios are medians over rounds of a contestant's time to that of another in the same round, lower is faster: to
+torch_optimizer's, which is flash's arithmetic, and to the limit, a plain compiled loop over one array of as many
+elements, which no LARS reaches. First steps are building the optimizer and three steps, compilation included. Memory is
+what a process takes for its steps beside parameters, gradients and momentum buffers, and in brackets what Python and
+NumPy allocate in one. The error is that of what the first three steps changed, compared with float64, in the worst
+array: rounding the parameters to float32 alone makes it 1e-5.
+"""
+
+DISTURBED = 0.1  # cores
+
+COLUMNS = ["", "to flash's", "to the limit", "median ms", "quartiles ms", "first steps s", "memory MB", "error"]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Return the table of each case, and of what grows.
+
+    Parameters
+    ----------
+    document : dict
+        As `benchmarks.results` has it.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    options = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in document["options"].items())
+    parts = [HEAD.format(machine=_machine(document["machine"]), versions=versions, options=options)]
+    parts += [_case(name, case) for name, case in document["cases"].items()]
+    if document.get("latency"):
+        parts.append(_latency(document["latency"]))
+    growth = grown(document)
+    if len(growth) > 1:
+        parts.append(_growth(growth))
+    return "\n".join(parts)
+
+
+def grown(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the cases of one array by size, of one size the first."""
+    cases = {case["elements"]: case for case in reversed(document["cases"].values()) if case["arrays"] == 1}
+    return [cases[size] for size in sorted(cases)]
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
+    facts = [machine["processor"], f"{machine['cores']} cores", caches, f"{machine['memory_gib']} GiB"]
+    facts += [machine["system"], f"huge pages: {machine['huge_pages']}"]
+    return ", ".join([*facts, *(f"{key}={value}" for key, value in machine["environment"].items())])
+
+
+def _case(name: str, case: dict[str, Any]) -> str:
+    arrays = "1 array" if case["arrays"] == 1 else f"{case['arrays']:,} arrays"
+    lines = [
+        f"## {name}: {case['title']}, {arrays}, {case['elements']:,} parameters",
+        "",
+        f"{case['rounds']} rounds, {case['date']}, commit {case['commit'] or 'unknown'}."
+        + ("" if case["interleaved"] else " One contestant after the other: memory does not hold the arrays of all.")
+        + f" Other processes used {case['cores_used_by_others']:.2f} cores"
+        + (", so these figures say little." if case["cores_used_by_others"] > DISTURBED else "."),
+        "",
+        *_table(COLUMNS, [_row(row) for row in sorted(case["contestants"].values(), key=lambda row: row["median_ms"])]),
+    ]
+    for title, reasons in (("Skipped", case["skipped"]), ("Failed", case["failed"])):
+        if reasons:
+            lines += ["", f"{title}:", "", *_reasons(reasons)]
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(reasons: dict[str, str]) -> list[str]:
+    """A line a reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"* {'; '.join(who)}: {reason}" for reason, who in names.items()]
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    return [
+        row["label"],
+        *("–" if row[key] is None else _digits(row[key]["median"]) for key in ("ratio", "ratio_to_limit")),
+        _digits(row["median_ms"]),
+        " – ".join(_digits(x) for x in row["quartiles_ms"]),
+        f"{row['first_steps_s']:.1f}",
+        _memory(row.get("memory")),
+        f"{row['error']:.0e}",
+    ]
+
+
+def _memory(memory: dict[str, Any] | None) -> str:
+    if memory is None:
+        return "–"
+    if "failed" in memory:
+        return str(memory["failed"])
+    resident = "–" if memory["resident"] is None else f"{memory['resident'] / 1e6:,.1f}"
+    return resident if memory["allocated"] is None else f"{resident} ({memory['allocated'] / 1e6:,.2f})"
+
+
+def _latency(latency: dict[str, Any]) -> str:
+    rows, notes = [], []
+    for kernel, times in latency.items():
+        if "skipped" in times:
+            notes += ["", f"* {kernel}: {times['skipped']}"]
+            continue
+        for state in ("warm", "cold"):
+            shown = (times[state][key] for key in ("import", "construct", "first_step", "second_step"))
+            rows.append([f"{kernel}, {state}", *(f"{1e3 * seconds:,.1f}" for seconds in shown)])
+    head = ["lars_array kernel", "import ms", "construct ms", "first step ms", "second step ms"]
+    text = "In a new process that has NumPy and ResNet-50's arrays. Warm: compiled code is on disk. Cold: it is not."
+    return "\n".join(["## The first step", "", text, "", *_table(head, rows), *notes]) + "\n"
+
+
+def _growth(cases: list[dict[str, Any]]) -> str:
+    """Nanoseconds an element, a column a size."""
+    labels = {name: row["label"] for case in cases for name, row in case["contestants"].items()}
+    names = [name for name in labels if sum(name in case["contestants"] for case in cases) > 1]
+    rows = []
+    for name in names:
+        cells = []
+        for case in cases:
+            row = case["contestants"].get(name)
+            cells.append("–" if row is None else f"{_digits(1e6 * row['median_ms'] / case['elements'])}")
+        rows.append([labels[name], *cells])
+    head = ["ns an element", *(f"{case['elements']:,}" for case in cases)]
+    return "\n".join(["## Growth", "", *_table(head, rows)]) + "\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Return lines that are aligned, so that they can be read as they are."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return [line(head), line(rule), *map(line, rows)]
+
+
+def _digits(x: float) -> str:
+    """Three significant digits, or all before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"
