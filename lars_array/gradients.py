@@ -15,7 +15,7 @@ from lars_array.parameters import Position, is_pair, listed
 __all__ = ["Fit", "given_order", "match_gradients"]
 
 _DTYPE, _SHAPE, _DENSE = attrgetter("dtype"), attrgetter("shape"), attrgetter("flags.forc")
-_STRIDES, _WRITEABLE = attrgetter("strides"), attrgetter("flags.writeable")
+_SIZE, _WRITEABLE = attrgetter("nbytes"), attrgetter("flags.writeable")
 
 
 def given_order(names: Sequence[str]) -> list[int] | None:
@@ -101,8 +101,9 @@ class Fit:
         if addresses is not None:
             self._dtypes = list(map(_DTYPE, params))
             self._shapes = list(map(_SHAPE, params))
-            self._strides = list(map(_STRIDES, params))
-            self._sizes = np.array([p.nbytes for p in params])
+            self._strides = [p.strides for p in params]
+            self._nbytes = list(map(_SIZE, params))
+            self._lengths = np.array(self._nbytes)
             self._places = addresses(params)
 
     def check(self, grads: Sequence[Any], written: Spans) -> None:
@@ -150,12 +151,12 @@ class Fit:
         if not (
             set(map(type, grads)) == {np.ndarray}
             and list(map(_DTYPE, grads)) == self._dtypes == list(map(_DTYPE, self.params))
-            and list(map(_SHAPE, grads)) == self._shapes == list(map(_SHAPE, self.params))
-            and self._strides == list(map(_STRIDES, self.params))
+            and list(map(_SHAPE, grads)) == self._shapes
+            and list(map(_SIZE, self.params)) == self._nbytes
             and all(map(_DENSE, grads))
             and all(map(_WRITEABLE, self.params))
         ):
             return False
         starts = addresses(grads)
         stay = np.array_equal(addresses(self.params), self._places)
-        return stay and written.are_clear(starts, starts + self._sizes)
+        return stay and written.are_clear(starts, starts + self._lengths)

@@ -62,6 +62,7 @@ class Layers:
         kernel: Any,
     ) -> None:
         self.index, self.names, self.params, self.buffers, self.group_of = index, names, params, buffers, group_of
+        self.place, self.group = np.array(index), np.array(group_of)
         self.has_new_buffers = False  # since the last step
         self.xp = array_namespace(params[0])
         for name, p, v in zip(names, params, buffers):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
@@ -171,7 +172,8 @@ class LARS:
         self._params: list[Any] = []
         self._group_of: list[int] = []
         self._buffers: list[Any] = []
-        self._previous_lr: list[float] = []
+        self._previous_lr = np.zeros(0)
+        self._all: list[int] = []
         self._order: list[int] | None = None
         self._last: Taken | None = None
         self._layers: Layers | None = None
@@ -229,8 +231,10 @@ class LARS:
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
         gradients = match_gradients(grads, self._names, self._order)
-        index = [i for i, g in enumerate(gradients) if g is not None]
-        gradients = [gradients[i] for i in index]
+        index = self._all
+        if type(None) in set(map(type, gradients)):
+            index = [i for i, g in enumerate(gradients) if g is not None]
+            gradients = [gradients[i] for i in index]
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
         if self._advance(index, gradients, groups):
             self.steps += 1
@@ -276,7 +280,7 @@ class LARS:
             "state", by name "previous_lr" and, where there is one, "momentum_buffer".
         """
         state: dict[str, dict[str, Any]] = {}
-        for name, v, previous_lr in zip(self._names, self._buffers, self._previous_lr):
+        for name, v, previous_lr in zip(self._names, self._buffers, self._previous_lr.tolist()):
             buffer = {} if v is None else {"momentum_buffer": array_namespace(v).asarray(v, copy=True)}
             state[name] = {"previous_lr": previous_lr, **buffer}
         groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
@@ -299,7 +303,7 @@ class LARS:
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options)
-        self._buffers, self._previous_lr = read.buffers, read.previous_lr
+        self._buffers, self._previous_lr = read.buffers, np.array(read.previous_lr)
         self._layers = self._spans = None
 
     def __repr__(self) -> str:
@@ -346,7 +350,8 @@ class LARS:
         self.param_groups += groups
         self._names, self._params, self._group_of = names, arrays, group_of
         self._buffers += [None] * added
-        self._previous_lr += [0.0] * added
+        self._previous_lr = np.concatenate([self._previous_lr, np.zeros(added)])
+        self._all = list(range(len(names)))
         self._order = given_order(names)
         self._layers = self._spans = None
 
@@ -360,7 +365,7 @@ class LARS:
             written |= {f"the momentum buffer of {name!r}": v for name, v in buffers if v is not None}
             self._spans = Spans(written)
         if self._layers is None or self._layers.index != index:
-            lists: Any = (self._names, self._params, self._buffers, self._group_of, self._previous_lr)
+            lists: Any = (self._names, self._params, self._buffers, self._group_of, self._previous_lr.tolist())
             self._layers = Layers(index, *([x[i] for i in index] for x in lists), kernel=self._kernel)
         layers = self._layers
         layers.check(grads, self._spans)
@@ -372,9 +377,7 @@ class LARS:
             for i, v in zip(index, layers.buffers):
                 self._buffers[i] = v
             self._spans = None
-        lrs = [group["lr"] for group in groups]
-        for i, k in zip(index, layers.group_of):
-            self._previous_lr[i] = lrs[k]
+        self._previous_lr[layers.place] = np.array([group["lr"] for group in groups])[layers.group]
         return True
 
 

@@ -11,7 +11,7 @@ from lars_array.kernels.machine import MEASURE, PIECE, WHOLE, WRITE
 __all__ = ["ROOM_FROM", "tasks"]
 
 # Measured on ResNet-50's layers, two cores with 1 MiB of cache each and 32 MiB in common.
-CACHE = 1 << 21  # elements of parameters, and as many of gradients, that all threads together can hold
+CACHE = 1 << 19  # elements of parameters, and as many of gradients, that all threads together hold best
 OWN = 4  # pieces that the caches of single cores can hold
 
 SMALL = PIECE  # elements up to which layers share a task
