@@ -43,8 +43,7 @@ def match_gradients(grads: Any, names: Sequence[str], order: Sequence[int] | Non
     Returns
     -------
     list
-        In the order of `names`. NumPy's scalars have become arrays, and torch's tensors are cut off from their graph:
-        neither must reach parameters or kernels.
+        In the order of `names`; NumPy's scalars have become arrays.
 
     Raises
     ------
@@ -54,7 +53,9 @@ def match_gradients(grads: Any, names: Sequence[str], order: Sequence[int] | Non
         If `grads` is neither a mapping nor an iterable of gradients.
     """
     found = _matched(grads, names, order)
-    return found if set(map(type, found)) == {np.ndarray} else [_plain(g) for g in found]
+    if set(map(type, found)) == {np.ndarray}:
+        return found
+    return [np.asarray(g) if isinstance(g, np.generic) else g for g in found]
 
 
 def _matched(grads: Any, names: Sequence[str], order: Sequence[int] | None) -> list[Any]:
@@ -75,12 +76,6 @@ def _matched(grads: Any, names: Sequence[str], order: Sequence[int] | None) -> l
     if missing:
         raise ValueError(f"grads must hold every parameter, with None for one to be skipped; {missing[0]!r} is missing")
     return [grads[name] for name in names]
-
-
-def _plain(g: Any) -> Any:
-    if isinstance(g, np.generic):
-        return np.asarray(g)
-    return g.detach() if getattr(g, "requires_grad", False) else g
 
 
 class Fit:

@@ -232,9 +232,9 @@ class LARS:
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
         gradients = match_gradients(grads, self._names, self._order)
         index = self._all
-        if type(None) in set(map(type, gradients)):
+        if set(map(type, gradients)) != {np.ndarray}:
             index = [i for i, g in enumerate(gradients) if g is not None]
-            gradients = [gradients[i] for i in index]
+            gradients = [_detached(gradients[i]) for i in index]
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
         if self._advance(index, gradients, groups):
             self.steps += 1
@@ -391,6 +391,11 @@ def _at_step(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     if callable(group.get("lr")):
         group["lr"] = group["lr"](step)
     return at_step({key: x.item() if getattr(x, "shape", None) == () else x for key, x in group.items()}, step)
+
+
+def _detached(g: Any) -> Any:
+    """Return a gradient without torch's graph, which must not reach into parameters and buffers."""
+    return g.detach() if getattr(g, "requires_grad", False) else g
 
 
 def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:

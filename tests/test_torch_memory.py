@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lars_array import LARS
+from lars_array import LARS, init, update
 
 torch = pytest.importorskip("torch")
 
@@ -26,6 +26,15 @@ def test_a_gradient_with_a_graph_leaves_no_graph_in_the_parameters() -> None:
     optimizer.step([g])
     assert not p.requires_grad and p.grad_fn is None
     assert not optimizer.state_dict()["state"]["0"]["momentum_buffer"].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:torch.asarray:UserWarning")  # of the result's graph, which is wanted here
+def test_update_can_be_differentiated() -> None:
+    g = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    params = {"w": torch.ones(3, dtype=torch.float64)}
+    new, _ = update(params, {"w": g}, init(params), lr=0.1, weight_decay=0.1, nonfinite="propagate")
+    new["w"].sum().backward()
+    assert g.grad is not None and bool((g.grad != 0).all())
 
 
 def test_parameters_of_another_library_do_not_disturb() -> None:
