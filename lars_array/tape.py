@@ -203,6 +203,12 @@ def _arithmetic(operation: str, note: _Note, *operands: Any) -> _Symbol:
     return note(operation, *operands)
 
 
+def _negative(note: _Note, a: Any) -> _Symbol:
+    if _is_boolean(a):
+        raise TypeError("NumPy does not negate booleans")
+    return note("multiply", a, -1.0)
+
+
 def _compare(operation: str, note: _Note, a: Any, b: Any) -> _Symbol:
     return note(operation, a, b, boolean=True)
 
@@ -235,7 +241,7 @@ _UFUNCS: dict[str, Callable[..., _Symbol]] = {
     "bitwise_and": lambda note, a, b: _logic(note, a, b, False),
     "bitwise_or": lambda note, a, b: _logic(note, a, True, b),
     "invert": lambda note, a: _logic(note, a, False, True),
-    "negative": lambda note, a: _arithmetic("multiply", note, a, -1.0) if not _is_boolean(a) else _logic(note, 0, 0, 0),
+    "negative": _negative,
     "square": lambda note, a: _arithmetic("multiply", note, a, a),
     "power": _power,
 }

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from references import LAYOUTS, assert_same_bits, gaussian
 
+from benchmarks.shapes import resnet50
 from lars_array import LARS
 from lars_array.kernels import KERNELS, threads
 
@@ -44,20 +45,6 @@ def use_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Non
 
     yield use
     drop_pool()
-
-
-def resnet50_shapes() -> list[tuple[int, ...]]:
-    """Return the shapes of ResNet-50's parameters."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    width = 64
-    for inner, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            for shape in [(inner, width, 1, 1), (inner, inner, 3, 3), (4 * inner, inner, 1, 1)]:
-                shapes += [shape, shape[:1], shape[:1]]
-            if block == 0:
-                shapes += [(4 * inner, width, 1, 1), (4 * inner,), (4 * inner,)]
-            width = 4 * inner
-    return [*shapes, (1000, width), (1000,)]
 
 
 def trajectory(options: dict[str, Any], shift: int = 0) -> list[Any]:
@@ -99,7 +86,7 @@ def assert_allocates_little(optimizer: LARS, gradients: list[Any], limit: int = 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", ["flat", "layers"])
 def test_a_step_allocates_nearly_nothing(form: str, way: str) -> None:
-    shapes = resnet50_shapes()
+    shapes = resnet50()
     assert len(shapes) == 161
     assert sum(int(np.prod(shape)) for shape in shapes) == 25_557_032
     shapes = shapes if form == "layers" else [(25_557_032,)]

@@ -8,7 +8,8 @@ A kernel is a class ``Kernel`` in a module of this package that is imported when
         .sums(grads, operand) -> S     as core.sums
         .apply(grads, C) -> None       as core.apply for each layer, in place
 
-and, if it can do with less, ``.take(...)``, see `lars_array.kernels.compiled`.
+and, if it takes NumPy arrays, ``addresses(arrays)``, where their data begin, a static method; and, if it can compute
+coefficients by itself, ``.take(...)``, see `lars_array.kernels.compiled`.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Kernel:
     def _is_dense(self, i: int, g: Any = None) -> bool:
         arrays = [x for x in (self.params[i], g, self.buffers[i]) if x is not None]
         return bool(
-            _module().can_hold(self.params[i])
+            self.params[i].dtype.isnative
             and all(x.flags.aligned for x in arrays)
             and common_order(arrays) is not None
         )

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_array.core import Prepared
+from lars_array.dtypes import dtype_name, real_dtype
 from lars_array.kernels.machine import DONE, MEASURE, PIECE, WRITE, at_first, data_of, work
 from lars_array.kernels.tasks import ROOM_FROM, tasks
 from lars_array.kernels.threads import thread_count, together
 from lars_array.tape import Tape
 
-__all__ = ["Table", "Walk", "addresses", "can_hold", "programs"]
+__all__ = ["Table", "Walk", "addresses", "programs"]
 
 # Elements that make up for waking another thread.
 SHARE = 1 << 17
@@ -24,15 +25,8 @@ _NO_WEIGHTS = np.array([[1.0, 0.0, 0.0]])
 _NO_HYPER = np.empty((1, 0))
 _NO_PROGRAMS = np.empty((0, 4), np.int64), np.empty((0, 4), np.int64), np.empty(0), np.empty((0, 6), np.int64)
 
-# How p and v are seen by compiled code, and how many of its elements one of p is.
-_STORAGE = {
-    "float64": (np.float64, np.float64, 1),
-    "float32": (np.float32, np.float32, 1),
-    "float16": (np.uint16, np.float32, 1),
-    "bfloat16": (np.int16, np.float32, 1),
-    "complex128": (np.float64, np.float64, 2),
-    "complex64": (np.float32, np.float32, 2),
-}
+# What holds the bits of numbers that are computed on as others.
+_BITS = {"float16": np.uint16, "bfloat16": np.int16}
 
 
 def addresses(arrays: Sequence[Any]) -> Any:
@@ -42,11 +36,6 @@ def addresses(arrays: Sequence[Any]) -> Any:
 
 def _ids(arrays: Sequence[Any]) -> Any:
     return np.fromiter(map(id, arrays), np.int64, len(arrays))
-
-
-def can_hold(p: Any) -> bool:
-    """Return whether the elements of `p` can be in a table: not if their bytes are in foreign order."""
-    return p.dtype.isnative and p.dtype.name in _STORAGE
 
 
 class Walk(NamedTuple):
@@ -93,7 +82,10 @@ class Table:
     """
 
     def __init__(self, params: Sequence[Any], buffers: Sequence[Any], layers: Sequence[int]) -> None:
-        p_type, v_type, width = _STORAGE[params[layers[0]].dtype.name]
+        one = params[layers[0]]
+        v_type = real_dtype(one, np)
+        p_type = _BITS.get(dtype_name(one.dtype), v_type)
+        width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         _compile_for(p_type, v_type)  # now, before anything is written
         self.likes = np.empty(0, p_type), np.empty(0, v_type)
         self.layers = sorted(layers, key=lambda i: -params[i].size)
