@@ -38,7 +38,7 @@ clean: ## Remove everything that make makes
 .venv/%.installed: pyproject.toml .venv/bin/pip
 	@echo "Installing lars-array[$*] into .venv. The first time takes a few minutes."
 	@.venv/bin/python -m pip install --disable-pip-version-check -qq --editable '.[$*]'
-	@.venv/bin/python -m compileall -q lars_array  # as pip does for what is not editable
+	@.venv/bin/python -m compileall -q lars_array adapters  # as pip does for what is not editable
 	@touch $@
 
 # Without what timm requires: only its optimizer is used, and torchvision's wheels are built for torch with CUDA.

@@ -32,19 +32,23 @@ def build(target, source, directory):
     return artifact
 
 
-def test_wheel_has_the_package_and_nothing_beside(wheel):
+PACKAGES = {"lars_array": "lars_array", "lars_torch": "adapters/lars_torch", "lars_jax": "adapters/lars_jax"}
+
+
+def test_wheel_has_the_packages_and_nothing_beside(wheel):
     top_level = {name.split("/")[0] for name in wheel}
     (metadata,) = (name for name in top_level if name.endswith(".dist-info"))
-    assert top_level == {"lars_array", metadata}
+    assert top_level == {*PACKAGES, metadata}
     assert f"{metadata}/licenses/LICENSE" in wheel
-    assert "lars_array/py.typed" in wheel
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(wheel)
     assert not [name for name in wheel if "golden" in name]
 
 
-def test_wheel_has_every_file_of_the_package(wheel):
-    package = ROOT / "lars_array"
-    files = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(wheel)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_wheel_has_every_file_of_a_package(wheel, package):
+    folder = ROOT / PACKAGES[package]
+    files = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {f"{package}/{path.relative_to(folder).as_posix()}" for path in files} <= set(wheel)
 
 
 def test_sdist_can_be_tested(sdist):

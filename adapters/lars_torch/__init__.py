@@ -1,0 +1,1 @@
+"""LARS for torch: `lars_array` over DLPack, as a ``torch.optim.Optimizer``."""
