@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lars_array import LARS, RULES, Rule
 from lars_array.blocks import momentum_form
 from lars_array.kernels import KERNELS, compiled, machine, pick, table, threads
 from lars_array.kernels.intrinsics import array_at, load, stored
-from lars_array.kernels.machine import MEASURE, PIECE, WHOLE, WRITE
+from lars_array.kernels.machine import MEASURE, OWN, PIECE, WHOLE, WRITE
 from lars_array.kernels.tasks import CACHE, ROOM_FROM, tasks
 
 numba = pytest.importorskip("numba")
@@ -52,10 +53,15 @@ def test_tasks_do_everything_once_and_wait_for_nothing_that_comes_later(
         assert row < stop <= len(sizes)
         for r in range(row, stop):
             pieces = -(-sizes[r] // PIECE)
-            mine = set(range(pieces)) if last == WHOLE else set(range(first, last))
             if last != WHOLE:
                 assert pieces >= ROOM_FROM, "there is no room for partial sums of smaller layers"
-                assert stop == row + 1 and 0 <= first < last <= pieces
+                assert stop == row + 1
+            if first == OWN:  # of as many tasks as there are parts, one takes this part
+                assert what == MEASURE | WRITE and does == WRITE
+                first = len(done[WRITE, r])
+                last = min(first + last, pieces)
+            mine = set(range(pieces)) if last == WHOLE else set(range(first, last))
+            assert last == WHOLE or 0 <= first < last <= pieces
             for kind in (MEASURE, WRITE):
                 if does & kind:
                     assert not mine & done[kind, r], "twice"
@@ -73,6 +79,24 @@ def test_layers_too_large_for_a_cache_are_shared() -> None:
     assert tasks([PIECE] * 9, MEASURE | WRITE, 2)[:, 0].tolist() == [MEASURE | WRITE] * 9
     assert len(tasks([100] * 10_000, MEASURE | WRITE, 2)) == 40, "small layers go together"
     assert len(tasks([0] * 1000, WRITE, 2)) == 4
+
+
+@given(measured_by=st.lists(st.integers(0, 3), min_size=1, max_size=30), step=st.integers(1, 3), data=st.data())
+def test_a_thread_writes_its_own_parts_first_and_every_part_is_written_once(
+    measured_by: list[int], step: int, data: st.DataObject
+) -> None:
+    parts = len(measured_by)
+    claimed = np.zeros(parts * step, np.int64)
+    own = [np.array([step * i for i, by in enumerate(measured_by) if by == thread], np.int64) for thread in range(4)]
+    left, written = [len(mine) for mine in own], []
+    for _ in range(parts):
+        thread = data.draw(st.integers(0, 3))
+        free = [part for part in own[thread][: left[thread]].tolist() if part not in written]
+        part, left[thread] = machine._part_to_write(claimed, parts, step, own[thread], left[thread])
+        others = [k * step for k in range(parts) if k * step not in written]
+        assert part == (free[-1] if free else others[0])
+        written.append(part)
+    assert sorted(written) == [step * k for k in range(parts)]
 
 
 # --------------------------------------------------------------------------------------------------- passes over memory
@@ -107,22 +131,29 @@ def test_a_step_is_one_call_a_thread_and_touches_everything_once(
         by_list = {id(arguments[1]): arguments for arguments in calls}  # the cursor: threads of one walk share it
         assert len(calls) <= len(by_list) * threads
         assert len(by_list) == len(expected)
-        for what, (todo, _, _, places, sizes, *_) in zip(expected, by_list.values(), strict=True):
+        for what, (todo, _, _, _, places, sizes, *_) in zip(expected, by_list.values(), strict=True):
             assert np.bitwise_or.reduce(todo[:, 0]) == what
-            read = sum(_elements(task, sizes) for task in todo.tolist() if task[0] & MEASURE)
-            written = sum(_elements(task, sizes) for task in todo.tolist() if task[0] & WRITE)
-            assert (read, written) == tuple(2_070_003 if what & kind else 0 for kind in (MEASURE, WRITE))
+            assert [_elements(todo, kind, sizes) for kind in (MEASURE, WRITE)] == [
+                2_070_003 if what & kind else 0 for kind in (MEASURE, WRITE)
+            ]
             assert set(places[:, 0]) == {p.__array_interface__["data"][0] for p in params}
         calls.clear()
         optimizer.norms(), optimizer.trust_ratios(), optimizer.state_dict()
         assert not calls
 
 
-def _elements(task: list[int], sizes: Any) -> int:
-    _, row, stop, first, last = task
-    if last == WHOLE:
-        return int(sizes[row:stop].sum())
-    return int(min(last * PIECE, sizes[row]) - first * PIECE)
+def _elements(todo: Any, kind: int, sizes: Any) -> int:
+    """Return how many elements are measured or written by a list of tasks."""
+    total, parts_of = 0, Counter[int]()
+    for _, row, stop, first, last in todo[(todo[:, 0] & kind) != 0].tolist():
+        if last == WHOLE:
+            total += int(sizes[row:stop].sum())
+            continue
+        if first == OWN:  # as many such tasks as parts: it does not matter here who takes which
+            first, last = parts_of[row] * last, (parts_of[row] + 1) * last
+            parts_of[row] += 1
+        total += int(min(last * PIECE, sizes[row]) - first * PIECE)
+    return total
 
 
 @pytest.mark.parametrize("rule", RULES)

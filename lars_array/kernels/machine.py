@@ -19,11 +19,12 @@ from lars_array.kernels import intrinsics
 from lars_array.kernels.intrinsics import array_at, fetch_add, load, read, stored, write
 from lars_array.tape import OPERATIONS
 
-__all__ = ["DONE", "MEASURE", "PIECE", "WHOLE", "WRITE", "at_first", "data_of", "problem", "work"]
+__all__ = ["DONE", "MEASURE", "OWN", "PIECE", "WHOLE", "WRITE", "at_first", "data_of", "problem", "work"]
 
 PIECE = 1 << 16  # elements of one partial sum
 MEASURE, WRITE = 1, 2  # what a task does; both, where one thread has layers to itself
 WHOLE = -1  # in the place of a task's last piece: all pieces of its layers are its own
+OWN = -2  # in the place of a task's first piece: those that the thread has measured and not yet written
 DONE = -1  # in the place of the number of pieces still to be measured, when a layer's coefficients are there
 
 _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _LESS, _LESS_EQUAL, _EQUAL, _WHERE, _SQRT, _ABSOLUTE = range(len(OPERATIONS))
@@ -101,6 +102,23 @@ def _write(p: Any, g: Any, v: Any, c: Any) -> None:
     else:
         for i in range(p.size):
             p[i] = stored(_affine_without_buffer(load(p[i]), load(g[i]), alpha, beta, kappa, lam, mu), p[i])
+
+
+@numba.njit
+def _part_to_write(claimed: Any, parts: int, step: int, own: Any, count: int) -> tuple[int, int]:
+    """Return the first piece of a part that nobody else writes, and how many of `own` are left.
+
+    What a thread has measured last is in the cache of its core, from where another core gets it slowly. With nothing
+    left of its own, it takes what another has measured first, and will come to last.
+    """
+    while count > 0:
+        count -= 1
+        if fetch_add(claimed, own[count], 1) == 0:
+            return own[count], count
+    part = 0
+    while part < parts - 1 and fetch_add(claimed, part * step, 1) != 0:
+        part += 1
+    return part * step, 0
 
 
 @numba.njit(error_model="numpy")
@@ -203,6 +221,7 @@ def _make_work(checksum: int) -> Any:
         tasks: Any,
         cursor: Any,
         left: Any,
+        claimed: Any,
         places: Any,
         sizes: Any,
         offsets: Any,
@@ -226,6 +245,7 @@ def _make_work(checksum: int) -> Any:
         left (rows,)            of a shared layer, the pieces not yet measured; `DONE` when C may be read
         places (rows, 3)        read: addresses of p, g, and v or 0
         sizes, offsets (rows,)  read: elements, and where in `partial` a shared layer begins
+        claimed (pieces,)       of shared layers, at first zero: not if somebody writes the part that begins there
         partial (pieces, 3)     sums of pieces of shared layers, at first zero
         kind_of (rows,)         read: index into the next three, and `outputs`
         weights (kinds, 3)      read: gamma, w and h of the third sum
@@ -241,6 +261,7 @@ def _make_work(checksum: int) -> Any:
         with it all that was written before.
         """
         registers = np.empty(3 + hyper.shape[1] + len(constants) + len(operations))
+        own, own_row, own_parts = np.empty(len(claimed), np.int64), -1, 0
         while True:
             number = fetch_add(cursor, 0, 1)
             if number >= len(tasks):
@@ -250,6 +271,15 @@ def _make_work(checksum: int) -> Any:
                 kind, pieces = kind_of[row], -(-sizes[row] // PIECE)
                 shared = last_piece != WHOLE
                 first, last = (first_piece, last_piece) if shared else (0, pieces)
+                if first_piece == OWN:
+                    parts, mine = -(-pieces // last_piece), own_parts if own_row == row else 0
+                    first, own_parts = _part_to_write(claimed[offsets[row] :], parts, last_piece, own, mine)
+                    last = min(first + last_piece, pieces)
+                elif shared and what == MEASURE:
+                    if own_row != row:
+                        own_row, own_parts = row, 0
+                    own[own_parts] = first
+                    own_parts += 1
                 if what & MEASURE:
                     for k in range(first, last):
                         p, g, v = _arrays(places[row], sizes[row], k, p_like, v_like)

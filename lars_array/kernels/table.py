@@ -96,7 +96,7 @@ class Table:
         self.left = -(-self.sizes // PIECE)
         shared = np.where(self.left >= ROOM_FROM, self.left, 0)
         self.offsets = np.cumsum(shared) - shared
-        self.partial_shape = int(shared.sum()), 3
+        self.shared_pieces = int(shared.sum())
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
         self._tasks: dict[tuple[int, int], Any] = {}
 
@@ -133,10 +133,11 @@ class Table:
             self._tasks[what, threads],
             np.zeros(1, np.int64),
             np.full_like(self.left, DONE) if what == WRITE else self.left.copy(),
+            np.zeros(self.shared_pieces, np.int64),
             data_of(self.ids, object.__basicsize__),
             self.sizes,
             self.offsets,
-            np.zeros(self.partial_shape),
+            np.zeros((self.shared_pieces, 3)),
             kind_of,
             *by_kind,
             S,
@@ -152,7 +153,8 @@ def _compile_for(p_type: Any, v_type: Any) -> None:
     none, nothing = np.empty(0, np.int64), np.empty((0, 3))
     by_kind = (_NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
     places = np.empty((0, 3), np.int64)
-    arguments = (np.empty((0, 5), np.int64), np.zeros(1, np.int64), none, places, none, none, nothing, none, *by_kind)
+    counters = np.zeros(1, np.int64), none, none
+    arguments = (np.empty((0, 5), np.int64), *counters, places, none, none, nothing, none, *by_kind)
     at_first(work, *arguments, nothing, np.empty((0, 6)), np.empty(0, p_type), np.empty(0, v_type))
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lars_array.kernels.machine import MEASURE, PIECE, WHOLE, WRITE
+from lars_array.kernels.machine import MEASURE, OWN, PIECE, WHOLE, WRITE
 
 __all__ = ["ROOM_FROM", "tasks"]
 
-# Measured on ResNet-50's layers, two cores with 1 MiB of cache each and 32 MiB in common.
-CACHE = 1 << 19  # elements of parameters, and as many of gradients, that all threads together hold best
-OWN = 4  # pieces that the caches of single cores can hold
+# Elements of parameters, and as many of gradients, that all threads together hold in their common cache. Measured on
+# ResNet-50's layers, two cores with 32 MiB in common.
+CACHE = 1 << 21
 
 SMALL = PIECE  # elements up to which layers share a task
 MOST_ROWS = 256  # of one task: what a layer costs beside its elements is little, but not nothing
@@ -37,7 +37,7 @@ def tasks(sizes: Sequence[int], what: int, threads: int) -> np.ndarray:
     -------
     int64 array of shape (tasks, 5)
         What to do, the first row and the one after the last, and the first piece and the one after the last, which is
-        `WHOLE` for all pieces.
+        `WHOLE` for all pieces; or `OWN`, and how many pieces a part has that the thread chooses by itself.
     """
     both = what == MEASURE | WRITE
     whole = max(CACHE // threads if both else 0, (ROOM_FROM - 1) * PIECE)
@@ -46,11 +46,11 @@ def tasks(sizes: Sequence[int], what: int, threads: int) -> np.ndarray:
         if sizes[row] <= whole:
             found.append((what, row, stop, 0, WHOLE))
             continue
-        parts = _parts(-(-sizes[row] // PIECE))
+        step, parts = _parts(-(-sizes[row] // PIECE))
         if what & MEASURE:
             found += [(MEASURE, row, stop, *part) for part in parts]
         if what & WRITE:
-            found += [(WRITE, row, stop, *part) for part in (_backwards(parts) if both else parts)]
+            found += [(WRITE, row, stop, *((OWN, step) if both else part)) for part in parts]
     # What was measured last is in cache, and is written first.
     return np.array(found[::-1] if what == WRITE else found, np.int64).reshape(-1, 5)
 
@@ -67,16 +67,7 @@ def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
-def _parts(pieces: int) -> list[tuple[int, int]]:
+def _parts(pieces: int) -> tuple[int, list[tuple[int, int]]]:
+    """Return how many pieces a part has, and the first and the one after the last of each part."""
     step = -(-pieces // MOST_PARTS)
-    return [(first, min(first + step, pieces)) for first in range(0, pieces, step)]
-
-
-def _backwards(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the parts from the last one on, since the first may have left the cache: but not quite the last.
-
-    Those are still in the cache of the one core that measured them, from where another gets them slowly: of 20 parts,
-    the order is 15 to 12, 19 to 16, 11 to 0.
-    """
-    behind = parts[::-1]
-    return behind[OWN : 2 * OWN] + behind[:OWN] + behind[2 * OWN :]
+    return step, [(first, min(first + step, pieces)) for first in range(0, pieces, step)]
