@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lars_array.arrays import check_buffer
-from lars_array.dtypes import compute_dtype
+from lars_array.buffers import new_buffers
 from lars_array.hyper import DEFAULTS, at_step, complete
 
 __all__ = ["Checkpoint", "read_checkpoint"]
@@ -75,9 +75,11 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
     for name, p in zip(flat, params, strict=True):
         state = state_dict["state"][name]
         _check_keys(f"the state of {name!r}", state, {"previous_lr"}, optional={"momentum_buffer"})
-        buffers.append(_buffer(name, state.get("momentum_buffer"), p))
+        buffers.append(state.get("momentum_buffer"))
+        if buffers[-1] is not None:
+            check_buffer(name, buffers[-1], p)
         previous_lr.append(_previous_lr(name, state["previous_lr"]))
-    return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, buffers, previous_lr)
+    return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, _copied(buffers, params), previous_lr)
 
 
 def _check_keys(
@@ -109,11 +111,10 @@ def _previous_lr(name: str, value: Any) -> float:
     return float(value)
 
 
-def _buffer(name: str, buffer: Any, p: Any) -> Any:
-    if buffer is None:
-        return None
-    check_buffer(name, buffer, p)
-    xp = array_namespace(p)
-    mine = xp.zeros_like(p, dtype=compute_dtype(p, xp))
-    mine[...] = buffer
-    return mine
+def _copied(buffers: Sequence[Any], params: Sequence[Any]) -> list[Any]:
+    copies = list(buffers)
+    given = [i for i, v in enumerate(buffers) if v is not None]
+    for i, mine in zip(given, new_buffers([params[i] for i in given], array_namespace(*params))):
+        mine[...] = buffers[i]
+        copies[i] = mine
+    return copies

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from lars_array.arrays import check_gradient
-from lars_array.memory import Spans, check_writable
+from lars_array.memory import Spans, check_writable, one_of_each
 from lars_array.parameters import Position, is_pair, listed
 
 __all__ = ["Fit", "given_order", "match_gradients"]
 
 _DTYPE, _SHAPE, _DENSE = attrgetter("dtype"), attrgetter("shape"), attrgetter("flags.forc")
-_SIZE, _WRITEABLE = attrgetter("nbytes"), attrgetter("flags.writeable")
+_SIZE, _WRITEABLE, _STRIDES = attrgetter("nbytes"), attrgetter("flags.writeable"), attrgetter("strides")
 
 
 def given_order(names: Sequence[str]) -> list[int] | None:
@@ -95,9 +95,9 @@ class Fit:
         self.names, self.params, self.addresses = names, params, addresses
         if addresses is not None:
             self._dtypes = list(map(_DTYPE, params))
-            self._shapes = list(map(_SHAPE, params))
-            self._strides = [p.strides for p in params]
-            self._nbytes = list(map(_SIZE, params))
+            self._shapes = one_of_each(map(_SHAPE, params))
+            self._strides = one_of_each(map(_STRIDES, params))
+            self._nbytes = one_of_each(map(_SIZE, params))
             self._lengths = np.array(self._nbytes)
             self._places = addresses(params)
 

@@ -9,8 +9,8 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array.arrays import check_buffer
+from lars_array.buffers import new_buffers
 from lars_array.core import Plan, plan, prepare
-from lars_array.dtypes import compute_dtype
 from lars_array.gradients import Fit
 from lars_array.hyper import needs_buffer
 from lars_array.memory import Spans
@@ -36,7 +36,7 @@ class Layers:
 
     Parameters
     ----------
-    index : list of int
+    index : sequence of int
         Their positions among all parameters.
     names : list of str
         Their names.
@@ -52,7 +52,7 @@ class Layers:
 
     def __init__(
         self,
-        index: list[int],
+        index: Sequence[int],
         names: list[str],
         params: list[Any],
         buffers: list[Any],
@@ -124,8 +124,8 @@ class Layers:
             return
         used = [v if keeps[k] else None for k, v in zip(self.group_of, self.buffers)]
         new = [i for i, k in enumerate(self.group_of) if keeps[k] and used[i] is None]
-        for i in new:
-            used[i] = self.xp.zeros_like(self.params[i], dtype=compute_dtype(self.params[i], self.xp))
+        for i, v in zip(new, new_buffers([self.params[i] for i in new], self.xp)):
+            used[i] = v
         self._kernel = self._kernel_type(self.params, used, self.xp)
         self._used, self._new, self._keeps = used, new, keeps
 

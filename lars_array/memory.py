@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from array_api_compat import is_numpy_array, is_writeable_array
 
-__all__ = ["Spans", "check_writable"]
+__all__ = ["Spans", "check_writable", "one_of_each"]
 
 
 def check_writable(name: str, p: Any) -> None:
@@ -58,65 +57,92 @@ def _overlaps_itself(p: Any) -> bool:
     return False
 
 
+def one_of_each(values: Iterable[Any]) -> list[Any]:
+    """Return a list of `values` in which equal ones are one object: what many layers have is kept once."""
+    known: dict[Any, Any] = {}
+    return [known.setdefault(value, value) for value in values]
+
+
 class Spans:
-    """The stretches of memory that arrays lie in, to be asked who is there.
+    """The stretches of memory that parameters and momentum buffers lie in, to be asked who is there.
 
     Arrays whose memory can't be seen from here, those of a GPU say, are told apart by identity only.
 
     Parameters
     ----------
-    arrays : mapping of str to array
-        By what messages shall call them. No two of them overlap.
+    names : sequence of str
+        The names of the parameters.
+    params : sequence of arrays
+        The parameters. No two of them overlap.
+    buffers : sequence of arrays, optional
+        Their momentum buffers, None where there is none.
 
     Raises
     ------
     ValueError
-        If two of them do overlap.
+        If two arrays do overlap.
     """
 
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._ids: dict[int, str] = {}
-        spans = []
-        for name, array in arrays.items():
-            if id(array) in self._ids:
-                twice = f"{name} and {self._ids[id(array)]}"
+    def __init__(self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = ()) -> None:
+        self._names, self._params, self._buffers = names, params, buffers
+        self._unseen: dict[int, int] = {}
+        index_of: dict[int, int] = {}
+        bounds = []
+        for i, array in enumerate(chain(params, buffers)):
+            if array is None:
+                continue
+            if id(array) in index_of:
+                twice = f"{self._label(i)} and {self._label(index_of[id(array)])}"
                 raise ValueError(f"every parameter must be given once; {twice} are the same array")
-            self._ids[id(array)] = name
+            index_of[id(array)] = i
             view = _host_view(array)
-            if view is not None and view.size:
-                spans.append((*_bounds(view), name, view))
-        spans.sort(key=lambda span: span[0])
-        self._lows = [span[0] for span in spans]
-        self._reach = list(accumulate((span[1] for span in spans), max))
-        self._spans = spans
-        self._starts, self._ends = np.array(self._lows, np.int64), np.array([0, *self._reach], np.int64)
-        for k, (low, _, name, view) in enumerate(spans):
-            other = self._find(view, low, k)
+            if view is None:
+                self._unseen[id(array)] = i
+            elif view.size:
+                bounds.append((*_bounds(view), i))
+        # Plain tables: a model may have many thousand arrays, and this is asked at every step.
+        table = np.array(sorted(bounds), np.int64).reshape(-1, 3)
+        self._starts, self._index = table[:, 0].copy(), table[:, 2].astype(np.int32)
+        self._reach = np.concatenate([[0], np.maximum.accumulate(table[:, 1])])
+        for k in np.flatnonzero(self._starts < self._reach[:-1]).tolist():
+            view = _host_view(self._array(int(self._index[k])))
+            other = self._find(view, int(self._starts[k]), k)
             if other is not None:
-                raise ValueError(f"parameters must not overlap in memory; {name} and {other} do")
+                mine = self._label(int(self._index[k]))
+                raise ValueError(f"parameters must not overlap in memory; {mine} and {other} do")
 
     def owner(self, array: Any) -> str | None:
         """Return the name of an array that shares memory with `array`, or None."""
-        if id(array) in self._ids:
-            return self._ids[id(array)]
+        if id(array) in self._unseen:
+            return self._label(self._unseen[id(array)])
         view = _host_view(array)
         if view is None or not view.size:
             return None
         low, high = _bounds(view)
-        return self._find(view, low, bisect_left(self._lows, high))
+        return self._find(view, low, int(np.searchsorted(self._starts, high)))
 
     def are_clear(self, starts: Any, ends: Any) -> bool:
         """Return whether it is certain that nobody is in any of these stretches of addresses, integer arrays."""
-        return bool(np.all(self._ends[np.searchsorted(self._starts, ends)] <= starts))
+        return bool(np.all(self._reach[np.searchsorted(self._starts, ends)] <= starts))
 
     def _find(self, view: Any, low: int, before: int) -> str | None:
         """Look through the spans that begin before the given one and reach beyond `low`, where `view` begins."""
         for k in range(before - 1, -1, -1):
-            if self._reach[k] <= low:
+            if self._reach[k + 1] <= low:
                 return None
-            if self._spans[k][1] > low and np.shares_memory(self._spans[k][3], view):
-                return str(self._spans[k][2])
+            index = int(self._index[k])
+            mine = _host_view(self._array(index))
+            if _bounds(mine)[1] > low and np.shares_memory(mine, view):
+                return self._label(index)
         return None
+
+    def _array(self, i: int) -> Any:
+        return self._params[i] if i < len(self._params) else self._buffers[i - len(self._params)]
+
+    def _label(self, i: int) -> str:
+        if i < len(self._names):
+            return f"parameter {self._names[i]!r}"
+        return f"the momentum buffer of {self._names[i - len(self._names)]!r}"
 
 
 def _bounds(view: Any) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,7 @@ class LARS:
         self._group_of: list[int] = []
         self._buffers: list[Any] = []
         self._previous_lr = np.zeros(0)
-        self._all: list[int] = []
+        self._all: Sequence[int] = range(0)
         self._order: list[int] | None = None
         self._last: Taken | None = None
         self._layers: Layers | None = None
@@ -233,8 +233,9 @@ class LARS:
         gradients = match_gradients(grads, self._names, self._order)
         index = self._all
         if set(map(type, gradients)) != {np.ndarray}:
-            index = [i for i, g in enumerate(gradients) if g is not None]
-            gradients = [_detached(gradients[i]) for i in index]
+            found = [i for i, g in enumerate(gradients) if g is not None]
+            gradients = [_detached(gradients[i]) for i in found]
+            index = found if len(found) < len(index) else index
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
         if self._advance(index, gradients, groups):
             self.steps += 1
@@ -343,7 +344,7 @@ class LARS:
         for name, p in zip(names, arrays):
             check_writable(name, p)
             _check_same_place(p, arrays[0], name, names[0])
-        Spans({f"parameter {name!r}": p for name, p in zip(names, arrays)})
+        Spans(names, arrays)
         self._kernel = kernels.pick(arrays, self._kernel_name)
 
         added = len(names) - len(self._names)
@@ -351,22 +352,21 @@ class LARS:
         self._names, self._params, self._group_of = names, arrays, group_of
         self._buffers += [None] * added
         self._previous_lr = np.concatenate([self._previous_lr, np.zeros(added)])
-        self._all = list(range(len(names)))
+        self._all = range(len(names))
         self._order = given_order(names)
         self._layers = self._spans = None
 
-    def _advance(self, index: list[int], grads: list[Any], groups: list[dict[str, Any]]) -> bool:
+    def _advance(self, index: Sequence[int], grads: list[Any], groups: list[dict[str, Any]]) -> bool:
         """Take the step with the parameters at `index`, and return True; or return False and change nothing."""
         if not index:
             return True
         if self._spans is None:
-            written = {f"parameter {name!r}": p for name, p in zip(self._names, self._params)}
-            buffers = zip(self._names, self._buffers)
-            written |= {f"the momentum buffer of {name!r}": v for name, v in buffers if v is not None}
-            self._spans = Spans(written)
+            self._spans = Spans(self._names, self._params, self._buffers)
         if self._layers is None or self._layers.index != index:
             lists: Any = (self._names, self._params, self._buffers, self._group_of, self._previous_lr.tolist())
-            self._layers = Layers(index, *([x[i] for i in index] for x in lists), kernel=self._kernel)
+            if index != self._all:
+                lists = ([x[i] for i in index] for x in lists)
+            self._layers = Layers(index, *lists, kernel=self._kernel)
         layers = self._layers
         layers.check(grads, self._spans)
         step = layers.step(groups, grads)

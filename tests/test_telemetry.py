@@ -178,7 +178,12 @@ def test_a_step_takes_one_look_at_memory_and_one_write(
 def test_where_memory_lies_is_looked_up_only_after_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Any] = []
     original = optimizer_module.Spans
-    monkeypatch.setattr(optimizer_module, "Spans", lambda arrays: looks.append(len(arrays)) or original(arrays))
+
+    def counted(names: Any, params: Any, buffers: Any = ()) -> Any:
+        looks.append(len(params) + sum(v is not None for v in buffers))
+        return original(names, params, buffers)
+
+    monkeypatch.setattr(optimizer_module, "Spans", counted)
     optimizer = LARS([W.copy(), B.copy()], lr=0.5, momentum=0.9)
     looks.clear()
     for _ in range(4):

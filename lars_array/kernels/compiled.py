@@ -15,6 +15,7 @@ import numpy as np
 from lars_array.core import Prepared
 from lars_array.kernels import blocked
 from lars_array.kernels.layout import common_order
+from lars_array.memory import one_of_each
 from lars_array.tape import record
 
 __all__ = ["Kernel"]
@@ -29,7 +30,7 @@ class Kernel:
 
     def __init__(self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np) -> None:
         self.params, self.buffers = params, buffers
-        self._strides = list(map(_STRIDES, params))
+        self._strides = one_of_each(map(_STRIDES, params))
         self._scattered = [i for i, p in enumerate(params) if not self._is_dense(i)]
         self._arrange(self._scattered)
 

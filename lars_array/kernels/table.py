@@ -47,7 +47,7 @@ class Walk(NamedTuple):
         Those of `lars_array.kernels.machine.work`.
     threads : int
         How many threads it is worth.
-    layers : list of int
+    layers : int64 array of shape (layers,)
         Where the table's layers stand among all.
     S, C : float64 arrays of shape (layers, 3) and (layers, 6)
         Sums and coefficients of these layers, once it is done.
@@ -57,7 +57,7 @@ class Walk(NamedTuple):
 
     arguments: tuple[Any, ...]
     threads: int
-    layers: list[int]
+    layers: Any
     S: Any
     C: Any
     held: Any
@@ -88,11 +88,12 @@ class Table:
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         _compile_for(p_type, v_type)  # now, before anything is written
         self.likes = np.empty(0, p_type), np.empty(0, v_type)
-        self.layers = sorted(layers, key=lambda i: -params[i].size)
-        self.sizes = np.array([width * params[i].size for i in self.layers], np.int64)
-        self.held = [(params[i], buffers[i]) for i in self.layers]
-        self.ids = np.array([[id(params[i]), 0, id(buffers[i])] for i in self.layers], np.int64)
-        self.ids[[buffers[i] is None for i in self.layers], 2] = 0
+        sizes = np.array([width * params[i].size for i in layers], np.int64)
+        order = np.argsort(-sizes, kind="stable")
+        self.layers, self.sizes = np.array(layers)[order], sizes[order]
+        self.held = params, buffers
+        self.ids = np.array([[id(params[i]), 0, id(buffers[i])] for i in self.layers.tolist()], np.int64)
+        self.ids[[buffers[i] is None for i in self.layers.tolist()], 2] = 0
         self.left = -(-self.sizes // PIECE)
         shared = np.where(self.left >= ROOM_FROM, self.left, 0)
         self.offsets = np.cumsum(shared) - shared
@@ -126,7 +127,7 @@ class Table:
         threads = max(1, min(thread_count(), self.threads_worth))
         if (what, threads) not in self._tasks:
             self._tasks[what, threads] = tasks(self.sizes.tolist(), what, threads)
-        mine = [grads[i] for i in self.layers]
+        mine = [grads[i] for i in self.layers.tolist()]
         self.ids[:, 1] = _ids(mine)
         S = np.zeros((len(self.layers), 3))
         arguments = (
