@@ -85,31 +85,32 @@ class Spans:
 
     def __init__(self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = ()) -> None:
         self._names, self._params, self._buffers = names, params, buffers
-        self._unseen: dict[int, int] = {}
-        index_of: dict[int, int] = {}
-        bounds = []
+        # Tables, not objects: a model may have many thousand arrays, and this is asked at every step.
+        table = np.zeros((len(params) + len(buffers), 3), np.int64)
+        unseen: dict[int, int] = {}
         for i, array in enumerate(chain(params, buffers)):
-            if array is None:
-                continue
-            if id(array) in index_of:
-                twice = f"{self._label(i)} and {self._label(index_of[id(array)])}"
-                raise ValueError(f"every parameter must be given once; {twice} are the same array")
-            index_of[id(array)] = i
-            view = _host_view(array)
-            if view is None:
-                self._unseen[id(array)] = i
-            elif view.size:
-                bounds.append((*_bounds(view), i))
-        # Plain tables: a model may have many thousand arrays, and this is asked at every step.
-        table = np.array(sorted(bounds), np.int64).reshape(-1, 3)
+            view = None if array is None else _host_view(array)
+            if view is not None and view.size:
+                table[i] = (*_bounds(view), i)
+            elif array is not None:  # neither is there anything to see of an empty array
+                if id(array) in unseen:
+                    raise ValueError(self._given_twice(i, unseen[id(array)]))
+                unseen[id(array)] = i
+        self._unseen = unseen
+        table = table[table[:, 1] > 0]
+        table = table[np.argsort(table[:, 0], kind="stable")]
         self._starts, self._index = table[:, 0].copy(), table[:, 2].astype(np.int32)
         self._reach = np.concatenate([[0], np.maximum.accumulate(table[:, 1])])
         for k in np.flatnonzero(self._starts < self._reach[:-1]).tolist():
-            view = _host_view(self._array(int(self._index[k])))
-            other = self._find(view, int(self._starts[k]), k)
-            if other is not None:
-                mine = self._label(int(self._index[k]))
-                raise ValueError(f"parameters must not overlap in memory; {mine} and {other} do")
+            index = int(self._index[k])
+            other = self._find(_host_view(self._array(index)), int(self._starts[k]), k)
+            if other is None:
+                continue
+            if self._array(index) is self._array(other):
+                raise ValueError(self._given_twice(index, other))
+            raise ValueError(
+                f"parameters must not overlap in memory; {self._label(index)} and {self._label(other)} do"
+            )
 
     def owner(self, array: Any) -> str | None:
         """Return the name of an array that shares memory with `array`, or None."""
@@ -119,13 +120,14 @@ class Spans:
         if view is None or not view.size:
             return None
         low, high = _bounds(view)
-        return self._find(view, low, int(np.searchsorted(self._starts, high)))
+        index = self._find(view, low, int(np.searchsorted(self._starts, high)))
+        return None if index is None else self._label(index)
 
     def are_clear(self, starts: Any, ends: Any) -> bool:
         """Return whether it is certain that nobody is in any of these stretches of addresses, integer arrays."""
         return bool(np.all(self._reach[np.searchsorted(self._starts, ends)] <= starts))
 
-    def _find(self, view: Any, low: int, before: int) -> str | None:
+    def _find(self, view: Any, low: int, before: int) -> int | None:
         """Look through the spans that begin before the given one and reach beyond `low`, where `view` begins."""
         for k in range(before - 1, -1, -1):
             if self._reach[k + 1] <= low:
@@ -133,11 +135,14 @@ class Spans:
             index = int(self._index[k])
             mine = _host_view(self._array(index))
             if _bounds(mine)[1] > low and np.shares_memory(mine, view):
-                return self._label(index)
+                return index
         return None
 
     def _array(self, i: int) -> Any:
         return self._params[i] if i < len(self._params) else self._buffers[i - len(self._params)]
+
+    def _given_twice(self, i: int, other: int) -> str:
+        return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
 
     def _label(self, i: int) -> str:
         if i < len(self._names):

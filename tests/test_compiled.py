@@ -194,6 +194,23 @@ def test_a_step_needs_little_memory_for_many_layers() -> None:
         tracemalloc.stop()
         assert peak < (1 << 20) + 200 * len(params), f"{peak / len(params):.0f} bytes a layer"
 
+def test_what_an_optimizer_keeps_for_a_layer_is_little() -> None:
+    import tracemalloc
+
+    count, size = 4000, 96  # elements that fill lines of cache: no buffer is followed by a gap
+    params = {str(k): np.ones(size, np.float32) for k in range(count)}
+    gradients = {name: np.ones_like(p) for name, p in params.items()}
+    for round_ in range(2):  # the first for what is kept once a process
+        tracemalloc.start()
+        try:
+            optimizer = LARS(params, lr=0.1, momentum=0.9, kernel="compiled", nonfinite="propagate")
+            for _ in range(3):
+                optimizer.step(gradients)
+            kept = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert round_ == 0 or kept < (4 * size + 520) * count, "112 of them are the array that a buffer is"
+
 
 # ----------------------------------------------------------------------------------------- what lies where, and changes
 

@@ -92,8 +92,10 @@ class Table:
         order = np.argsort(-sizes, kind="stable")
         self.layers, self.sizes = np.array(layers)[order], sizes[order]
         self.held = params, buffers
-        self.ids = np.array([[id(params[i]), 0, id(buffers[i])] for i in self.layers.tolist()], np.int64)
-        self.ids[[buffers[i] is None for i in self.layers.tolist()], 2] = 0
+        self.ids = np.zeros((len(layers), 3), np.int64)
+        self.ids[:, 0] = _ids([params[i] for i in self.layers.tolist()])
+        self.ids[:, 2] = _ids([buffers[i] for i in self.layers.tolist()])
+        self.ids[self.ids[:, 2] == id(None), 2] = 0
         self.left = -(-self.sizes // PIECE)
         shared = np.where(self.left >= ROOM_FROM, self.left, 0)
         self.offsets = np.cumsum(shared) - shared
