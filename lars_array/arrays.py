@@ -9,7 +9,7 @@ from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_a
 
 from lars_array.dtypes import COMPUTE, compute_dtype, dtype_name
 
-__all__ = ["asarray", "check_buffer", "check_gradient", "check_parameter", "is_array"]
+__all__ = ["asarray", "check_buffer", "check_gradient", "check_parameter", "is_array", "is_distant", "listed"]
 
 
 def is_array(x: Any) -> bool:
@@ -17,10 +17,22 @@ def is_array(x: Any) -> bool:
     return is_array_api_obj(x) and not isinstance(x, np.generic)
 
 
+def is_distant(x: Any) -> bool:
+    """Return whether `x` lies on a device: to read a value of it is to wait for all that the device has to do."""
+    if isinstance(x, np.ndarray) or is_jax_array(x):  # JAX's arrays are not written to, nor read by anything in place
+        return False
+    return "cpu" not in str(device(x)).lower()
+
+
 def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:
     """Return `values` as an array of `xp` that lies where the array `like` does."""
     # A traced JAX array has no device of its own, and jit puts constants where they belong.
     return xp.asarray(values, dtype=dtype, device=None if is_jax_array(like) else device(like))
+
+
+def listed(x: Any) -> list[float]:
+    """Return the numbers in an array of shape (size,), waiting for them if need be."""
+    return [float(y) for y in (x.tolist() if hasattr(x, "tolist") else map(x.__getitem__, range(x.shape[0])))]
 
 
 def check_parameter(name: str, p: Any) -> None:

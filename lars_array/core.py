@@ -38,6 +38,7 @@ __all__ = [
     "lars_step",
     "plan",
     "prepare",
+    "prepare_from",
     "sums",
 ]
 
@@ -278,6 +279,28 @@ def prepare(
         What `plan` starts from.
     """
     hyper = vectors(groups, group_of, first, previous_lr, like=like, xp=xp)
+    return prepare_from(hyper, groups, group_of, xp=xp)
+
+
+def prepare_from(
+    hyper: Hyper, groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], *, xp: Namespace
+) -> Prepared:
+    """Do what `prepare` does once the hyper-parameters are spread over the rows.
+
+    Parameters
+    ----------
+    hyper : Hyper
+        Hyper-parameters, arrays of shape (rows,).
+    groups, group_of : sequences
+        As for `prepare`.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    Prepared
+        What `plan` starts from.
+    """
     rule_of_group = [resolve(group["rule"]) for group in groups]
     rules = [rule_of_group[k] for k in group_of]
     gamma = gradient_factor(hyper, None, xp=xp)
@@ -409,7 +432,10 @@ def _operand(hyper: Hyper, rules: Sequence[Rule], gamma: Array, xp: Namespace) -
     """Return the weights of the third sum that each layer's rule asks for."""
 
     def where_norm_of(names: tuple[str, ...], x: Array, y: float) -> Array:
-        return xp.where(asarray([rule.norm_of in names for rule in rules], xp.bool, like=gamma, xp=xp), x, y)
+        concerned = [rule.norm_of in names for rule in rules]
+        if all(concerned):  # nothing has to be brought to a device
+            return x
+        return xp.where(asarray(concerned, xp.bool, like=gamma, xp=xp), x, y)
 
     w = where_norm_of(("decayed gradient", "update"), hyper.weight_decay, 0.0)
     if all(rule.norm_of != "update" for rule in rules):

@@ -14,7 +14,19 @@ from lars_array.arrays import asarray
 from lars_array.dtypes import accumulation_dtype
 from lars_array.registry import resolve
 
-__all__ = ["BOOLEANS", "DEFAULTS", "NONFINITE", "Hyper", "at_step", "check", "complete", "needs_buffer", "vectors"]
+__all__ = [
+    "BOOLEANS",
+    "DEFAULTS",
+    "GIVEN",
+    "NONFINITE",
+    "Hyper",
+    "at_step",
+    "check",
+    "complete",
+    "given",
+    "needs_buffer",
+    "vectors",
+]
 
 # What a parameter group holds beside its parameters. `lr` has no default. The values up to eps are flash's.
 DEFAULTS: dict[str, Any] = {
@@ -65,6 +77,18 @@ class Hyper(NamedTuple):
     max_grad_norm: Any
     first: Any
     previous_lr: Any
+
+
+# The fields that a group's hyper-parameters fill; the last two say where a layer stands.
+GIVEN = Hyper._fields[:-2]
+
+
+def given(group: Mapping[str, Any]) -> list[Any]:
+    """Return what a complete group has for each field in `GIVEN`."""
+    lowest, highest = group["trust_bounds"] or resolve(group["rule"]).trust_bounds or (0.0, inf)
+    most = inf if group["max_grad_norm"] is None else group["max_grad_norm"]
+    known = {**group, "trust_lower": lowest, "trust_upper": highest, "max_grad_norm": most}
+    return [known[name] for name in GIVEN]
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -230,10 +254,7 @@ def vectors(
     Hyper
         Arrays of shape (layers,), numbers in the type that sums are accumulated in.
     """
-    bounds = [group["trust_bounds"] or resolve(group["rule"]).trust_bounds or (0.0, inf) for group in groups]
-    columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in ("lr", *DEFAULTS)}
-    columns["trust_lower"], columns["trust_upper"] = ([pair[i] for pair in bounds] for i in (0, 1))
-    columns["max_grad_norm"] = [inf if norm is None else norm for norm in columns["max_grad_norm"]]
+    columns = dict(zip(GIVEN, zip(*map(given, groups), strict=True), strict=True))
     dtype = accumulation_dtype(xp)
     index = asarray(group_of_layer, like=like, xp=xp)
     fields = {
@@ -243,7 +264,7 @@ def vectors(
     numbers = [name for name in Hyper._fields if name not in (*fields, *BOOLEANS)]
     for names, kind in ((numbers, dtype), (BOOLEANS, xp.bool)):
         # One table of all fields: making an array costs the same for one number or a hundred.
-        table = _table([columns[name] for name in names], kind, like, xp)
+        table = _table([list(columns[name]) for name in names], kind, like, xp)
         spread = xp.take(table, index, axis=1)
         fields |= {name: spread[row, :] for row, name in enumerate(names)}
     return Hyper(**fields)

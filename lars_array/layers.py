@@ -84,7 +84,7 @@ class Layers:
         """Refuse gradients that don't fit, see `lars_array.gradients.Fit`."""
         self._fit.check(grads, written)
 
-    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any]) -> Taken | None:
+    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any], found_inf: Any = None) -> Taken | None:
         """Take a step, if it may be taken.
 
         Parameters
@@ -93,6 +93,8 @@ class Layers:
             Complete and checked hyper-parameters of all groups.
         grads : sequence of arrays
             One a layer, checked.
+        found_inf : number or array of shape (), optional
+            The step is skipped where it isn't zero.
 
         Returns
         -------
@@ -104,6 +106,8 @@ class Layers:
         NonFiniteError
             Then nothing was changed.
         """
+        if found_inf is not None and bool(found_inf):
+            return None
         self._make_room([needs_buffer(group) for group in groups])
         policies = [groups[group]["nonfinite"] for group, _, _ in self._kinds]
         with np.errstate(all="ignore"):  # what is not finite is reported by name

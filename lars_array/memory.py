@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_numpy_array, is_writeable_array
 
+from lars_array.arrays import is_distant
+
 __all__ = ["Spans", "check_writable", "one_of_each"]
 
 
@@ -161,6 +163,8 @@ def _host_view(array: Any) -> Any:
     """Return a NumPy view of `array`, or None where there is none."""
     if isinstance(array, np.ndarray):
         return array
+    if is_distant(array):  # and to ask for an export might be to wait
+        return None
     try:
         return np.from_dlpack(array)
     except Exception:  # what can't be exported, on whatever grounds, can't be compared

@@ -10,7 +10,9 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
+from lars_array.arrays import is_array, is_distant, listed
 from lars_array.checkpoint import read_checkpoint
+from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.gradients import given_order, match_gradients
 from lars_array.hyper import DEFAULTS, at_step, complete
 from lars_array.layers import Layers, Taken
@@ -84,7 +86,8 @@ class LARS:
     nonfinite : {"raise", "skip", "propagate"}
         What is done about a layer whose parameters, gradient or coefficients are not finite: `NonFiniteError`, naming
         it, and nothing is changed; nothing is changed and `skipped_steps` counts it; or nothing at all. Momentum
-        buffers are not looked at.
+        buffers are not looked at. Parameters on a device are waited for by nobody: there "raise" leaves out the step
+        as "skip" does, and the error comes with the first later call that finds the news arrived, see `synchronize`.
     kernel : str, optional
         "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays) or "portable"; by default what the environment
         variable LARS_ARRAY_KERNEL says, else the first of them that takes the parameters.
@@ -94,7 +97,8 @@ class LARS:
     param_groups : list of dict
         Hyper-parameters of each group, to be read and, between steps, changed; its "params" and "names" only read.
     steps, skipped_steps : int
-        How many steps were taken, and skipped.
+        How many steps were taken, and skipped. Of parameters on a device, a step counts as taken until it is known
+        that it was not.
 
     Raises
     ------
@@ -180,6 +184,7 @@ class LARS:
         self._kernel_name = kernel
         self._kernel: Any = None
         self._spans: Spans | None = None
+        self._whereabouts: Whereabouts | None = None
         self._add(params)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -199,7 +204,9 @@ class LARS:
             raise TypeError(f"group must be a mapping with the key 'params'; got {group!r}")
         self._add([group])
 
-    def step(self, grads: Any = None, closure: Callable[[], tuple[Any, Any]] | None = None) -> Any:
+    def step(
+        self, grads: Any = None, closure: Callable[[], tuple[Any, Any]] | None = None, *, found_inf: Any = None
+    ) -> Any:
         """Update the parameters in place. Either all of the step is done or, where it is refused, nothing.
 
         Parameters
@@ -209,6 +216,9 @@ class LARS:
             the parameters were given. A parameter whose entry is None is skipped and keeps its state.
         closure : callable, optional
             Returns (loss, grads); given instead of `grads`.
+        found_inf : number or array of shape (), optional
+            Beside the parameters. Where it isn't zero the step is skipped, whatever `nonfinite` says: what a loss
+            scaler has found.
 
         Returns
         -------
@@ -223,6 +233,7 @@ class LARS:
         NonFiniteError
             See `nonfinite`.
         """
+        self._hear()
         loss = None
         if closure is not None:
             if grads is not None:
@@ -237,14 +248,27 @@ class LARS:
             gradients = [_detached(gradients[i]) for i in found]
             index = found if len(found) < len(index) else index
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
-        if self._advance(index, gradients, groups):
+        if self._advance(index, gradients, groups, found_inf):
             self.steps += 1
         else:
             self.skipped_steps += 1
         return loss
 
+    def synchronize(self) -> None:
+        """Wait for the device until all steps are done, and then know what became of them.
+
+        Raises
+        ------
+        NonFiniteError
+            If a step was refused since the last call that has said so. That step has changed nothing; those after it
+            were taken.
+        """
+        self._hear(wait=True)
+
     def norms(self) -> dict[str, Norms]:
-        """Return the norms that the last step was taken with; they cost nothing.
+        """Return the norms that the last step was taken with; they cost nothing, but a device is waited for.
+
+        On a device this is the last step, whether it was taken or not.
 
         Returns
         -------
@@ -253,12 +277,12 @@ class LARS:
         """
         if self._last is None:
             return {}
-        S = self._last.plan.S
-        norms = [Norms(float(S[i, 0]) ** 0.5, float(S[i, 1]) ** 0.5) for i in range(len(self._last.names))]
+        p_squares, g_squares = (listed(self._last.plan.S[:, i]) for i in (0, 1))
+        norms = [Norms(p**0.5, g**0.5) for p, g in zip(p_squares, g_squares)]
         return dict(zip(self._last.names, norms))
 
     def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios that the last step was taken with; they cost nothing.
+        """Return the trust ratios that the last step was taken with; see `norms`.
 
         Returns
         -------
@@ -268,8 +292,7 @@ class LARS:
         """
         if self._last is None:
             return {}
-        ratios = trust_ratios(self._last)
-        return {name: float(ratios[i]) for i, name in enumerate(self._last.names)}
+        return dict(zip(self._last.names, listed(trust_ratios(self._last))))
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that a step depends on beside the parameters.
@@ -279,9 +302,15 @@ class LARS:
         dict
             "steps", "skipped_steps"; "param_groups", each with all hyper-parameters and the "names" of its parameters;
             "state", by name "previous_lr" and, where there is one, "momentum_buffer".
+
+        Raises
+        ------
+        NonFiniteError
+            As `synchronize` does: what is saved must be known.
         """
+        self.synchronize()
         state: dict[str, dict[str, Any]] = {}
-        for name, v, previous_lr in zip(self._names, self._buffers, self._previous_lr.tolist()):
+        for name, v, previous_lr in zip(self._names, *self._whereabouts_of_all()):
             buffer = {} if v is None else {"momentum_buffer": array_namespace(v).asarray(v, copy=True)}
             state[name] = {"previous_lr": previous_lr, **buffer}
         groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
@@ -305,7 +334,7 @@ class LARS:
         for group, options in zip(self.param_groups, read.groups):
             group.update(options)
         self._buffers, self._previous_lr = read.buffers, np.array(read.previous_lr)
-        self._layers = self._spans = None
+        self._layers = self._spans = self._whereabouts = None
 
     def __repr__(self) -> str:
         lines = []
@@ -316,8 +345,11 @@ class LARS:
         return "\n".join(["LARS(", *lines, ")"])
 
     def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
+        buffers, previous_lr = self._whereabouts_of_all()
+        known = {"_buffers": buffers, "_previous_lr": np.array(previous_lr)}
         # Layers and spans hold addresses, and a kernel is what is fastest here: none of them may travel.
-        return self.__dict__ | {"_kernel": None, "_layers": None, "_spans": None}
+        return self.__dict__ | known | {"_kernel": None, "_layers": None, "_spans": None, "_whereabouts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -347,6 +379,8 @@ class LARS:
         Spans(names, arrays)
         self._kernel = kernels.pick(arrays, self._kernel_name)
 
+        self.synchronize()
+        self._settle()
         added = len(names) - len(self._names)
         self.param_groups += groups
         self._names, self._params, self._group_of = names, arrays, group_of
@@ -356,20 +390,57 @@ class LARS:
         self._order = given_order(names)
         self._layers = self._spans = None
 
-    def _advance(self, index: Sequence[int], grads: list[Any], groups: list[dict[str, Any]]) -> bool:
+    def _hear(self, *, wait: bool = False) -> None:
+        """Count as what they were the steps of which the device has sent news, and raise if one was refused."""
+        if self._whereabouts is None:
+            return
+        before, now = self._whereabouts.news(wait=wait)
+        skipped, not_taken = now.skipped - before.skipped, now.refused - before.refused
+        self.skipped_steps += skipped
+        self.steps -= skipped + not_taken
+        if not_taken:
+            raise refused(now, self._names)
+
+    def _whereabouts_of_all(self) -> tuple[list[Any], list[float]]:
+        """Return the momentum buffers that are used, and the last learning rates."""
+        if self._whereabouts is None:
+            return self._buffers, self._previous_lr.tolist()
+        self._bring_together()
+        unused = listed(self._whereabouts.first)
+        buffers = [None if nothing else v for v, nothing in zip(self._buffers, unused)]
+        return buffers, listed(self._whereabouts.previous_lr)
+
+    def _bring_together(self) -> None:
+        """Put where the layers of the last step stand beside where the others do."""
+        if isinstance(self._layers, DistantLayers) and self._whereabouts is not None:
+            self._whereabouts.merge(self._layers.index, self._layers.first, self._layers.previous_lr)
+
+    def _settle(self) -> None:
+        """Bring home what only the device knows, and let the next step begin anew from there."""
+        self._buffers, previous_lr = self._whereabouts_of_all()
+        self._previous_lr = np.array(previous_lr)
+        self._layers = self._spans = self._whereabouts = None
+
+    def _advance(self, index: Sequence[int], grads: list[Any], groups: list[dict[str, Any]], found_inf: Any) -> bool:
         """Take the step with the parameters at `index`, and return True; or return False and change nothing."""
         if not index:
             return True
         if self._spans is None:
             self._spans = Spans(self._names, self._params, self._buffers)
         if self._layers is None or self._layers.index != index:
+            self._bring_together()
             lists: Any = (self._names, self._params, self._buffers, self._group_of, self._previous_lr.tolist())
             if index != self._all:
                 lists = ([x[i] for i in index] for x in lists)
-            self._layers = Layers(index, *lists, kernel=self._kernel)
+            if is_distant(self._params[0]):
+                if self._whereabouts is None:
+                    self._whereabouts = Whereabouts(self._buffers, self._previous_lr, like=self._params[0])
+                self._layers = DistantLayers(index, *lists, kernel=self._kernel, whereabouts=self._whereabouts)
+            else:
+                self._layers = Layers(index, *lists, kernel=self._kernel)
         layers = self._layers
         layers.check(grads, self._spans)
-        step = layers.step(groups, grads)
+        step = layers.step(groups, grads, found_inf)
         if step is None:
             return False
         self._last = step
@@ -377,6 +448,8 @@ class LARS:
             for i, v in zip(index, layers.buffers):
                 self._buffers[i] = v
             self._spans = None
+        if self._whereabouts is not None:
+            return True
         self._previous_lr[layers.place] = np.array([group["lr"] for group in groups])[layers.group]
         return True
 
@@ -390,7 +463,11 @@ def _at_step(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     group = dict(options)
     if callable(group.get("lr")):
         group["lr"] = group["lr"](step)
-    return at_step({key: x.item() if getattr(x, "shape", None) == () else x for key, x in group.items()}, step)
+    return at_step({key: x.item() if _can_be_read(x) else x for key, x in group.items()}, step)
+
+
+def _can_be_read(x: Any) -> bool:
+    return getattr(x, "shape", None) == () and not (is_array(x) and is_distant(x))
 
 
 def _detached(g: Any) -> Any:

@@ -6,7 +6,9 @@ A kernel is a class ``Kernel`` in a module of this package that is imported when
     unusable(params) -> str or None    why it can't take these parameters; a static method
     Kernel(params, buffers, xp)        for the layers of a step, as long as they are the same; a buffer may be None
         .sums(grads, operand) -> S     as core.sums
-        .apply(grads, C) -> None       as core.apply for each layer, in place
+        .apply(grads, C, written=None) -> None
+                                       as core.apply for each layer, in place; `written`, a bool array of shape (),
+                                       lies beside the parameters: where it is false nothing at all is changed
 
 and, if it takes NumPy arrays, ``addresses(arrays)``, where their data begin, a static method; and, if it can compute
 coefficients by itself, ``.take(...)``, see `lars_array.kernels.compiled`.

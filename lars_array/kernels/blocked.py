@@ -67,11 +67,13 @@ class Kernel:
         np.add.at(S, pieces.layer, partial)
         return S
 
-    def apply(self, grads: Sequence[Any], C: Any) -> None:
-        """Do what `core.apply` does for each layer, in place.
+    def apply(self, grads: Sequence[Any], C: Any, written: Any = None) -> None:
+        """Do what `core.apply` does for each layer, in place, if `written` is None or true.
 
         Backwards through memory, since the end of it is what `sums` has left in cache.
         """
+        if written is not None and not written:
+            return
         arrays = zip(self.params, grads, self.buffers, strict=True)
         layers = [[g, p] if v is None else [g, p, v] for p, g, v in arrays]
         pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=0)

@@ -56,8 +56,10 @@ class Kernel:
             S[self._others] = self._blocked.sums([grads[i] for i in self._others], mine)
         return S
 
-    def apply(self, grads: Sequence[Any], C: Any) -> None:
-        """Do what `core.apply` does for each layer, in place."""
+    def apply(self, grads: Sequence[Any], C: Any, written: Any = None) -> None:
+        """Do what `core.apply` does for each layer, in place, if `written` is None or true."""
+        if written is not None and not written:
+            return
         self._arrange_for(grads)
         for walk in [table.apply(grads, C) for table in self._tables]:
             walk.go()

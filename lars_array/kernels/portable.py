@@ -27,10 +27,10 @@ class Kernel:
         """Return `core.sums`."""
         return core.sums(self.params, grads, self.buffers, operand, xp=self.xp)
 
-    def apply(self, grads: Sequence[Any], C: Any) -> None:
-        """Write `core.apply` of each layer into its parameters and its buffer."""
+    def apply(self, grads: Sequence[Any], C: Any, written: Any = None) -> None:
+        """Write `core.apply` of each layer into its parameters and its buffer, if `written` is None or true."""
         for i, (p, g, v) in enumerate(zip(self.params, grads, self.buffers, strict=True)):
             new_p, new_v = core.apply(p, g, v, C[i, :], xp=self.xp)
-            p[...] = new_p
+            p[...] = new_p if written is None else self.xp.where(written, new_p, p)
             if v is not None:
-                v[...] = new_v
+                v[...] = new_v if written is None else self.xp.where(written, new_v, v)

@@ -1,0 +1,347 @@
+"""Steps on a device: nothing is waited for, and what becomes of a step that is not finite is decided there.
+
+There is no such device here. array_api_strict pretends to have one, and torch tells of every value that is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import array_api_strict
+import numpy as np
+import pytest
+import torch
+from assertions import assert_close, assert_same, fingerprint, to_numpy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lars_array.memory
+import lars_array.optimizer
+from lars_array import LARS, RULES, NonFiniteError, kernels
+from lars_array.arrays import is_distant
+from lars_array.hyper import GIVEN
+from lars_array.hyper_table import HyperTable
+from lars_array.news import Mailbox, News
+
+WAITS = {"_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero"}
+SHAPES = {"w": (4, 3), "b": (3,), "last": (5,)}
+HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
+
+
+class Device(NamedTuple):
+    """How to bring an array to a pretended device, and a context in which to read from there is an error."""
+
+    put: Callable[[Any], Any]
+    unread: Callable[[], Any]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would have to wait for a device, or to send something there."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        assert function.overloadpacket.__name__ not in WAITS, f"{function} reads a value"
+        return function(*arguments, **(options or {}))
+
+
+@contextlib.contextmanager
+def nothing_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+        raise AssertionError("a value was read")
+
+    with monkeypatch.context() as patch:
+        for name in ("__bool__", "__float__", "__int__", "__index__", "__complex__"):
+            patch.setattr(array_api_strict._array_object.Array, name, refuse)
+        yield
+
+
+@pytest.fixture(params=["strict", "torch"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    if request.param == "strict":
+        place = array_api_strict.Device("device1")
+        return Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
+    for module in (lars_array.memory, lars_array.optimizer):
+        monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
+    return Device(lambda x: torch.tensor(x), NoWaiting)
+
+
+def numbers(seed: int, scale: float = 1.0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {name: scale * rng.standard_normal(shape) for name, shape in SHAPES.items()}
+
+
+class Pair:
+    """The same optimizer over NumPy arrays and over arrays on a device, held to each other step by step."""
+
+    def __init__(self, device: Device, groups: Any = None, **hyper: Any) -> None:
+        self.device = device
+        self.here = numbers(0)
+        self.there = {name: device.put(p) for name, p in self.here.items()}
+        shared = HYPER | hyper
+
+        def make(params: Any) -> LARS:
+            given = (
+                params if groups is None else [{"params": {n: params[n] for n in names}, **o} for names, o in groups]
+            )
+            return LARS(given, **shared)
+
+        self.near, self.far = make(self.here), make(self.there)
+
+    def step(self, grads: Any, **options: Any) -> None:
+        sent = {name: None if g is None else self.device.put(g) for name, g in grads.items()}
+        found = {name: self.device.put(np.asarray(x)) for name, x in options.items()}
+        with contextlib.suppress(NonFiniteError):
+            self.near.step(grads, **options)
+        with self.device.unread():
+            self.far.step(sent, **found)
+
+    def assert_alike(self) -> None:
+        for name, p in self.here.items():
+            assert_close(self.there[name], p)
+        ours, theirs = self.far.state_dict(), self.near.state_dict()
+        assert (ours["steps"], ours["skipped_steps"]) == (theirs["steps"], theirs["skipped_steps"])
+        for name, state in theirs["state"].items():
+            assert ours["state"][name].keys() == state.keys()
+            for key, value in state.items():
+                assert_close(ours["state"][name][key], value)
+
+
+MANY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nesterov": {"nesterov": True},
+    "dampening": {"dampening": 0.4},
+    "no momentum": {"momentum": 0},
+    "clipped": {"max_grad_norm": 0.5},
+    "clipped, third sum": {"max_grad_norm": 0.5, "rule": "optax"},
+    "bounds": {"trust_bounds": (0.01, 0.02), "trust_clip": True},
+    "maximize": {"maximize": True, "rescale_grad": 0.5},
+    "propagate": {"nonfinite": "propagate"},
+    "skip": {"nonfinite": "skip"},
+    "schedule": {"lr": lambda t: 0.1 * (t + 1), "rule": "nvidia"},
+    **{f"rule {name}": {"rule": name} for name in sorted(RULES)},
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_step_reads_nothing_and_is_numpys(device: Device, what: str) -> None:
+    pair = Pair(device, **MANY[what])
+    for seed in range(1, 5):
+        pair.step(numbers(seed))
+    pair.assert_alike()
+    assert_close(list(pair.far.norms()["w"]), list(pair.near.norms()["w"]))
+    assert_close(list(pair.far.trust_ratios().values()), list(pair.near.trust_ratios().values()))
+
+
+def test_groups_of_several_rules_and_policies(device: Device) -> None:
+    groups = [(["w"], {"rule": "timm", "nonfinite": "propagate"}), (["b"], {"lr": 0.1}), (["last"], {"momentum": 0})]
+    pair = Pair(device, groups, nonfinite="skip")
+    for seed in range(1, 4):
+        pair.step(numbers(seed))
+    pair.assert_alike()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_step_that_is_not_finite_changes_nothing(device: Device, policy: str, bad: float) -> None:
+    pair = Pair(device, nonfinite=policy, lr=lambda t: 0.1 * (t + 1))
+    pair.step(numbers(1))
+    broken = numbers(2)
+    broken["b"][1] = bad
+    before = fingerprint(pair.there)
+    pair.step(broken)
+    assert fingerprint(pair.there) == before
+    if policy == "raise":
+        with pytest.raises(NonFiniteError) as caught:
+            pair.far.synchronize()
+        expected = "the norm of the gradient of 'b' was not finite in an earlier step, which changed nothing"
+        assert str(caught.value) == expected
+    pair.far.synchronize()  # says everything once
+    pair.step(numbers(3))
+    pair.assert_alike()
+    assert pair.far.steps == 2
+    assert pair.far.skipped_steps == (policy == "skip")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("w", "norm of the parameter"), ("w", "update")])
+def test_the_error_says_what_was_not_finite(device: Device, name: str, reason: str) -> None:
+    pair = Pair(device)
+    broken = numbers(1)
+    if reason != "update":
+        pair.there[name][0, 0] = np.nan
+    else:
+        pair.far.param_groups[0] |= {"rule": "paper", "lr": 1e300, "trust_coefficient": 1e300}
+    pair.far.step({key: device.put(g) for key, g in broken.items()})
+    with pytest.raises(NonFiniteError, match=f"the {reason} of '{name}'"):
+        pair.far.synchronize()
+
+
+def test_an_optimizer_that_was_refused_something_can_go_on(device: Device) -> None:
+    """By order of the layers: "raise" wins over "skip", and "propagate" is not asked."""
+    groups = [(["w"], {"nonfinite": "skip"}), (["b"], {"nonfinite": "propagate"}), (["last"], {})]
+    pair = Pair(device, groups)
+    broken = {name: np.full(shape, np.nan) for name, shape in SHAPES.items()}
+    pair.step(numbers(1) | {"b": broken["b"]})
+    pair.step(numbers(2) | {"w": broken["w"]})
+    pair.step(broken)
+    with pytest.raises(NonFiniteError, match="'last'"):
+        pair.far.synchronize()
+    for name in ("w", "last"):
+        assert_close(pair.there[name], pair.here[name])
+    assert np.isnan(to_numpy(pair.there["b"])).all()
+    assert (pair.far.steps, pair.far.skipped_steps) == (pair.near.steps, pair.near.skipped_steps) == (1, 1)
+
+
+class Late(Mailbox):
+    """News that arrive when `arrived` says so."""
+
+    arrived = False
+
+    def read(self, *, wait: bool) -> News | None:
+        return super().read(wait=wait or self.arrived)
+
+
+def test_the_first_call_that_finds_the_news_raises(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lars_array.distant.mailbox", Late)
+    pair = Pair(device)
+    pair.step(numbers(1) | {"w": np.full(SHAPES["w"], np.nan)})
+    pair.step(numbers(2))
+    assert pair.far.steps == 2, "nothing is known yet"
+    monkeypatch.setattr(Late, "arrived", True)
+    before = fingerprint(pair.there)
+    with pytest.raises(NonFiniteError, match="the gradient of 'w'"):
+        pair.far.step({name: device.put(g) for name, g in numbers(3).items()})
+    assert fingerprint(pair.there) == before
+    monkeypatch.setattr(Late, "arrived", False)
+    pair.step(numbers(4))
+    pair.assert_alike()
+
+
+@pytest.mark.parametrize("policy", ["propagate", "skip", "raise"])
+def test_what_a_loss_scaler_has_found_skips_the_step(device: Device, policy: str) -> None:
+    pair = Pair(device, nonfinite=policy)
+    pair.step(numbers(1), found_inf=0.0)
+    before = fingerprint(pair.there)
+    pair.step({name: np.full(shape, np.inf) for name, shape in SHAPES.items()}, found_inf=1.0)
+    assert fingerprint(pair.there) == before
+    pair.step(numbers(2), found_inf=0.0)
+    pair.assert_alike()
+    assert pair.far.skipped_steps == pair.near.skipped_steps == 1
+
+
+def test_layers_come_and_go(device: Device) -> None:
+    """What only the device knows, last learning rates and unused buffers, goes along."""
+    pair = Pair(device, rule="nvidia", dampening=0.5, lr=lambda t: 0.1 * (t + 1))
+    for seed, absent in enumerate([["b"], [], ["w", "last"], ["b"], [], []], start=1):
+        pair.step({name: None if name in absent else g for name, g in numbers(seed).items()})
+    pair.assert_alike()
+    extra = np.ones(2)
+    pair.near.add_param_group({"params": {"extra": extra}, "lr": 0.1})
+    there = device.put(extra)
+    pair.far.add_param_group({"params": {"extra": there}, "lr": 0.1})
+    pair.here["extra"], pair.there["extra"] = extra, there
+    pair.step(numbers(9) | {"extra": np.ones(2)})
+    pair.assert_alike()
+
+
+def test_momentum_can_be_switched_off_and_on(device: Device) -> None:
+    pair = Pair(device, momentum=0, dampening=0.5)
+    for momentum in (0, 0.9, 0, 0.9):
+        pair.near.param_groups[0]["momentum"] = pair.far.param_groups[0]["momentum"] = momentum
+        pair.step(numbers(3))
+    pair.assert_alike()
+
+
+def test_state_can_be_saved_and_copied(device: Device) -> None:
+    pair = Pair(device, rule="nvidia", lr=0.3)
+    pair.step(numbers(1))
+    pair.step(numbers(2))
+    saved = pair.far.state_dict()
+    again = Pair(device, rule="nvidia", lr=0.1)
+    again.far.load_state_dict(saved)
+    assert_same(again.far.state_dict(), saved)
+    assert_same(copy.deepcopy(pair.far).state_dict(), saved)
+    if not isinstance(pair.there["w"], array_api_strict._array_object.Array):  # its arrays can't be pickled
+        assert_same(pickle.loads(pickle.dumps(pair.far)).state_dict(), saved)
+    pair.step(numbers(3))
+    pair.assert_alike()
+
+
+def test_hyper_parameters_may_lie_on_the_device(device: Device) -> None:
+    pair = Pair(device)
+    lr, scale = device.put(np.array(0.3)), device.put(np.array(1.0))
+    pair.far.param_groups[0] |= {"lr": lr, "rescale_grad": scale}
+    for value in (0.3, 0.2, 0.1):
+        lr[...], scale[...] = value, 10 * value
+        pair.near.param_groups[0] |= {"lr": value, "rescale_grad": 10 * value}
+        pair.step(numbers(3))
+    for name, p in pair.here.items():
+        assert_close(pair.there[name], p)
+
+
+def test_what_a_graph_has_seen_stays_where_it_is(device: Device) -> None:
+    pair = Pair(device, nonfinite="skip")
+    pair.step(numbers(1))
+
+    def kept() -> list[Any]:
+        layers, place = pair.far._layers, pair.far._whereabouts
+        return [layers, place, layers.first, layers.previous_lr, place.counts, layers._table.array, *layers.buffers]
+
+    before = kept()
+    pair.far.param_groups[0]["lr"] = 0.05
+    pair.step(numbers(2))
+    pair.far.state_dict()
+    pair.far.synchronize()
+    pair.step(numbers(3))
+    assert all(a is b for a, b in zip(before, kept(), strict=True))
+
+
+def test_the_table_writes_only_what_has_changed() -> None:
+    class Watched:
+        shape = ()
+
+        def __init__(self) -> None:
+            self.writes: list[Any] = []
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            self.writes.append((key[0].start, key[1].start, value))
+
+    options = lars_array.hyper.complete({"lr": 0.1})
+    table = HyperTable(np.zeros(1), array_api_strict)
+    table.like = array_api_strict.zeros(1)
+    table.refresh([options, options])
+    assert_same(table.array[0, :], np.array([float(x) for x in lars_array.hyper.given(options)]))
+    watched: Any = Watched()
+    table.array = watched
+    table.refresh([options, options | {"lr": 0.2, "nesterov": True}])
+    assert watched.writes == [(1, GIVEN.index("lr"), 0.2), (1, GIVEN.index("nesterov"), 1.0)]
+    on_device = array_api_strict.asarray(0.5)
+    for _ in range(2):
+        table.refresh([options | {"lr": on_device}, options | {"lr": 0.2, "nesterov": True}])
+    assert watched.writes[2:] == 2 * [(0, GIVEN.index("lr"), on_device)], "its value may be another one each time"
+
+
+def test_synchronize_is_nothing_in_numpy() -> None:
+    optimizer = LARS([np.ones(2)], lr=0.1)
+    optimizer.step([np.ones(2)])
+    optimizer.synchronize()
+    assert optimizer.steps == 1
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_kernels_leave_alone_what_is_not_to_be_written(kernel: str) -> None:
+    p, v, g = np.ones(5), np.ones(5), np.full(5, np.nan)
+    Kernel = kernels.pick([p], kernel)
+    before = fingerprint([p, v])
+    Kernel([p], [v], np).apply([g], np.ones((1, 6)), np.asarray(False))
+    assert fingerprint([p, v]) == before
+    Kernel([p], [v], np).apply([np.ones(5)], np.ones((1, 6)), np.asarray(True))
+    assert fingerprint([p, v]) != before
+
+
+def test_a_loss_scaler_skips_in_numpy_too() -> None:
+    p = np.ones(2)
+    optimizer = LARS([p], lr=0.1, nonfinite="propagate")
+    optimizer.step([np.full(2, np.nan)], found_inf=True)
+    assert_same([p, optimizer.steps, optimizer.skipped_steps], [np.ones(2), 0, 1])
