@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
-from lars_array.arrays import is_array, is_distant, listed
+from lars_array.arrays import check_buffer, is_array, is_distant, listed
 from lars_array.checkpoint import read_checkpoint
 from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.gradients import given_order, match_gradients
@@ -309,10 +309,10 @@ class LARS:
             As `synchronize` does: what is saved must be known.
         """
         self.synchronize()
-        state: dict[str, dict[str, Any]] = {}
-        for name, v, previous_lr in zip(self._names, *self._whereabouts_of_all()):
-            buffer = {} if v is None else {"momentum_buffer": array_namespace(v).asarray(v, copy=True)}
-            state[name] = {"previous_lr": previous_lr, **buffer}
+        state = self.state_views()
+        for own in state.values():
+            if (v := own.get("momentum_buffer")) is not None:
+                own["momentum_buffer"] = array_namespace(v).asarray(v, copy=True)
         groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
@@ -334,6 +334,54 @@ class LARS:
         for group, options in zip(self.param_groups, read.groups):
             group.update(options)
         self._buffers, self._previous_lr = read.buffers, np.array(read.previous_lr)
+        self._layers = self._spans = self._whereabouts = None
+
+    def state_views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
+        """Return the "state" of `state_dict` with the momentum buffers themselves, not copies of them.
+
+        Parameters
+        ----------
+        wait : bool
+            False: a device is not waited for. Then "previous_lr" is left out, and a buffer may not be used yet.
+
+        Returns
+        -------
+        dict
+            By name of parameter; see `attach_state`.
+        """
+        if not wait:
+            return {name: {} if v is None else {"momentum_buffer": v} for name, v in zip(self._names, self._buffers)}
+        state: dict[str, dict[str, Any]] = {}
+        for name, v, previous_lr in zip(self._names, *self._whereabouts_of_all()):
+            state[name] = {"previous_lr": previous_lr} | ({} if v is None else {"momentum_buffer": v})
+        return state
+
+    def attach_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what `state_views` returned, without copying: from then on steps write into these buffers.
+
+        Parameters
+        ----------
+        state : mapping
+            By name of parameter; those that are missing keep what they have.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a name is unknown, or a buffer does not fit its parameter; then nothing was changed.
+        """
+        self.synchronize()
+        buffers, previous_lr = self._whereabouts_of_all()
+        buffers, place = list(buffers), {name: i for i, name in enumerate(self._names)}
+        for name, own in state.items():
+            if name not in place:
+                raise ValueError(f"state must be of parameters named {self._names!r}; got the name {name!r}")
+            buffers[place[name]] = v = own.get("momentum_buffer")
+            previous_lr[place[name]] = float(own.get("previous_lr", 0.0))
+            if v is not None:
+                check_buffer(name, v, self._params[place[name]])
+                check_writable(f"momentum_buffer of {name}", v)
+        Spans(self._names, self._params, buffers)
+        self._buffers, self._previous_lr = buffers, np.array(previous_lr)
         self._layers = self._spans = self._whereabouts = None
 
     def __repr__(self) -> str:

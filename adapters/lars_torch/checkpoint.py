@@ -1,0 +1,125 @@
+"""Checkpoints: those of this class and of its peers are read, checked whole before any of it is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lars_array.dtypes import COMPUTE, dtype_name
+from lars_array.hyper import DEFAULTS
+from lars_array.registry import resolve
+from lars_array.tape import INPUTS, record
+from lars_torch.hyper import check_group
+
+__all__ = ["load", "with_previous_lr"]
+
+
+def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: Mapping[str, Any]) -> None:
+    """Have `optimizer` take over `state_dict`; see `lars_torch.LARS.load_state_dict`."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping; got {state_dict!r}")
+    if "steps" in state_dict and "state" in state_dict:
+        state_dict = _from_lars_array(optimizer, state_dict)
+    given: list[Any] = []
+
+    def look(_: Any, hooked: Any) -> None:  # behind all other hooks, and before anything is changed
+        _check(optimizer, hooked)
+        given.append(hooked)
+
+    def restore(_: Any) -> None:  # before all other hooks, which shall see the state as it will be
+        _restore(optimizer, given[0])
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(look),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    ]
+    try:
+        load_as_torch_does(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def with_previous_lr(optimizer: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `groups`, as they are to be saved, with the learning rates of last steps where a rule asks for them."""
+    if not any(_reads_previous_lr(group["rule"]) for group in groups):
+        return groups
+    known = optimizer.previous_lrs()
+    return [
+        {**saved, "previous_lr": [known.get(p, 0.0) for p in group["params"]]}
+        if _reads_previous_lr(saved["rule"])
+        else saved
+        for saved, group in zip(groups, optimizer.param_groups)
+    ]
+
+
+def _reads_previous_lr(rule: Any) -> bool:
+    tape = record(resolve(rule))
+    register = INPUTS.index("previous_lr")
+    return tape is None or bool((tape.operations[:, 1:] == register).any() or (tape.outputs == register).any())
+
+
+def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+    groups, saved = optimizer.param_groups, state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+        return  # torch says that better
+    for group in saved:
+        check_group(optimizer.defaults | group)
+    for p, v in _pairs(optimizer, state_dict):
+        if not isinstance(v, torch.Tensor) or v.shape != p.shape or v.layout != torch.strided:
+            found = tuple(v.shape) if isinstance(v, torch.Tensor) else v
+            raise ValueError(f"momentum_buffer must have the parameter's shape {tuple(p.shape)!r}; got {found!r}")
+        if v.is_complex() != p.is_complex() or not (v.is_floating_point() or v.is_complex()):
+            raise ValueError(f"momentum_buffer must be of a type like {p.dtype}, the parameter's; got {v.dtype}")
+
+
+def _restore(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+    """Take over momentum buffers once more, since torch casts them to the parameters' type."""
+    for p, v in _pairs(optimizer, state_dict):
+        kind = getattr(torch, COMPUTE[dtype_name(p.dtype)])
+        buffer = torch.empty_like(p, dtype=kind, requires_grad=False)
+        optimizer.state[p]["momentum_buffer"] = buffer.copy_(v.detach())
+    for p in list(optimizer.state):
+        if isinstance(optimizer.state[p], dict) and optimizer.state[p].get("momentum_buffer", p) is None:
+            del optimizer.state[p]  # torch's SGD says so that there is none
+
+
+def _pairs(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Tensor, Any]]:
+    """Return each parameter with the momentum buffer that a checkpoint has for it."""
+    found = []
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
+        for p, key in zip(group["params"], saved["params"]):
+            v = state_dict["state"].get(key, {}).get("momentum_buffer")
+            if v is not None:
+                found.append((p, v))
+    return found
+
+
+def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `lars_array.LARS.state_dict` returned in torch's form."""
+    members = {member.name: i for i, member in enumerate(optimizer.members())}
+    state, groups, position = {}, [], 0
+    for group in state_dict["param_groups"]:
+        names = list(group["names"])
+        by_position = [str(position + i) for i in range(len(names))]
+        position += len(names)
+        if not set(names) <= members.keys() and names != by_position and len(members) and not _has_names(optimizer):
+            names = by_position  # torch's parameters have no names to compare: their order counts
+        unknown = [name for name in names if name not in members]
+        if unknown:
+            raise ValueError(f"state_dict must be of parameters named {list(members)!r}; got {unknown[0]!r}")
+        keys = [members[name] for name in names]
+        for key, name in zip(keys, group["names"]):
+            own = state_dict["state"][name]
+            if own.get("momentum_buffer") is not None:
+                state[key] = {"momentum_buffer": torch.asarray(own["momentum_buffer"])}
+        options = {key: group[key] for key in ("lr", *DEFAULTS) if key in group}
+        options["previous_lr"] = [float(state_dict["state"][name]["previous_lr"]) for name in group["names"]]
+        groups.append({"params": keys, **options})
+    return {"state": state, "param_groups": groups}
+
+
+def _has_names(optimizer: Any) -> bool:
+    return any("param_names" in group for group in optimizer.param_groups)

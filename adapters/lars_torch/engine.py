@@ -1,0 +1,196 @@
+"""The parameters of one device that have had gradients, as arrays, and the `lars_array.LARS` that steps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.dlpack
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+import lars_array
+from lars_array.arrays import check_gradient, check_parameter
+from lars_array.hyper import needs_buffer
+from lars_torch.hyper import hyper_of
+from lars_torch.views import borrowed, has_bfloat16, layout, library_for, view
+
+__all__ = ["Engine", "Member", "check_tensor", "library_of"]
+
+
+class Member(NamedTuple):
+    """A parameter, its group, and the name that messages call it by."""
+
+    tensor: torch.Tensor
+    group: int
+    name: str
+
+
+def library_of(device: torch.device, tensors: Sequence[torch.Tensor], *, tensors_only: bool = False) -> str:
+    """Return whose arrays these tensors, all on `device`, are stepped as: "numpy", "cupy" or "torch"."""
+    if tensors_only or (any(p.dtype == torch.bfloat16 for p in tensors) and not has_bfloat16()):
+        return "torch"
+    return library_for(device)
+
+
+class Engine:
+    """Steps parameters of one device, as long as they lie where they do and their state is what it was.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where they are.
+    members : sequence of Member
+        In the order of the groups.
+    groups : sequence of mappings
+        All parameter groups of the optimizer.
+    state : mapping
+        The optimizer's state: momentum buffers are taken from it, and put into it.
+    previous_lr : mapping of Tensor to float
+        The learning rate of the last step of parameters that have taken one.
+    kernel : str, optional
+        As for `lars_array.LARS`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For tensors that can't be stepped; then nothing was changed.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        members: Sequence[Member],
+        groups: Sequence[Mapping[str, Any]],
+        state: Any,
+        previous_lr: Mapping[torch.Tensor, float],
+        kernel: str | None,
+    ) -> None:
+        self.device, self.members, self.state = device, members, state
+        self.params = [member.tensor for member in members]
+        self.known = frozenset(self.params)
+        self.group_of = sorted({member.group for member in members})
+        self.library = library_of(device, self.params)
+        self._layouts = [layout(p) for p in self.params]
+        self._gradients: list[Any] = [None] * len(members)
+        self._gradient_layouts: list[Any] = [None] * len(members)
+        inner = []
+        for k in self.group_of:
+            named = {member.name: self._array(member.tensor) for member in members if member.group == k}
+            inner.append({"params": named, **hyper_of(groups[k], None, device)})
+        with self._place():
+            self.inner = lars_array.LARS(inner, kernel=kernel)
+            self._buffers = [state.get(p, {}).get("momentum_buffer") for p in self.params]
+            self._attach(previous_lr)
+
+    def _attach(self, previous_lr: Mapping[torch.Tensor, float]) -> None:
+        found: dict[str, dict[str, Any]] = {}
+        for member, v in zip(self.members, self._buffers):
+            buffer = {} if v is None else {"momentum_buffer": self._array(v)}
+            found[member.name] = {"previous_lr": previous_lr.get(member.tensor, 0.0), **buffer}
+        self.inner.attach_state(found)
+
+    def is_current(self, state: Any) -> bool:
+        """Return whether all parameters lie where they did, and the state holds the buffers that steps write to."""
+        if state is not self.state or list(map(layout, self.params)) != self._layouts:
+            return False
+        buffers = [state[p].get("momentum_buffer") if p in state else None for p in self.params]
+        return all(map(is_, buffers, self._buffers))
+
+    def step(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any, found_inf: Any) -> list[torch.Tensor]:
+        """Take a step with those parameters that have a gradient, and return all that was written to."""
+        for own, k in zip(self.inner.param_groups, self.group_of):
+            own.update(hyper_of(groups[k], grad_scale, self.device))
+        if found_inf is not None:
+            found_inf = found_inf.item() if self.device.type == "cpu" else self._array(found_inf.reshape(()))
+        with self._place():
+            grads, held = self._gradient_arrays()
+            if self.library == "cupy":
+                for own in self.inner.param_groups:
+                    own.update({name: view(x) for name, x in own.items() if isinstance(x, torch.Tensor)})
+            self.inner.step(grads, found_inf=found_inf)
+            self._show_buffers()
+        del held  # until here
+        stepped = [pair for g, *pair in zip(grads, self.params, self._buffers) if g is not None]
+        return [x for pair in stepped for x in pair if x is not None]
+
+    def previous_lr(self) -> dict[torch.Tensor, float]:
+        """Return the learning rate of the last step of each parameter."""
+        views = self.inner.state_views()
+        return {member.tensor: views[member.name]["previous_lr"] for member in self.members}
+
+    def _gradient_arrays(self) -> tuple[list[Any], list[Any]]:
+        """Return the gradients as arrays, and what must be alive while these are looked at."""
+        held = [p.grad for p in self.params]
+        if self.library == "torch":
+            for member, g in zip(self.members, held):
+                if g is not None:
+                    _check_gradient(member, g)
+            return held, held
+        for i, g in enumerate(held):
+            if g is None:
+                self._gradients[i] = self._gradient_layouts[i] = None
+            elif (now := layout(g)) != self._gradient_layouts[i] or g.is_conj() or g.is_neg():
+                _check_gradient(self.members[i], g)
+                held[i] = g = g.detach().resolve_conj().resolve_neg()
+                self._gradients[i], self._gradient_layouts[i] = borrowed(view(g)), now
+        return list(self._gradients), held
+
+    def _show_buffers(self) -> None:
+        """Put buffers that the step has made into the optimizer's state, as tensors on the same memory."""
+        if all(v is not None for v in self._buffers) or not any(map(needs_buffer, self.inner.param_groups)):
+            return
+        views = self.inner.state_views(wait=False)
+        for i, member in enumerate(self.members):
+            v = views[member.name].get("momentum_buffer")
+            if v is not None and self._buffers[i] is None:
+                self._buffers[i] = self.state[member.tensor]["momentum_buffer"] = self._tensor(v)
+
+    def _array(self, tensor: torch.Tensor) -> Any:
+        return tensor.detach() if self.library == "torch" else view(tensor)
+
+    def _tensor(self, array: Any) -> torch.Tensor:
+        if isinstance(array, torch.Tensor):
+            return array
+        return torch.from_numpy(array) if self.library == "numpy" else torch.utils.dlpack.from_dlpack(array)
+
+    def _place(self) -> AbstractContextManager[Any]:
+        """Have CuPy work where and when torch does."""
+        if self.library != "cupy":
+            return nullcontext()
+        from lars_torch.cuda import torchs_stream
+
+        return torchs_stream(self.device)
+
+
+def check_tensor(name: str, p: torch.Tensor) -> None:
+    """Refuse what has no memory of its own to be written to, or a norm that can't be seen from here.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's name, for messages.
+    p : Tensor
+        The parameter.
+
+    Raises
+    ------
+    TypeError
+        For a sparse tensor, one of a subclass that is not plain memory, such as a DTensor, or another element type.
+    """
+    if is_traceable_wrapper_subclass(p) or type(p).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        kind = type(p).__name__
+        raise TypeError(f"parameter {name!r} must be a plain tensor, LARS needs its whole norm; got a {kind}")
+    if p.layout != torch.strided:
+        raise TypeError(f"parameter {name!r} must be dense; got one of {p.layout}")
+    if p.is_conj() or p.is_neg():
+        raise TypeError(f"parameter {name!r} must not be a lazily conjugated or negated view")
+    check_parameter(name, p)
+
+
+def _check_gradient(member: Member, g: torch.Tensor) -> None:
+    if g.layout != torch.strided:
+        raise TypeError(f"the gradient of {member.name!r} must be dense, LARS needs its norm; got one of {g.layout}")
+    check_gradient(member.name, g, member.tensor)

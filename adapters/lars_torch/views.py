@@ -1,0 +1,97 @@
+"""Tensors as arrays of NumPy or CuPy, without copying."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["borrowed", "layout", "library_for", "view"]
+
+
+def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return all that a view depends on: where the tensor lies, of what type and how."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+@cache
+def library_for(device: torch.device) -> str:
+    """Return whose arrays tensors on `device` become: "numpy", "cupy", or "torch" where they stay what they are."""
+    if device.type == "cpu":
+        return "numpy"
+    if device.type == "cuda" and torch.version.cuda is not None:
+        try:
+            import cupy
+
+            return "cupy" if cupy.cuda.is_available() else "torch"
+        except ImportError:
+            pass
+    return "torch"
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Return whether NumPy can be taught bfloat16 here."""
+    try:
+        import ml_dtypes  # noqa: F401  # it teaches by being imported
+    except ImportError:
+        return False
+    return True
+
+
+def view(tensor: torch.Tensor) -> Any:
+    """Return an array on the memory of `tensor`, over DLPack; both are alive while one is.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        On a CPU, or on a CUDA device that is the current one.
+
+    Returns
+    -------
+    array
+        Of NumPy or CuPy, of the tensor's shape, strides and dtype.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # DLPack knows it, NumPy does not: its bits travel
+        import ml_dtypes
+
+        return _exported(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return _exported(tensor)
+
+
+def borrowed(array: Any) -> Any:
+    """Return an array on the memory of `array` that does not keep it alive.
+
+    A gradient is given back by torch after a step, and may be found in the same place in the next one. Such an array
+    may be kept, but it must not be looked at unless what it was made from is still there.
+    """
+    if not isinstance(array, np.ndarray):
+        return _borrowed_on_device(array)
+    if array.size == 0:
+        return np.empty(array.shape, array.dtype)
+    kind = array.dtype
+    bits = array.view(np.uint16) if kind.name == "bfloat16" else array
+    return np.asarray(_Interface(bits.__array_interface__)).view(kind)
+
+
+class _Interface:
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def _borrowed_on_device(array: Any) -> Any:
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, None, array.device.id)
+    return cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory, 0), array.strides)
+
+
+def _exported(tensor: torch.Tensor) -> Any:
+    if tensor.device.type == "cpu":
+        return np.from_dlpack(tensor)
+    import cupy
+
+    return cupy.from_dlpack(tensor)
