@@ -14,7 +14,7 @@ help: ## Show this list
 demo: .venv/demo.installed ## Train a small network with LARS and with SGD
 	.venv/bin/python -m lars_array demo $(ARGS)
 
-test: .venv/test.installed ## Run the tests and the examples in the documentation
+test: .venv/test.installed .venv/timm.installed ## Run the tests and the examples in the documentation
 	.venv/bin/python -m pytest $(ARGS)
 
 lint: .venv/lint.installed ## Check the style
@@ -26,7 +26,7 @@ types: .venv/lint.installed ## Check the types
 docs: .venv/docs.installed ## Build docs/_build/index.html, warnings are errors
 	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --nitpicky --quiet docs docs/_build $(ARGS)
 
-bench: .venv/timm.installed ## Measure speed and memory beside other LARS
+bench: .venv/bench.installed .venv/timm.installed ## Measure speed and memory beside other LARS
 	.venv/bin/python -m benchmarks cpu $(ARGS)
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
@@ -42,7 +42,7 @@ clean: ## Remove everything that make makes
 	@touch $@
 
 # Without what timm requires: only its optimizer is used, and torchvision's wheels are built for torch with CUDA.
-.venv/timm.installed: .venv/bench.installed
+.venv/timm.installed: .venv/bin/pip
 	@.venv/bin/python -m pip install --disable-pip-version-check -qq --no-deps timm==1.0.31
 	@touch $@
 

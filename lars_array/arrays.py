@@ -9,7 +9,16 @@ from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_a
 
 from lars_array.dtypes import COMPUTE, compute_dtype, dtype_name
 
-__all__ = ["asarray", "check_buffer", "check_gradient", "check_parameter", "is_array", "is_distant", "listed"]
+__all__ = [
+    "asarray",
+    "check_buffer",
+    "check_gradient",
+    "check_parameter",
+    "is_array",
+    "is_distant",
+    "listed",
+    "of_dtype",
+]
 
 
 def is_array(x: Any) -> bool:
@@ -28,6 +37,11 @@ def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:
     """Return `values` as an array of `xp` that lies where the array `like` does."""
     # A traced JAX array has no device of its own, and jit puts constants where they belong.
     return xp.asarray(values, dtype=dtype, device=None if is_jax_array(like) else device(like))
+
+
+def of_dtype(x: Any, dtype: Any, xp: Any) -> Any:
+    """Return `x`, an array or what NumPy has made of one of shape (), as an array of `dtype`."""
+    return xp.asarray(x, dtype=dtype) if isinstance(x, np.generic) else xp.astype(x, dtype, copy=False)
 
 
 def listed(x: Any) -> list[float]:

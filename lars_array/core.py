@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lars_array.arrays import asarray, check_buffer, check_gradient, check_parameter
+from lars_array.arrays import asarray, check_buffer, check_gradient, check_parameter, of_dtype
 from lars_array.blocks import momentum_form, norms, trust_ratio, update_weights
 from lars_array.dtypes import accumulation_dtype, compute_dtype, real_dtype, real_parts
 from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
@@ -176,9 +176,9 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
     wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
     if v is None:
         new_p = affine_without_buffer(wide_p, wide_g, alpha, beta, kappa, lam, mu)
-        return xp.asarray(new_p, dtype=p.dtype), None
+        return of_dtype(new_p, p.dtype, xp), None
     new_p, new_v = affine(wide_p, wide_g, v, m, alpha, beta, kappa, lam, mu)
-    return xp.asarray(new_p, dtype=p.dtype), xp.asarray(new_v, dtype=v.dtype)
+    return of_dtype(new_p, p.dtype, xp), of_dtype(new_v, v.dtype, xp)
 
 
 # ------------------------------------------------------------------------------------------- the stages, put together

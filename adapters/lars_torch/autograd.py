@@ -18,16 +18,16 @@ __all__ = ["step"]
 def step(optimizer: Any) -> None:
     """Take a step of `optimizer` that is recorded; parameters change in place, momentum buffers are new tensors."""
     found_inf = getattr(optimizer, "found_inf", None)
-    members = [member for member in optimizer.members() if member.tensor.grad is not None]
+    members = [member for member in optimizer.members() if member.param.grad is not None]
     if not members or (found_inf is not None and bool(found_inf)):
         return
     for member in members:
-        check_tensor(member.name, member.tensor)
-    tensors = {member.name: member.tensor for member in members}
+        check_tensor(member.name, member.param)
+    tensors = {member.name: member.param for member in members}
     grads = {name: p.grad for name, p in tensors.items()}
     groups: list[dict[str, Any]] = []
     for k, group in enumerate(optimizer.param_groups):
-        named = {member.name: member.tensor for member in members if member.group == k}
+        named = {member.name: member.param for member in members if member.group == k}
         if named:
             device = next(iter(named.values())).device
             groups.append({"params": named, **hyper_of(group, getattr(optimizer, "grad_scale", None), device)})

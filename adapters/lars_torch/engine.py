@@ -21,9 +21,9 @@ __all__ = ["Engine", "Member", "check_tensor", "library_of"]
 
 
 class Member(NamedTuple):
-    """A parameter, its group, and the name that messages call it by."""
+    """A parameter of the optimizer, its group, and the name that messages call it by."""
 
-    tensor: torch.Tensor
+    param: torch.Tensor
     group: int
     name: str
 
@@ -44,6 +44,8 @@ class Engine:
         Where they are.
     members : sequence of Member
         In the order of the groups.
+    tensors : sequence of Tensor
+        The memory to be stepped, one a member: the parameters themselves, or what a compiled graph has in their place.
     groups : sequence of mappings
         All parameter groups of the optimizer.
     state : mapping
@@ -63,22 +65,24 @@ class Engine:
         self,
         device: torch.device,
         members: Sequence[Member],
+        tensors: Sequence[torch.Tensor],
         groups: Sequence[Mapping[str, Any]],
         state: Any,
         previous_lr: Mapping[torch.Tensor, float],
         kernel: str | None,
     ) -> None:
         self.device, self.members, self.state = device, members, state
-        self.params = [member.tensor for member in members]
+        self.params = [member.param for member in members]
         self.known = frozenset(self.params)
         self.group_of = sorted({member.group for member in members})
-        self.library = library_of(device, self.params)
-        self._layouts = [layout(p) for p in self.params]
+        self.library = library_of(device, tensors)
+        self._layouts = list(map(layout, tensors))
         self._gradients: list[Any] = [None] * len(members)
         self._gradient_layouts: list[Any] = [None] * len(members)
         inner = []
         for k in self.group_of:
-            named = {member.name: self._array(member.tensor) for member in members if member.group == k}
+            own = [(member.name, tensor) for member, tensor in zip(members, tensors) if member.group == k]
+            named = {name: self._array(tensor) for name, tensor in own}
             inner.append({"params": named, **hyper_of(groups[k], None, device)})
         with self._place():
             self.inner = lars_array.LARS(inner, kernel=kernel)
@@ -89,28 +93,30 @@ class Engine:
         found: dict[str, dict[str, Any]] = {}
         for member, v in zip(self.members, self._buffers):
             buffer = {} if v is None else {"momentum_buffer": self._array(v)}
-            found[member.name] = {"previous_lr": previous_lr.get(member.tensor, 0.0), **buffer}
+            found[member.name] = {"previous_lr": previous_lr.get(member.param, 0.0), **buffer}
         self.inner.attach_state(found)
 
-    def is_current(self, state: Any) -> bool:
-        """Return whether all parameters lie where they did, and the state holds the buffers that steps write to."""
-        if state is not self.state or list(map(layout, self.params)) != self._layouts:
+    def is_current(self, state: Any, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether all memory lies where it did, and the state holds the buffers that steps write to."""
+        if state is not self.state or list(map(layout, tensors)) != self._layouts:
             return False
         buffers = [state[p].get("momentum_buffer") if p in state else None for p in self.params]
         return all(map(is_, buffers, self._buffers))
 
-    def step(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any, found_inf: Any) -> list[torch.Tensor]:
+    def step(
+        self, groups: Sequence[Mapping[str, Any]], grads: Sequence[torch.Tensor | None], grad_scale: Any, found_inf: Any
+    ) -> list[torch.Tensor]:
         """Take a step with those parameters that have a gradient, and return all that was written to."""
         for own, k in zip(self.inner.param_groups, self.group_of):
             own.update(hyper_of(groups[k], grad_scale, self.device))
         if found_inf is not None:
             found_inf = found_inf.item() if self.device.type == "cpu" else self._array(found_inf.reshape(()))
         with self._place():
-            grads, held = self._gradient_arrays()
+            arrays, held = self._gradient_arrays(list(grads))
             if self.library == "cupy":
                 for own in self.inner.param_groups:
                     own.update({name: view(x) for name, x in own.items() if isinstance(x, torch.Tensor)})
-            self.inner.step(grads, found_inf=found_inf)
+            self.inner.step(arrays, found_inf=found_inf)
             self._show_buffers()
         del held  # until here
         stepped = [pair for g, *pair in zip(grads, self.params, self._buffers) if g is not None]
@@ -119,11 +125,10 @@ class Engine:
     def previous_lr(self) -> dict[torch.Tensor, float]:
         """Return the learning rate of the last step of each parameter."""
         views = self.inner.state_views()
-        return {member.tensor: views[member.name]["previous_lr"] for member in self.members}
+        return {member.param: views[member.name]["previous_lr"] for member in self.members}
 
-    def _gradient_arrays(self) -> tuple[list[Any], list[Any]]:
+    def _gradient_arrays(self, held: list[Any]) -> tuple[list[Any], list[Any]]:
         """Return the gradients as arrays, and what must be alive while these are looked at."""
-        held = [p.grad for p in self.params]
         if self.library == "torch":
             for member, g in zip(self.members, held):
                 if g is not None:
@@ -146,7 +151,7 @@ class Engine:
         for i, member in enumerate(self.members):
             v = views[member.name].get("momentum_buffer")
             if v is not None and self._buffers[i] is None:
-                self._buffers[i] = self.state[member.tensor]["momentum_buffer"] = self._tensor(v)
+                self._buffers[i] = self.state[member.param]["momentum_buffer"] = self._tensor(v)
 
     def _array(self, tensor: torch.Tensor) -> Any:
         return tensor.detach() if self.library == "torch" else view(tensor)
@@ -193,4 +198,4 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
 def _check_gradient(member: Member, g: torch.Tensor) -> None:
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {member.name!r} must be dense, LARS needs its norm; got one of {g.layout}")
-    check_gradient(member.name, g, member.tensor)
+    check_gradient(member.name, g, member.param)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lars_array.optimizer import required
 from lars_array.registry import Rule
-from lars_torch import autograd, checkpoint
+from lars_torch import autograd, checkpoint, compiled
 from lars_torch.engine import Engine, Member, check_tensor
 from lars_torch.hyper import check_group
 
@@ -156,7 +156,7 @@ class LARS(Optimizer):
             "differentiable": differentiable,
         }
         check_group(defaults | ({"lr": 0.0} if lr is required else {}))
-        self._kernel = kernel
+        self._kernel, self._number = kernel, compiled.number(self)
         self._forget()
         super().__init__(params, defaults)
 
@@ -240,6 +240,8 @@ class LARS(Optimizer):
                 loss = closure()
         if self.defaults["differentiable"]:
             autograd.step(self)
+        elif torch.compiler.is_compiling():
+            compiled.step(self)
         else:
             with torch.no_grad():
                 self._step()
@@ -284,6 +286,7 @@ class LARS(Optimizer):
         # Called for copies and pickles, and by load_state_dict for what it has read.
         super().__setstate__(state)
         self.__dict__.setdefault("_kernel", None)
+        self._number = compiled.number(self)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -324,39 +327,41 @@ class LARS(Optimizer):
         self._previous_lr, self._skipped = self.previous_lrs(), self.skipped_steps
         self._engines, self._sizes = [], []
 
-    def _step(self) -> None:
-        engines = self._current_engines()
+    def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+        """Take a step; of the parameters that are given, with what stands in their place and their gradient."""
+        engines = self._current_engines(given)
         if len(engines) > 1:
             self._check_for_several(engines)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for engine in engines:
-            written = engine.step(self.param_groups, grad_scale, found_inf)
+            grads = [p.grad if given is None else given.get(p, (p, None))[1] for p in engine.params]
+            written = engine.step(self.param_groups, grads, grad_scale, found_inf)
             # DLPack goes past autograd, which must not compute gradients from what is no longer there.
             torch.autograd.graph.increment_version(written)
 
-    def _current_engines(self) -> list[Engine]:
+    def _current_engines(self, given: Any) -> list[Engine]:
         if not (
             [len(group["params"]) for group in self.param_groups] == self._sizes
-            and all(p.grad is None for p in self._without)
-            and all(engine.is_current(self.state) for engine in self._engines)
+            and all(p.grad is None if given is None else p not in given for p in self._without)
+            and all(engine.is_current(self.state, _memory(engine.params, given)) for engine in self._engines)
         ):
-            self._make_engines()
+            self._make_engines(given)
         return self._engines
 
-    def _make_engines(self) -> None:
-        had_one = {p for engine in self._engines for p in engine.params}
+    def _make_engines(self, given: Any) -> None:
+        had_one = {p for engine in self._engines for p in engine.params} | set(given or ())
         members = self.members()
         on: dict[torch.device, list[Member]] = {}
         for member in members:
-            if member.tensor.grad is not None or member.tensor in had_one:
-                check_tensor(member.name, member.tensor)
-                on.setdefault(member.tensor.device, []).append(member)
+            if member.param in had_one or (given is None and member.param.grad is not None):
+                check_tensor(member.name, member.param)
+                on.setdefault(member.param.device, []).append(member)
         self.settle()
-        self._engines = [
-            Engine(device, own, self.param_groups, self.state, self._previous_lr, self._kernel)
-            for device, own in on.items()
-        ]
-        self._without = [m.tensor for m in members if not any(m.tensor in engine.known for engine in self._engines)]
+        for device, own in on.items():
+            tensors = _memory([member.param for member in own], given)
+            engine = Engine(device, own, tensors, self.param_groups, self.state, self._previous_lr, self._kernel)
+            self._engines.append(engine)
+        self._without = [m.param for m in members if not any(m.param in engine.known for engine in self._engines)]
         self._sizes = [len(group["params"]) for group in self.param_groups]
 
     def _check_for_several(self, engines: list[Engine]) -> None:
@@ -367,3 +372,7 @@ class LARS(Optimizer):
                 if group[name] != alone:
                     places = ", ".join(str(engine.device) for engine in engines)
                     raise ValueError(f"{name} needs all parameters on one device; got {group[name]!r} and {places}")
+
+
+def _memory(params: Sequence[torch.Tensor], given: Any) -> Sequence[torch.Tensor]:
+    return params if given is None else [given[p][0] if p in given else p for p in params]

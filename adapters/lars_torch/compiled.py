@@ -1,0 +1,48 @@
+"""The step as one operator of torch, for ``torch.compile``: a graph calls it, and it runs as it does without one.
+
+Hyper-parameters are not in the graph, so that a schedule compiles nothing anew. Nor are momentum buffers.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+__all__ = ["number", "step"]
+
+_numbers = count()
+_optimizers: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def number(optimizer: Any) -> int:
+    """Return a number by which graphs can refer to `optimizer`."""
+    new = next(_numbers)
+    _optimizers[new] = optimizer
+    return new
+
+
+def step(optimizer: Any) -> None:
+    """Have the graph that is being traced take a step of `optimizer`."""
+    params, grads, places, place = [], [], [], 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                params.append(p)
+                grads.append(p.grad)
+                places.append(place)
+            place += 1
+    if params:
+        _step(params, grads, places, optimizer._number)
+
+
+@torch.library.custom_op("lars_torch::step", mutates_args={"params"})
+def _step(params: list[torch.Tensor], grads: list[torch.Tensor], places: list[int], number: int) -> None:
+    """Step the tensors that a graph has in the place of an optimizer's parameters."""
+    optimizer = _optimizers[number]
+    known = [p for group in optimizer.param_groups for p in group["params"]]
+    given = {known[place]: (p, g) for place, p, g in zip(places, params, grads)}
+    with torch.no_grad():
+        optimizer._step(given)
