@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
+from array_api_compat import array_namespace, device, is_array_api_obj, is_cupy_array, is_jax_array
 
 from lars_array.dtypes import COMPUTE, compute_dtype, dtype_name
 
 __all__ = [
     "asarray",
+    "at_home",
     "check_buffer",
     "check_gradient",
     "check_parameter",
@@ -31,6 +33,12 @@ def is_distant(x: Any) -> bool:
     if isinstance(x, np.ndarray) or is_jax_array(x):  # JAX's arrays are not written to, nor read by anything in place
         return False
     return "cpu" not in str(device(x)).lower()
+
+
+def at_home(x: Any) -> AbstractContextManager[Any]:
+    """Return a context in which new arrays and launches of CuPy go where `x` lies."""
+    home: AbstractContextManager[Any] = x.device if is_cupy_array(x) else nullcontext()
+    return home
 
 
 def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:

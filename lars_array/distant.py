@@ -17,9 +17,11 @@ from lars_array.core import Plan, plan, prepare_from
 from lars_array.dtypes import accumulation_dtype
 from lars_array.hyper import needs_buffer
 from lars_array.hyper_table import HyperTable
+from lars_array.kernels.request import Request
 from lars_array.layers import Layers, Taken
 from lars_array.news import ENTRIES, GRADIENT, KINDS, PARAMETER, UPDATE, News, mailbox
 from lars_array.nonfinite import NonFiniteError, finite
+from lars_array.registry import resolve
 
 __all__ = ["DistantLayers", "Verdict", "Whereabouts", "refused"]
 
@@ -124,6 +126,8 @@ class DistantLayers(Layers):
         self._strict: Any = None
         self._raises: Any = None
         self._kept: Any = None
+        self._keeps_of_layers: list[bool] = []
+        self._group_of_layers = list(self.group_of)
 
     def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any], found_inf: Any = None) -> Taken:
         """Have the device take a step, if it finds that it may.
@@ -147,8 +151,9 @@ class DistantLayers(Layers):
         self._read_policies(tuple(group["nonfinite"] for group in groups))
         verdict = Verdict(self._strict, self._raises, found_inf, self._limit, self._place)
         with np.errstate(all="ignore"):  # what is not finite is reported by name
-            taken = self._by_stages(groups, grads, verdict)
-        self._whereabouts.post()
+            taken = self._enqueued(groups, grads, found_inf) or self._by_stages(groups, grads, verdict)
+        if self._strict is not None or found_inf is not None:
+            self._whereabouts.post()
         for i in self._new:
             self.buffers[i] = self._used[i]
         self.has_new_buffers, self._new = bool(self._new), []
@@ -157,7 +162,37 @@ class DistantLayers(Layers):
     def _make_room(self, keeps: list[bool]) -> None:
         if keeps != self._keeps:
             super()._make_room(keeps)
-            self._kept = self._on_device([keeps[k] for k in self.group_of])
+            self._keeps_of_layers = [keeps[k] for k in self.group_of]
+            self._kept = self._on_device(self._keeps_of_layers)
+
+    def _enqueued(self, groups: Any, grads: Any, found_inf: Any) -> Taken | None:
+        """Have the kernel do all that it can do by itself."""
+        if not hasattr(self._kernel, "enqueue"):
+            return None
+        rules = [resolve(group["rule"]) for group in groups]
+        request = Request(
+            rules,
+            [group["nonfinite"] for group in groups],
+            any(group["max_grad_norm"] is not None for group in groups),
+            self._group_of_layers,
+            self.index,
+            self._keeps_of_layers,
+            self._table.array,
+            self.first,
+            self.previous_lr,
+            self._whereabouts.counts,
+            found_inf,
+        )
+        found = self._kernel.enqueue(grads, request)
+        if found is None:
+            return None
+        S, C, gamma = found
+
+        def planned() -> Plan:
+            hyper = self._table.vectors(self._group, self.first, self.previous_lr)
+            return Plan(S, gamma, C, hyper, [rules[k] for k in self.group_of])
+
+        return Taken(self.names, planned, None)
 
     def _by_stages(self, groups: Any, grads: Any, verdict: Any = None) -> Taken:
         hyper = self._table.vectors(self._group, self.first, self.previous_lr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,18 @@ __all__ = ["Layers", "Taken"]
 
 
 class Taken(NamedTuple):
-    """A step that was taken: the names of its layers, its plan, and the kind of each layer if that has a row a kind."""
+    """A step that was taken: the names of its layers, its plan, and the kind of each layer if that has a row a kind.
+
+    The plan may be a function that returns it, for who asks.
+    """
 
     names: Sequence[str]
-    plan: Plan
+    plan: Plan | Callable[[], Plan]
     kind_of: Any
+
+    def planned(self) -> Plan:
+        """Return the plan."""
+        return self.plan() if callable(self.plan) else self.plan
 
 
 class Layers:
@@ -115,10 +122,10 @@ class Layers:
             taken = self._without_asking(groups, grads, write=may_write)
             written = taken is not None and may_write
             taken = taken or self._by_stages(groups, grads)
-            if not may_write and self._refused(taken.plan, policies, grads):
+            if not may_write and self._refused(taken.planned(), policies, grads):
                 return None
             if not written:
-                self._kernel.apply(grads, taken.plan.C)
+                self._kernel.apply(grads, taken.planned().C)
         self._go_on(groups)
         return taken
 

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_numpy_array, is_writeable_array
+from array_api_compat import is_cupy_array, is_numpy_array, is_writeable_array
 
 from lars_array.arrays import is_distant
 
@@ -68,7 +68,7 @@ def one_of_each(values: Iterable[Any]) -> list[Any]:
 class Spans:
     """The stretches of memory that parameters and momentum buffers lie in, to be asked who is there.
 
-    Arrays whose memory can't be seen from here, those of a GPU say, are told apart by identity only.
+    Arrays whose addresses aren't known, those of torch on a GPU say, are told apart by identity only.
 
     Parameters
     ----------
@@ -152,6 +152,19 @@ class Spans:
         return f"the momentum buffer of {self._names[i - len(self._names)]!r}"
 
 
+class _Shadow:
+    """An array of CuPy in NumPy's terms. NumPy does arithmetic on its addresses, which are no memory of the host."""
+
+    def __init__(self, array: Any) -> None:
+        self.__array_interface__ = {
+            "data": (array.data.ptr, False),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+            "version": 3,
+        }
+
+
 def _bounds(view: Any) -> tuple[int, int]:
     if view.flags.c_contiguous:
         start = view.__array_interface__["data"][0]
@@ -160,9 +173,11 @@ def _bounds(view: Any) -> tuple[int, int]:
 
 
 def _host_view(array: Any) -> Any:
-    """Return a NumPy view of `array`, or None where there is none."""
+    """Return a NumPy view of `array`, or None where there is none; it may only be asked where it lies."""
     if isinstance(array, np.ndarray):
         return array
+    if is_cupy_array(array):
+        return np.asarray(_Shadow(array))
     if is_distant(array):  # and to ask for an export might be to wait
         return None
     try:

@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
-from lars_array.arrays import check_buffer, is_array, is_distant, listed
+from lars_array.arrays import at_home, check_buffer, is_array, is_distant, listed
 from lars_array.checkpoint import read_checkpoint
 from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.gradients import given_order, match_gradients
@@ -89,8 +89,8 @@ class LARS:
         buffers are not looked at. Parameters on a device are waited for by nobody: there "raise" leaves out the step
         as "skip" does, and the error comes with the first later call that finds the news arrived, see `synchronize`.
     kernel : str, optional
-        "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays) or "portable"; by default what the environment
-        variable LARS_ARRAY_KERNEL says, else the first of them that takes the parameters.
+        "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable"; by default
+        what the environment variable LARS_ARRAY_KERNEL says, else the first of them that takes the parameters.
 
     Attributes
     ----------
@@ -248,7 +248,9 @@ class LARS:
             gradients = [_detached(gradients[i]) for i in found]
             index = found if len(found) < len(index) else index
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
-        if self._advance(index, gradients, groups, found_inf):
+        with at_home(self._params[0]):
+            taken = self._advance(index, gradients, groups, found_inf)
+        if taken:
             self.steps += 1
         else:
             self.skipped_steps += 1
@@ -277,7 +279,8 @@ class LARS:
         """
         if self._last is None:
             return {}
-        p_squares, g_squares = (listed(self._last.plan.S[:, i]) for i in (0, 1))
+        with at_home(self._params[0]):
+            p_squares, g_squares = (listed(self._last.planned().S[:, i]) for i in (0, 1))
         norms = [Norms(p**0.5, g**0.5) for p, g in zip(p_squares, g_squares)]
         return dict(zip(self._last.names, norms))
 
@@ -292,7 +295,8 @@ class LARS:
         """
         if self._last is None:
             return {}
-        return dict(zip(self._last.names, listed(trust_ratios(self._last))))
+        with at_home(self._params[0]):
+            return dict(zip(self._last.names, listed(trust_ratios(self._last))))
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that a step depends on beside the parameters.
@@ -312,7 +316,8 @@ class LARS:
         state = self.state_views()
         for own in state.values():
             if (v := own.get("momentum_buffer")) is not None:
-                own["momentum_buffer"] = array_namespace(v).asarray(v, copy=True)
+                with at_home(v):
+                    own["momentum_buffer"] = array_namespace(v).asarray(v, copy=True)
         groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
@@ -329,7 +334,8 @@ class LARS:
         ValueError, TypeError
             If it does not fit these parameters; then nothing was changed.
         """
-        read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._params)
+        with at_home(self._params[0]):
+            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._params)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options)
@@ -395,7 +401,9 @@ class LARS:
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
         buffers, previous_lr = self._whereabouts_of_all()
-        known = {"_buffers": buffers, "_previous_lr": np.array(previous_lr)}
+        known: dict[str, Any] = {"_buffers": buffers, "_previous_lr": np.array(previous_lr)}
+        if self._last is not None:
+            known["_last"] = self._last._replace(plan=self._last.planned())
         # Layers and spans hold addresses, and a kernel is what is fastest here: none of them may travel.
         return self.__dict__ | known | {"_kernel": None, "_layers": None, "_spans": None, "_whereabouts": None}
 
@@ -453,10 +461,10 @@ class LARS:
         """Return the momentum buffers that are used, and the last learning rates."""
         if self._whereabouts is None:
             return self._buffers, self._previous_lr.tolist()
-        self._bring_together()
-        unused = listed(self._whereabouts.first)
-        buffers = [None if nothing else v for v, nothing in zip(self._buffers, unused)]
-        return buffers, listed(self._whereabouts.previous_lr)
+        with at_home(self._params[0]):
+            self._bring_together()
+            unused, previous_lr = listed(self._whereabouts.first), listed(self._whereabouts.previous_lr)
+        return [None if nothing else v for v, nothing in zip(self._buffers, unused)], previous_lr
 
     def _bring_together(self) -> None:
         """Put where the layers of the last step stand beside where the others do."""

@@ -43,7 +43,7 @@ def trust_ratios(step: Taken) -> Any:
     array of shape (layers,)
         1 where a layer was not adapted.
     """
-    (S, gamma, _, hyper, rules), kind_of = step.plan, step.kind_of
+    (S, gamma, _, hyper, rules), kind_of = step.planned(), step.kind_of
     xp = array_namespace(S)
     if kind_of is not None:
         gamma, hyper = xp.take(gamma, kind_of), Hyper(*(xp.take(field, kind_of) for field in hyper))

@@ -24,7 +24,8 @@ from references import LAYOUTS, assert_same_bits, gaussian
 import lars_array
 from lars_array import LARS, RULES, Rule
 from lars_array.blocks import momentum_form
-from lars_array.kernels import KERNELS, compiled, machine, pick, table, threads
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
+from lars_array.kernels import compiled, machine, pick, table, threads
 from lars_array.kernels.intrinsics import array_at, load, stored
 from lars_array.kernels.machine import MEASURE, OWN, PIECE, WHOLE, WRITE
 from lars_array.kernels.tasks import CACHE, ROOM_FROM, tasks

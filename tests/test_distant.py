@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import array_api_strict
+import cuda_on_cpu
 import numpy as np
 import pytest
 import torch
@@ -57,14 +58,22 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["strict", "torch"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+@pytest.fixture(params=["strict", "torch", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """Bring arrays where the portable kernel takes them, or the CUDA kernel, which is run on the CPU."""
+    if request.param == "cuda":
+        if reason := cuda_on_cpu.missing():
+            pytest.skip(reason)
+        with cuda_on_cpu.pretended():
+            yield Device(cuda_on_cpu.far, cuda_on_cpu.nothing_read)
+        return
     if request.param == "strict":
         place = array_api_strict.Device("device1")
-        return Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
+        yield Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
+        return
     for module in (lars_array.memory, lars_array.optimizer):
         monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
-    return Device(lambda x: torch.tensor(x), NoWaiting)
+    yield Device(lambda x: torch.tensor(x), NoWaiting)
 
 
 def numbers(seed: int, scale: float = 1.0) -> dict[str, Any]:
@@ -329,7 +338,7 @@ def test_synchronize_is_nothing_in_numpy() -> None:
     assert optimizer.steps == 1
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", kernels.NUMPY_KERNELS)
 def test_kernels_leave_alone_what_is_not_to_be_written(kernel: str) -> None:
     p, v, g = np.ones(5), np.ones(5), np.full(5, np.nan)
     Kernel = kernels.pick([p], kernel)

@@ -12,7 +12,7 @@ import pytest
 from assertions import assert_refused, assert_same
 
 from lars_array import LARS, NonFiniteError, init, update
-from lars_array.kernels import KERNELS
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
 
 HYPER: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
 TYPES = "float64, float32, float16, bfloat16, complex128, complex64"

@@ -169,7 +169,7 @@ def test_update_is_content_if_each_group_has_a_learning_rate_as_the_optimizer_is
 
 def test_kernels_by_name() -> None:
     w = np.array([[3.0, 4.0]])
-    message = "kernel must be one of compiled, blocked, portable; got "
+    message = "kernel must be one of compiled, blocked, cuda, portable; got "
     assert_refused(lambda: LARS([w], lr=0.5, kernel="fast"), ValueError, f"{message}'fast'", w)
     strict = pytest.importorskip("array_api_strict").ones(2)
     message = "kernel 'blocked' can't be used here: it takes NumPy arrays only, not Array"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lars_array import LARS
-from lars_array.kernels import KERNELS, pick, threads
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
+from lars_array.kernels import pick, threads
 
 
 def test_a_kernel_can_be_forced() -> None:
@@ -20,7 +21,7 @@ def test_a_kernel_can_be_forced() -> None:
 
 @pytest.mark.parametrize("name", ["fast", "", "Blocked"])
 def test_an_unknown_kernel_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="kernel must be one of compiled, blocked, portable"):
+    with pytest.raises(ValueError, match="kernel must be one of compiled, blocked, cuda, portable"):
         LARS([np.ones(3)], lr=0.1, kernel=name)
 
 

@@ -17,7 +17,8 @@ from references import LAYOUTS, assert_same_bits, gaussian
 
 from benchmarks.shapes import resnet50
 from lars_array import LARS
-from lars_array.kernels import KERNELS, threads
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
+from lars_array.kernels import threads
 
 OPTIONS: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-2}
 # The third sum is a way of its own through memory, the second look for clipping as well.

@@ -18,7 +18,8 @@ from references import (
 )
 
 from lars_array import LARS, RULES
-from lars_array.kernels import KERNELS, blocked, machine, squares, tasks
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
+from lars_array.kernels import blocked, machine, squares, tasks
 
 DTYPES = ["f8", "f4", "f2", "c8", "c16"]
 BORDERS_OF = {

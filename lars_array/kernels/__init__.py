@@ -11,7 +11,8 @@ A kernel is a class ``Kernel`` in a module of this package that is imported when
                                        lies beside the parameters: where it is false nothing at all is changed
 
 and, if it takes NumPy arrays, ``addresses(arrays)``, where their data begin, a static method; and, if it can compute
-coefficients by itself, ``.take(...)``, see `lars_array.kernels.compiled`.
+coefficients by itself, ``.take(...)``, see `lars_array.kernels.compiled`, or where the host is not to wait,
+``.enqueue(...)``, see `lars_array.kernels.cuda`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-__all__ = ["KERNELS", "pick", "report"]
+__all__ = ["KERNELS", "NUMPY_KERNELS", "pick", "report"]
 
-KERNELS = ("compiled", "blocked", "portable")  # fastest first
+KERNELS = ("compiled", "blocked", "cuda", "portable")  # fastest first
+NUMPY_KERNELS = ("compiled", "blocked", "portable")  # those that take its arrays
 
 
 def pick(params: Sequence[Any], name: str | None = None) -> Any:

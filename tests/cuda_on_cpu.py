@@ -1,0 +1,220 @@
+"""The CUDA kernels compiled by g++ and run on NumPy arrays, and a device for the kernel's host code that does that."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lars_array.optimizer
+from lars_array import hyper, kernels
+from lars_array.kernels import cuda
+from lars_array.kernels.cuda_source import COMMON, ELEMENTS, pair_name, source
+
+HERE = Path(__file__).parent
+PAIRS = list(product(ELEMENTS, ELEMENTS))
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+# Fewer threads than on a device, so that small arrays take several rounds of all of them, and a hypothesis is cheap.
+THREADS, ROWS = 32, 8
+
+
+def missing() -> str | None:
+    """Return why the kernels can't be compiled here."""
+    return None if shutil.which("g++") else "no g++"
+
+
+def build(
+    folder: Path,
+    *,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    sanitized: bool = False,
+    change: tuple[str, str] | None = None,
+    **numbers: int,
+) -> Path:
+    """Return a library of all kernels.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to.
+    pairs : sequence of tuple (str, str)
+        For which element types.
+    sanitized : bool
+        Whether it stops at memory that is not its own, and at what C++ leaves undefined.
+    change : pair of str, optional
+        What stands in the source, once, and what to put in its place.
+    **numbers : int
+        As for `source`.
+    """
+    code = source(pairs, **({"THREADS": THREADS, "ROWS": ROWS} | numbers))
+    if change is not None:
+        assert code.count(change[0]) == 1, f"{change[0]!r} stands there {code.count(change[0])} times"
+        code = code.replace(*change)
+    threads = numbers.get("THREADS", THREADS)
+    kernels = [(pair_name(stage, *pair), count) for pair in pairs for stage, count in (("sums", 1), ("apply", 3))]
+    launchers = [_launcher(name, count, threads) for name, count in [*kernels, *COMMON.items()]]
+    words = f"run(blocks, {threads}, order, [=] {{ poke(places, *words); }});"
+    launchers.append(f"void launch_poke(int blocks, int order, u64* places, const Words* words) {{ {words} }}")
+    path = folder / "kernels.cpp"
+    header = f'#include "{HERE / "cuda_on_cpu.h"}"'
+    path.write_text("\n".join([header, code, 'extern "C" {', *launchers, "}"]))
+    library = folder / "kernels.so"
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-fno-gnu-unique",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    options += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-shared", "-fPIC", *(SANITIZE if sanitized else ())]
+    done = subprocess.run(["g++", *options, "-o", library, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def _launcher(name: str, integers: int, threads: int) -> str:
+    numbers = [f"i{k}" for k in range(integers)]
+    declared = ", ".join(["int blocks", "int order", "const Model* m", *(f"int {x}" for x in numbers)])
+    call = f"run(blocks, {threads}, order, [=] {{ {name}({', '.join(['*m', *numbers])}); }});"
+    return f"void launch_{name}({declared}) {{ {call} }}"
+
+
+class FarArray(np.ndarray):
+    """An array that the host may pass around, but not look into."""
+
+    readable = True
+
+    def __array_finalize__(self, other: Any) -> None:
+        pass
+
+
+def _guarded(name: str) -> Any:
+    def method(self: Any, *arguments: Any) -> Any:
+        assert FarArray.readable, f"a value was read by {name}"
+        return getattr(np.ndarray, name)(self, *arguments)
+
+    return method
+
+
+for _name in ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "nonzero", "__contains__"):
+    setattr(FarArray, _name, _guarded(_name))
+
+
+def far(x: Any) -> FarArray:
+    """Return a copy that lies on the pretended device."""
+    return np.array(x).view(FarArray)
+
+
+def is_far(x: Any) -> bool:
+    return isinstance(x, FarArray)
+
+
+@contextlib.contextmanager
+def nothing_read() -> Iterator[None]:
+    FarArray.readable = False
+    try:
+        yield
+    finally:
+        FarArray.readable = True
+
+
+@functools.cache
+def library() -> Path:
+    """Return the library of all kernels, built once a session; LARS_CUDA_ON_CPU names one that is there."""
+    if given := os.environ.get("LARS_CUDA_ON_CPU"):
+        return Path(given)
+    return build(Path(tempfile.mkdtemp(prefix="lars-array-cuda-")))
+
+
+class Kernel(cuda.Kernel):
+    """The CUDA kernel with all of its host code, over a device that is none."""
+
+    @staticmethod
+    def unusable(params: Sequence[Any]) -> str | None:
+        return None if all(map(is_far, params)) else "these lie here"
+
+    @staticmethod
+    def addresses(arrays: Sequence[Any]) -> Any:
+        return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
+
+
+
+@contextlib.contextmanager
+def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
+    """Have `FarArray`s taken for arrays on a device, by the CUDA kernel and its host code."""
+    device = Device(path or library(), order)
+    pick, known = kernels.pick, hyper._known
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lars_array.optimizer, "is_distant", is_far)
+        patch.setattr(hyper, "_known", lambda x: None if is_far(x) else known(x))
+        patch.setattr(Kernel, "Device", device)
+        patch.setattr(kernels, "pick", lambda params, name: Kernel if is_far(params[0]) else pick(params, name))
+        yield device
+
+
+class Device:
+    """See `lars_array.kernels.cuda_device`. Counts what it is asked for.
+
+    Parameters
+    ----------
+    library : Path
+        From `build`.
+    order : int
+        In which order threads and blocks take turns.
+    """
+
+    threads, rows = THREADS, ROWS
+
+    def __init__(self, library: Path, order: int = 0) -> None:
+        self.library, self.order = ctypes.CDLL(os.fspath(library)), order
+        self.launches: list[tuple[str, int]] = []
+        self.allocations = 0
+        self.capturing = False
+
+    def on(self, like: Any) -> Device:
+        return self
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        self.allocations += 1
+        return np.zeros(shape, dtype).view(FarArray)
+
+    def put(self, array: Any) -> Any:
+        self.allocations += 1
+        return far(array)
+
+    def addresses(self, arrays: Sequence[Any]) -> Any:
+        return np.array([x.__array_interface__["data"][0] for x in arrays], np.uint64)
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    def prepare(self, pairs: Any) -> None:
+        pass
+
+    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        assert blocks > 0, f"{name} would not be launched"
+        self.launches.append((name, blocks))
+        values = [
+            ctypes.c_void_p(x.__array_interface__["data"][0])
+            if isinstance(x, np.ndarray)
+            else ctypes.c_void_p(int(x))
+            if isinstance(x, np.uint64)
+            else ctypes.c_int(x)
+            for x in arguments
+        ]
+        getattr(self.library, f"launch_{name}")(blocks, self.order, *values)

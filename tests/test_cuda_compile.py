@@ -1,0 +1,66 @@
+"""NVRTC makes machine code of the CUDA kernels, for every generation of GPUs and every pair of types. It needs none."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import pytest
+from cuda_on_cpu import PAIRS
+
+from lars_array.kernels.cuda_source import COMMON, OPTIONS, pair_name, source
+
+ARCHITECTURES = [70, 80, 90, 100]
+KERNELS = [pair_name(stage, *pair) for pair in PAIRS for stage in ("sums", "apply")] + [*COMMON, "poke"]
+
+
+@functools.cache
+def nvrtc() -> Any:
+    """Return CuPy's binding of NVRTC, or the reason why there is none."""
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:  # no CuPy; or no library behind it
+        return str(error)
+    return nvrtc
+
+
+def compiled(code: str, architecture: int) -> tuple[bytes, str]:
+    """Return machine code, as CuPy has it made, and what the compiler says."""
+    if isinstance(nvrtc(), str):
+        pytest.skip(nvrtc())
+    options = [*OPTIONS, "--device-as-default-execution-space", f"-arch=sm_{architecture}"]
+    program = nvrtc().createProgram(code, "lars_array.cu", [], [])
+    try:
+        nvrtc().compileProgram(program, options)
+    except nvrtc().NVRTCError as error:
+        raise AssertionError(nvrtc().getProgramLog(program)) from error
+    return nvrtc().getCUBIN(program), nvrtc().getProgramLog(program)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_is_compiled(architecture: int) -> None:
+    binary, log = compiled(source(PAIRS), architecture)
+    log = re.sub("nvrtc: warning: Architectures prior to .* are deprecated.*\n", "", log)
+    assert log.strip("\0\n ") == "", "a warning is an error"
+    assert binary.startswith(b"\x7fELF")
+    found = set(re.findall(rb"\.text\.(\w+)", binary))
+    assert found == {name.encode() for name in KERNELS}
+    assert len(found) == 2 * 16 + 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("bool clipped = *norm > hyper", "bool clipped = *nrom > hyper"),
+        ("struct Array { u64 p;", "struct Array { u64 p, q;"),  # the host knows another structure
+        ("const int SLOTS = 160;", "const int SLOTS = 190;"),  # more shared memory than there is
+    ],
+)
+def test_what_is_wrong_is_not_compiled(change: tuple[str, str]) -> None:
+    code = source([("float32", "float32")])
+    assert code.count(change[0]) == 1
+    with pytest.raises(AssertionError):
+        compiled(code.replace(*change), 90)

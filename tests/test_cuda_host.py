@@ -1,0 +1,330 @@
+"""The host's part of the CUDA kernel: what is launched, when tables are brought to the device, and what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cuda_on_cpu
+import numpy as np
+import pytest
+from assertions import assert_same, fingerprint
+from cuda_on_cpu import FarArray, far
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_array import LARS, RULES, kernels
+from lars_array.kernels import cuda, cuda_device, cuda_table
+from lars_array.kernels.cuda_source import ELEMENTS, GROUP, SLOTS, STRUCTURES, WORDS, source
+from lars_array.kernels.cuda_table import Segment, Table, piece_lengths, programs
+from lars_array.registry import Rule
+from lars_array.tape import INPUTS, record
+
+pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
+
+HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+SIZES = [5, 0, 700, 1]
+FLOAT32 = ("float32", "float32")
+
+
+@pytest.fixture
+def device() -> Iterator[cuda_on_cpu.Device]:
+    with cuda_on_cpu.pretended() as found:
+        yield found
+
+
+def numbers(seed: int, sizes: list[int] = SIZES, dtype: Any = np.float32) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [far(rng.standard_normal(size).astype(dtype)) for size in sizes]
+
+
+def names(device: cuda_on_cpu.Device) -> list[str]:
+    """Return the names of what was launched since this was asked last."""
+    launched = [name.removesuffix("_float32_float32") for name, _ in device.launches]
+    device.launches.clear()
+    return launched
+
+
+THREE = ["sums", "coefficients", "apply"]
+
+
+def test_a_step_is_three_launches_and_allocates_nothing(device: Any) -> None:
+    optimizer = LARS(numbers(0), **HYPER)
+    grads = numbers(1)
+    optimizer.step(grads)
+    names(device)
+    allocations = device.allocations
+    for _ in range(3):
+        with cuda_on_cpu.nothing_read():
+            optimizer.step(grads)
+        assert names(device) == THREE
+    assert device.allocations == allocations
+
+
+def test_gradients_that_move_are_followed(device: Any) -> None:
+    params, here = numbers(0), [np.asarray(p).copy() for p in numbers(0)]
+    optimizer, plain = LARS(params, **HYPER), LARS(here, **HYPER, kernel="portable")
+    for seed in range(1, 5):
+        optimizer.step(numbers(seed))
+        plain.step([np.asarray(g) for g in numbers(seed)])
+        assert names(device) == ["poke", *THREE]
+    for p, q in zip(params, here, strict=True):
+        np.testing.assert_array_equal(np.asarray(p), q)
+
+
+def test_what_is_captured_brings_its_addresses(device: Any) -> None:
+    """Else a graph would read what steps outside of it have left in the table."""
+    optimizer = LARS(numbers(0), **HYPER)
+    grads = numbers(1)
+    optimizer.step(grads)
+    names(device)
+    device.capturing = True
+    optimizer.step(grads)
+    assert names(device) == ["poke", *THREE]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_grad_norm": 1.0}, ["sums", "gradient_norm", "coefficients", "apply"]),
+        ({"rule": "optax"}, THREE),
+        (
+            {"max_grad_norm": 1.0, "rule": "optax"},
+            ["sums", "gradient_norm", "sums", "coefficients", "apply"],
+        ),
+        ({"nonfinite": "propagate"}, THREE),
+        ({"nonfinite": "skip", "momentum": 0}, THREE),
+    ],
+)
+def test_what_is_launched(device: Any, options: dict[str, Any], expected: list[str]) -> None:
+    optimizer = LARS(numbers(0), **(HYPER | options))
+    grads = numbers(1)
+    optimizer.step(grads)
+    names(device)
+    optimizer.step(grads)
+    assert names(device) == expected
+
+
+def test_groups_and_schedules_cost_no_launch(device: Any) -> None:
+    params = numbers(0)
+    groups = [{"params": params[:2], "rule": "timm", "lr": lambda t: 0.1 / (t + 1)}, {"params": params[2:]}]
+    optimizer = LARS(groups, **HYPER)
+    grads = numbers(1)
+    for number in range(3):
+        optimizer.step(grads)
+        assert names(device) == (["poke"] if number == 0 else []) + THREE
+
+
+def test_a_function_of_ones_own_is_brought_to_the_device_once(device: Any) -> None:
+    def mine(S: Any, hyper: Any, xp: Any) -> Any:
+        return RULES["flash"].function(S, hyper, xp)
+
+    optimizer = LARS(numbers(0), **HYPER, rule=mine)
+    grads = numbers(1)
+    optimizer.step(grads)
+    allocations = device.allocations
+    optimizer.step(grads)
+    assert device.allocations == allocations
+
+
+def test_types_are_launched_one_after_the_other(device: Any) -> None:
+    params = [*numbers(0, [5, 700]), *numbers(1, [3, 800], np.float64), *numbers(2, [0], np.float16)]
+    here = [np.asarray(p).copy() for p in params]
+    grads = [far(np.asarray(p) * 2) for p in params]
+    LARS(params, **HYPER).step(grads)
+    LARS(here, **HYPER, kernel="portable").step([np.asarray(g) for g in grads])
+    for p, q in zip(params, here, strict=True):
+        np.testing.assert_allclose(np.asarray(p), q, rtol=1e-6)
+    launched = [name for name in names(device) if name != "poke"]
+    assert launched == [
+        "sums",
+        "sums_float64_float64",
+        "coefficients",
+        "apply_float64_float64",
+        "apply",
+    ]
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "propagate"])
+def test_a_model_of_nothing(device: Any, policy: str) -> None:
+    optimizer = LARS(numbers(0, [0, 0]), **HYPER, nonfinite=policy)
+    for _ in range(2):
+        optimizer.step(numbers(0, [0, 0]))
+    optimizer.synchronize()
+    assert optimizer.steps == 2
+    assert optimizer.state_dict()["state"]["0"]["previous_lr"] == 0.1
+
+
+def test_ten_thousand_small_arrays(device: Any) -> None:
+    sizes = [100] * 10_000
+    params, grads = numbers(0, sizes), numbers(1, sizes)
+    kernel = cuda_on_cpu.Kernel(params, [None] * len(params), np)
+    S = kernel.sums(grads)
+    expected = np.array(
+        [[np.dot(x, x) for x in (np.asarray(p, np.float64), np.asarray(g, np.float64))] for p, g in zip(params, grads)]
+    )
+    np.testing.assert_allclose(np.asarray(S)[:, :2], expected, rtol=1e-13)
+    assert dict(device.launches)["sums_float32_float32"] == 10_000
+    assert names(device).count("poke") == -(-10_000 // WORDS.fields["at"][0].shape[0])
+
+
+def test_layers_that_lie_otherwise_are_left_to_arrays(device: Any) -> None:
+    """Strided ones, and those whose gradient lies in another order; the others are launched all the same."""
+
+    def arrays(seed: int) -> list[Any]:
+        rng = np.random.default_rng(seed)
+        wide, square = rng.standard_normal((6, 10)), rng.standard_normal((4, 4))
+        return [far(rng.standard_normal(300)), far(wide)[:, ::2], far(square), far(np.asfortranarray(square + 1))]
+
+    params, grads = arrays(0), arrays(1)
+    grads[2] = far(np.asfortranarray(np.asarray(grads[2]))).view(FarArray)
+    grads[2] = np.asfortranarray(np.asarray(grads[2])).view(FarArray)
+    params[3], grads[3] = (np.asfortranarray(np.asarray(x[3])).view(FarArray) for x in (params, grads))
+    here = [np.asarray(p).copy() for p in params]
+    for rule in ("flash", "optax"):
+        for _ in range(2):
+            LARS(params, **HYPER, rule=rule).step(grads)
+            LARS(here, **HYPER, rule=rule, kernel="portable").step([np.asarray(g) for g in grads])
+    for p, q in zip(params, here, strict=True):
+        np.testing.assert_allclose(np.asarray(p), q, rtol=1e-13)
+    assert "sums_float64_float64" in names(device)
+    only = [far(np.ones((4, 4)))[:, ::2]]
+    LARS(only, **HYPER).step([far(np.ones((4, 4)))[:, ::2]])
+    assert set(names(device)) <= {"poke"}
+
+
+def test_a_rule_that_is_no_tape_is_called(device: Any) -> None:
+    def shared(S: Any, hyper: Any, xp: Any) -> Any:
+        return RULES["flash"].function(S + 0 * xp.mean(S), hyper, xp)
+
+    params, here = numbers(0), [np.asarray(p).copy() for p in numbers(0)]
+    optimizer = LARS(params, **HYPER, rule=shared)
+    plain = LARS(here, **HYPER, rule=shared, kernel="portable")
+    for seed in (1, 2):
+        optimizer.step(numbers(seed))
+        plain.step([np.asarray(g) for g in numbers(seed)])
+    for p, q in zip(params, here, strict=True):
+        np.testing.assert_array_equal(np.asarray(p), q)
+    assert names(device)[-3:] == THREE
+
+
+# --------------------------------------------------------------------------------------------------------- cache parts
+
+
+def test_parts_that_stay_in_cache_change_no_bit(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [700, 0, 900, 1, 5000, 300]
+    results = []
+    for cached in ("", "0", "8000", "1"):
+        monkeypatch.setenv("LARS_ARRAY_CUDA_CACHE", cached)
+        params = numbers(0, sizes)
+        optimizer = LARS(params, **HYPER, nonfinite="propagate", rule="nvidia")
+        for seed in (1, 2):
+            optimizer.step(numbers(seed, sizes))
+        launched = names(device)
+        parts = {"": 1, "0": 1, "8000": 4, "1": 6}[cached]
+        assert [launched.count(name) for name in THREE] == [2 * parts] * 3
+        results.append(
+            fingerprint([[np.asarray(p) for p in params], optimizer.state_dict()["state"]["3"]["previous_lr"]])
+        )
+    assert results.count(results[0]) == 4
+
+
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"nonfinite": "propagate", "max_grad_norm": 1.0}])
+def test_what_needs_all_sums_first_is_not_cut_up(
+    device: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("LARS_ARRAY_CUDA_CACHE", "1")
+    LARS(numbers(0), **HYPER, **options).step(numbers(1))
+    assert names(device).count("apply") == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**33), st.sampled_from(sorted(ELEMENTS))), min_size=1, max_size=12))
+def test_pieces_cover_each_array_once(layers: list[tuple[int, str]]) -> None:
+    sizes = np.array([size for size, _ in layers], np.int64)
+    types = [(kind, kind) for _, kind in layers]
+    table = Table(sizes, np.zeros((len(sizes), 3), np.uint64), types, [1.0] * len(sizes))
+    assert sorted(table.order.tolist()) == list(range(len(sizes)))
+    ends = []
+    for number, layer in enumerate(table.order.tolist()):
+        row, array = table.rows[layer], table.arrays[number]
+        assert (array["row"], array["size"]) == (layer, sizes[layer])
+        mine = table.pieces[row["first_piece"] : row["first_piece"] + row["pieces"]]
+        assert mine["array"].tolist() == [number] * len(mine)
+        assert mine["index"].tolist() == list(range(len(mine)))
+        assert array["piece"] % cuda_table.WIDTH == 0
+        assert (len(mine) - 1) * array["piece"] < array["size"] <= len(mine) * array["piece"]
+        assert len(mine) <= cuda_table.MOST_PIECES
+        ends.append(row["first_piece"] + row["pieces"])
+    assert ends[-1] == len(table.pieces)
+    assert sum(segment.pieces for segment in table.segments) == len(table.pieces)
+    for segment in table.segments:
+        for piece in range(segment.first, segment.first + min(segment.pieces, 3)):
+            assert types[table.order[table.pieces[piece]["array"]]] == segment.types
+
+
+def test_lengths_of_pieces_depend_on_sizes_alone() -> None:
+    sizes = np.array([0, 1, 10**6, 10**9, 2**33])
+    assert_same(piece_lengths(sizes)[3:4], piece_lengths(sizes[3:4]))
+    assert piece_lengths(sizes)[:3].tolist() == [cuda_table.PIECE_LENGTH] * 3
+
+
+@given(st.lists(st.integers(0, 50_000), min_size=1, max_size=30), st.integers(0, 400_000))
+def test_parts_are_runs_of_layers(sizes: list[int], cached: int) -> None:
+    table = Table(np.array(sizes), np.zeros((len(sizes), 3), np.uint64), [FLOAT32] * len(sizes), [1.0] * len(sizes))
+    parts = table.parts(cached, 8)
+    assert [part.first_row for part in parts] + [len(sizes)] == [0] + [part.last_row for part in parts]
+    assert sum(part.pieces for part in parts) == len(table.pieces)
+    for part in parts:
+        assert (
+            part.last_row - part.first_row == 1
+            or not cached
+            or sum(sizes[part.first_row : part.last_row]) * 8 <= cached
+        )
+
+
+def test_programs_stand_one_after_the_other() -> None:
+    rules = [RULES["flash"], RULES["optax"], RULES["bolts"]]
+    tapes = [record(rule) for rule in rules]
+    found = programs(rules, tapes, ["raise", "skip", "propagate"])
+    assert found is not None and found.groups.dtype == GROUP
+    for group, tape in zip(found.groups, tapes, strict=True):
+        operations = found.operations[group["first_operation"] : group["last_operation"]]
+        assert_same(operations, tape.operations.astype(np.int32))
+        assert_same(found.constants[group["first_constant"] : group["last_constant"]], tape.constants)
+        assert group["outputs"].tolist() == tape.outputs.tolist()
+    assert found.groups["norm_of"].tolist() == [0, 1, 0]
+    assert found.groups["policy"].tolist() == [0, 1, 2]
+    assert len(found.operations) == len(tapes[0].operations) + len(tapes[1].operations), "each once"
+    assert programs([Rule(len)], [None], ["raise"]) is None
+
+
+def test_every_rule_has_room() -> None:
+    """Registers fill the 48 KiB of shared memory that all devices have; NVRTC refuses more."""
+    for name, rule in RULES.items():
+        tape = record(rule)
+        assert tape is not None and len(INPUTS) + len(tape.constants) + len(tape.operations) <= SLOTS, name
+
+
+# --------------------------------------------------------------------------------------------------------- the source
+
+
+def test_structures_are_told_to_both_sides() -> None:
+    text = source([FLOAT32])
+    for name, dtype in STRUCTURES.items():
+        assert f"static_assert(sizeof({name}) == {dtype.itemsize}" in text
+        for field in dtype.fields:
+            assert f"static_assert(offsetof({name}, {field}) == {dtype.fields[field][1]}" in text
+    assert WORDS.itemsize + 8 <= 4096, "what a launch can be given"
+    assert Segment(FLOAT32, 0, 1).types == FLOAT32
+
+
+def test_the_kernel_is_for_arrays_of_cupy() -> None:
+    assert cuda.Kernel.unusable([np.ones(1)]) == "it takes CuPy arrays only, not ndarray"
+    with pytest.raises(ValueError, match="kernel 'cuda' can't be used here: it takes CuPy arrays only, not ndarray"):
+        LARS([np.ones(2)], lr=0.1, kernel="cuda")
+    listed = dict((name, (usable, reason)) for name, usable, reason in kernels.report())
+    reason = cuda_device.problem()
+    assert listed["cuda"] == (reason is None, reason or cuda.Kernel.TAKES)
