@@ -43,6 +43,8 @@ def at_home(x: Any) -> AbstractContextManager[Any]:
 
 def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:
     """Return `values` as an array of `xp` that lies where the array `like` does."""
+    if getattr(values, "requires_grad", False):  # torch would ask what is to become of its graph
+        return xp.astype(values, values.dtype if dtype is None else dtype, copy=False)
     # A traced JAX array has no device of its own, and jit puts constants where they belong.
     return xp.asarray(values, dtype=dtype, device=None if is_jax_array(like) else device(like))
 

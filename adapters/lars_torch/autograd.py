@@ -1,4 +1,4 @@
-"""A step that autograd can look through, or a tracer: the same stages on torch's own functions."""
+"""A step that autograd can look through: the same stages on torch's own functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["step"]
 
 def step(optimizer: Any) -> None:
     """Take a step of `optimizer` that is recorded; parameters change in place, momentum buffers are new tensors."""
-    found_inf = getattr(optimizer, "found_inf", None)
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     members = [member for member in optimizer.members() if member.param.grad is not None]
     if not members or (found_inf is not None and bool(found_inf)):
         return
@@ -27,12 +27,13 @@ def step(optimizer: Any) -> None:
     grads = {name: p.grad for name, p in tensors.items()}
     groups: list[dict[str, Any]] = []
     for k, group in enumerate(optimizer.param_groups):
-        named = {member.name: member.param for member in members if member.group == k}
+        # Copies, since autograd looks back at what is written over.
+        named = {member.name: member.param.clone() for member in members if member.group == k}
         if named:
             device = next(iter(named.values())).device
-            groups.append({"params": named, **hyper_of(group, getattr(optimizer, "grad_scale", None), device)})
+            groups.append({"params": named, **hyper_of(group, grad_scale, device, recorded=True)})
     before = _state(optimizer, tensors)
-    with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+    with torch.enable_grad():
         after, state = update(groups, grads, before, nonfinite="propagate")
         for group in after:
             keeps = needs_buffer(group)

@@ -37,7 +37,9 @@ def check_group(group: Mapping[str, Any]) -> None:
     check(complete({name: _known(group[name]) for name in NAMES}))
 
 
-def hyper_of(group: Mapping[str, Any], grad_scale: Any, device: torch.device) -> dict[str, Any]:
+def hyper_of(
+    group: Mapping[str, Any], grad_scale: Any, device: torch.device, *, recorded: bool = False
+) -> dict[str, Any]:
     """Return what a step on `device` is taken with.
 
     Parameters
@@ -47,16 +49,19 @@ def hyper_of(group: Mapping[str, Any], grad_scale: Any, device: torch.device) ->
     grad_scale : number, tensor or None
         What gradients are divided by first.
     device : torch.device
-        Numbers that lie on it stay there; others are brought here, where they are waited for.
+        Numbers that lie on it stay there, unless it is the CPU; others are brought here, where they are waited for.
+    recorded : bool
+        Whether tensors stay what they are, since autograd is to look through them.
 
     Returns
     -------
     dict
         A number, or a tensor of shape () on `device`, for each hyper-parameter.
     """
-    hyper = {name: _beside(group[name], device) for name in NAMES}
+    beside = _recorded if recorded else _beside
+    hyper = {name: beside(group[name], device) for name in NAMES}
     if grad_scale is not None:
-        hyper["rescale_grad"] = hyper["rescale_grad"] / _beside(grad_scale, device)
+        hyper["rescale_grad"] = hyper["rescale_grad"] / beside(grad_scale, device)
     return hyper
 
 
@@ -72,3 +77,7 @@ def _beside(value: Any, device: torch.device) -> Any:
     if device.type == "cpu" or value.device != device:
         return value.item()
     return value.detach().reshape(())
+
+
+def _recorded(value: Any, device: torch.device) -> Any:
+    return value.to(device).reshape(()) if isinstance(value, torch.Tensor) else value

@@ -313,7 +313,7 @@ class LARS(Optimizer):
 
     def note_lr(self, p: torch.Tensor, lr: Any) -> None:
         """Say with which learning rate a parameter has taken its last step."""
-        self._previous_lr[p] = float(lr)
+        self._previous_lr[p] = float(lr.detach() if isinstance(lr, torch.Tensor) else lr)
 
     def _forget(self) -> None:
         self._engines: list[Engine] = []
