@@ -15,6 +15,8 @@ from lars_torch.hyper import check_group
 
 __all__ = ["load", "with_previous_lr"]
 
+NAMES_OF_OTHERS = {"trust_coeff": "trust_coefficient"}  # timm's
+
 
 def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: Mapping[str, Any]) -> None:
     """Have `optimizer` take over `state_dict`; see `lars_torch.LARS.load_state_dict`."""
@@ -22,6 +24,8 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
         raise TypeError(f"state_dict must be a mapping; got {state_dict!r}")
     if "steps" in state_dict and "state" in state_dict:
         state_dict = _from_lars_array(optimizer, state_dict)
+    else:
+        state_dict = _in_our_words(state_dict)
     given: list[Any] = []
 
     def look(_: Any, hooked: Any) -> None:  # behind all other hooks, and before anything is changed
@@ -95,6 +99,15 @@ def _pairs(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Te
             if v is not None:
                 found.append((p, v))
     return found
+
+
+def _in_our_words(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with the names that other implementations have for hyper-parameters translated."""
+    groups = [
+        {ours: group[theirs] for theirs, ours in NAMES_OF_OTHERS.items() if theirs in group} | dict(group)
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,14 +26,12 @@ def number(optimizer: Any) -> int:
 
 def step(optimizer: Any) -> None:
     """Have the graph that is being traced take a step of `optimizer`."""
-    params, grads, places, place = [], [], [], 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                params.append(p)
-                grads.append(p.grad)
-                places.append(place)
-            place += 1
+    params, grads, places = [], [], []
+    for place, p in enumerate(optimizer._params):  # not of its groups, whose every number the graph would be bound to
+        if p.grad is not None:
+            params.append(p)
+            grads.append(p.grad)
+            places.append(place)
     if params:
         _step(params, grads, places, optimizer._number)
 
@@ -42,7 +40,6 @@ def step(optimizer: Any) -> None:
 def _step(params: list[torch.Tensor], grads: list[torch.Tensor], places: list[int], number: int) -> None:
     """Step the tensors that a graph has in the place of an optimizer's parameters."""
     optimizer = _optimizers[number]
-    known = [p for group in optimizer.param_groups for p in group["params"]]
-    given = {known[place]: (p, g) for place, p, g in zip(places, params, grads)}
+    given = {optimizer._params[place]: (p, g) for place, p, g in zip(places, params, grads)}
     with torch.no_grad():
         optimizer._step(given)

@@ -183,6 +183,7 @@ class LARS(Optimizer):
             check_group(group)
         super().add_param_group(param_group)
         self.settle()
+        self._params = [p for group in self.param_groups for p in group["params"]]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -286,7 +287,9 @@ class LARS(Optimizer):
         # Called for copies and pickles, and by load_state_dict for what it has read.
         super().__setstate__(state)
         self.__dict__.setdefault("_kernel", None)
-        self._number = compiled.number(self)
+        if "_number" not in self.__dict__:  # graphs go on referring to one that was loaded into
+            self._number = compiled.number(self)
+        self._params = [p for group in self.param_groups for p in group["params"]]
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -1,0 +1,231 @@
+"""Checkpoints: of our own and of others, there and back, whole and to the bit; copies and pickles."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lars_array
+from lars_torch import LARS
+
+OPTIONS: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
+SHAPES = [(4, 3), (3,), ()]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def advance(optimizer: Any, start: int, stop: int, lr: Any = None) -> None:
+    """Take steps with gradients that depend on their number only."""
+    for t in range(start, stop):
+        generator = torch.Generator().manual_seed(100 + t)
+        for group in optimizer.param_groups:
+            if lr is not None:
+                group["lr"] = lr(t)
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def params_of(optimizer: Any) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        assert torch.equal(p, q)
+        assert ours.state.get(p, {}).keys() == theirs.state.get(q, {}).keys()
+        for key, v in ours.state.get(p, {}).items():
+            assert v.dtype == theirs.state[q][key].dtype and torch.equal(v, theirs.state[q][key])
+
+
+def through_a_file(state_dict: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", ["flash", "mxnet", "optax"])
+def test_a_run_goes_on_as_if_it_had_not_been_interrupted(dtype: torch.dtype, rule: str) -> None:
+    def lr(t: int) -> float:
+        return 0.5 / (1 + t)  # for rules that look at the last one
+
+    whole = LARS(parameters(dtype), **OPTIONS, rule=rule)
+    advance(whole, 0, 6, lr)
+    first = LARS(parameters(dtype), **OPTIONS, rule=rule)
+    advance(first, 0, 3, lr)
+    second = LARS([torch.nn.Parameter(p.detach().clone()) for p in params_of(first)], lr=123.0)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    advance(second, 3, 6, lr)
+    assert_same(second, whole)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("rule", ["flash", "mxnet"])
+def test_copies_go_on_by_themselves(copied: Any, rule: str) -> None:
+    optimizer = LARS(parameters(), **OPTIONS, rule=rule, kernel="blocked")
+    advance(optimizer, 0, 3, lambda t: 0.5 / (1 + t))
+    twin = copied(optimizer)
+    before = copy.deepcopy(params_of(twin))
+    advance(optimizer, 3, 6, lambda t: 0.5 / (1 + t))
+    for p, q in zip(params_of(twin), before, strict=True):
+        assert torch.equal(p, q), "memory is shared"
+    advance(twin, 3, 6, lambda t: 0.5 / (1 + t))
+    assert_same(twin, optimizer)
+
+
+def test_momentum_of_half_precision_keeps_its_bits() -> None:
+    p = torch.nn.Parameter(torch.ones(3).half())
+    optimizer = LARS([p], lr=1.0, momentum=0.9)
+    optimizer.state[p]["momentum_buffer"] = torch.full((3,), 1 / 3)
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.full((3,), 1 / 3))
+
+
+def test_all_hyper_parameters_are_in_a_checkpoint() -> None:
+    given = OPTIONS | {"eps": 0.1, "nesterov": True, "rule": "timm", "trust_bounds": (0.0, 2.0), "max_grad_norm": 3.0}
+    optimizer = LARS(parameters(), lr=9.0)
+    optimizer.load_state_dict(through_a_file(LARS(parameters(), **given).state_dict()))
+    assert {key: optimizer.param_groups[0][key] for key in given} == given
+
+
+# ------------------------------------------------------------------------------------------------ other implementations
+
+
+def sgd(params: Any) -> Any:
+    return torch.optim.SGD(params, lr=0.5, momentum=0.9, weight_decay=0.1)
+
+
+def torch_optimizer(params: Any) -> Any:
+    return pytest.importorskip("torch_optimizer").LARS(params, lr=0.5, momentum=0.9, weight_decay=0.1)
+
+
+def timm(params: Any) -> Any:
+    from benchmarks.peers.timm_lars import _lars
+
+    return _lars()(params, lr=0.5, momentum=0.9, weight_decay=0.1, trust_coeff=0.1)
+
+
+@pytest.mark.parametrize("peer", [sgd, torch_optimizer, timm])
+def test_checkpoints_of_others_load(peer: Any) -> None:
+    other = peer(parameters())
+    advance(other, 0, 3)
+    ours = LARS([torch.nn.Parameter(p.detach().clone()) for p in params_of(other)], lr=9.0, trust_coefficient=0.25)
+    ours.load_state_dict(through_a_file(other.state_dict()))
+    for p, q in zip(params_of(ours), params_of(other), strict=True):
+        assert torch.equal(ours.state[p]["momentum_buffer"], other.state[q]["momentum_buffer"])
+    group = ours.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.9, 0.1)
+    theirs = other.param_groups[0]  # timm has another name for it
+    assert group["trust_coefficient"] == theirs.get("trust_coefficient", theirs.get("trust_coeff", 0.25))
+    assert group["rule"] == "flash"
+    advance(ours, 3, 5)
+
+
+@pytest.mark.parametrize("peer", [sgd, torch_optimizer, timm])
+def test_our_checkpoints_load_into_others(peer: Any) -> None:
+    ours = LARS(parameters(), **OPTIONS)
+    advance(ours, 0, 3)
+    other = peer([torch.nn.Parameter(p.detach().clone()) for p in params_of(ours)])
+    kept = {key: value for key, value in other.param_groups[0].items() if key not in ours.param_groups[0]}
+    other.load_state_dict(through_a_file(ours.state_dict()))
+    other.param_groups[0].update(kept)  # torch drops what a checkpoint does not have
+    for p, q in zip(params_of(ours), params_of(other), strict=True):
+        assert torch.equal(ours.state[p]["momentum_buffer"], other.state[q]["momentum_buffer"])
+    advance(other, 3, 5)
+
+
+def test_sgd_without_momentum_leaves_no_buffers() -> None:
+    other = torch.optim.SGD(parameters(), lr=0.5)
+    advance(other, 0, 2)
+    state_dict = other.state_dict()
+    for number in range(len(SHAPES)):
+        state_dict["state"][number] = {"momentum_buffer": None}  # as older ones of torch wrote it
+    ours = LARS(parameters(), **OPTIONS)
+    advance(ours, 0, 2)
+    ours.load_state_dict(state_dict)
+    assert all(p not in ours.state for p in params_of(ours))
+    ours.param_groups[0].update(momentum=0.9, dampening=0.5)
+    fresh = LARS([torch.nn.Parameter(p.detach().clone()) for p in params_of(ours)], lr=0.5, momentum=0.9, dampening=0.5)
+    advance(ours, 2, 4)
+    advance(fresh, 2, 4)
+    assert_same(ours, fresh)
+
+
+@pytest.mark.parametrize("names", [None, ["w", "b", "s"]], ids=["unnamed", "named"])
+def test_a_checkpoint_of_lars_array_loads(names: list[str] | None) -> None:
+    arrays = [p.detach().numpy().copy() for p in parameters()]
+    given = arrays if names is None else dict(zip(names, arrays, strict=True))
+    near = lars_array.LARS(given, **OPTIONS, rule="mxnet", nonfinite="propagate")
+    params = parameters()
+    far = LARS(params if names is None else list(zip(names, params, strict=True)), **OPTIONS, rule="mxnet")
+    steps = [[np.full(shape, 0.1 * (t + 1), np.float32) for shape in SHAPES] for t in range(6)]
+
+    def step_far(grads: Any) -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.from_numpy(np.asarray(g).copy())
+        far.step()
+
+    for t, grads in enumerate(steps):
+        if t == 3:
+            far.load_state_dict(near.state_dict())
+            for p, a in zip(params, arrays, strict=True):
+                p.data.copy_(torch.from_numpy(a))
+        near.param_groups[0]["lr"] = far.param_groups[0]["lr"] = 0.5 / (t + 1)
+        near.step(grads if names is None else dict(zip(names, grads, strict=True)))
+        step_far(grads)
+    for p, a in zip(params, arrays, strict=True):
+        assert np.array_equal(p.detach().numpy(), a)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def broken(state_dict: Any, **changes: Any) -> Any:
+    state_dict = copy.deepcopy(state_dict)
+    state_dict["param_groups"][0].update(changes.pop("group", {}))
+    state_dict["state"][0].update(changes)
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"momentum_buffer": torch.zeros(2, 3)}, r"must have the parameter's shape \(4, 3\); got \(2, 3\)"),
+        ({"momentum_buffer": torch.zeros(4, 3, dtype=torch.complex64)}, "must be of a type like torch.float32"),
+        ({"momentum_buffer": torch.zeros(4, 3, dtype=torch.int64)}, "must be of a type like torch.float32"),
+        ({"momentum_buffer": 3.0}, r"must have the parameter's shape \(4, 3\); got 3.0"),
+        ({"group": {"momentum": -0.5}}, "Invalid momentum value: -0.5"),
+        ({"group": {"rule": "unheard-of"}}, "rule must be one of"),
+        ({"group": {"params": [0]}}, "size of optimizer's group"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(changes: Any, message: str) -> None:
+    optimizer = LARS(parameters(), **OPTIONS)
+    advance(optimizer, 0, 3)
+    twin = copy.deepcopy(optimizer)
+    with pytest.raises((ValueError, TypeError), match=message):
+        optimizer.load_state_dict(broken(optimizer.state_dict(), **changes))
+    for own in (optimizer, twin):
+        advance(own, 3, 5)
+    assert_same(optimizer, twin)
+    assert optimizer.state_dict()["param_groups"] == twin.state_dict()["param_groups"]
+
+
+def test_names_of_a_checkpoint_of_lars_array_must_be_known() -> None:
+    near = lars_array.LARS({"x": np.ones((4, 3), np.float32)}, lr=0.1)
+    optimizer = LARS([("w", torch.nn.Parameter(torch.ones(4, 3)))], lr=0.1)
+    with pytest.raises(ValueError, match=r"state_dict must be of parameters named \['w'\]; got 'x'"):
+        optimizer.load_state_dict(near.state_dict())
