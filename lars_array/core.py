@@ -21,7 +21,7 @@ from array_api_compat import array_namespace
 
 from lars_array.arrays import asarray, check_buffer, check_gradient, check_parameter, of_dtype
 from lars_array.blocks import momentum_form, norms, trust_ratio, update_weights
-from lars_array.dtypes import accumulation_dtype, compute_dtype, real_dtype, real_parts
+from lars_array.dtypes import accumulation_dtype, compute_dtype, real_parts
 from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
 from lars_array.nonfinite import finite, largest, refuse_nonfinite
 from lars_array.registry import Rule, evaluate, register, resolve
@@ -29,10 +29,11 @@ from lars_array.registry import Rule, evaluate, register, resolve
 __all__ = [
     "Plan",
     "Prepared",
-    "affine",
-    "affine_without_buffer",
     "apply",
     "coefficients",
+    "difference",
+    "difference_without_buffer",
+    "displacement",
     "flash",
     "gradient_factor",
     "lars_step",
@@ -140,15 +141,40 @@ def flash(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     return momentum_form(ratio, hyper.lr, decay, hyper, xp)
 
 
-def affine(p: Any, g: Any, v: Any, m: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> tuple[Any, Any]:
-    """Return p' and v' as plain arithmetic, of one element or of many: the whole update."""
+def difference(p: Any, g: Any, v: Any, m: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> tuple[Any, Any]:
+    """Return p - p' and v' as plain arithmetic, of one element or of many: the whole update."""
     v = m * v + alpha * g + beta * p
-    return p - (kappa * v + lam * g + mu * p), v
+    return kappa * v + lam * g + mu * p, v
 
 
-def affine_without_buffer(p: Any, g: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> Any:
-    """Return p' where v is zero and not kept: `affine` with alpha g + beta p in the place of v'."""
-    return p - ((lam + kappa * alpha) * g + (mu + kappa * beta) * p)
+def difference_without_buffer(p: Any, g: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> Any:
+    """Return p - p' where v is zero and not kept: `difference` with alpha g + beta p in the place of v'."""
+    return (lam + kappa * alpha) * g + (mu + kappa * beta) * p
+
+
+def displacement(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tuple[Array, Array | None]:
+    r"""Do all of the third stage but its last subtraction, for one layer.
+
+    Parameters
+    ----------
+    p, g, v, c : arrays
+        As for `apply`; not modified.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    tuple (d, v')
+        :math:`d = p - p'`, of the dtype that p is computed in, and what `apply` returns beside p'.
+    """
+    kind = compute_dtype(p, xp)
+    c = xp.astype(c, kind, copy=False)
+    m, alpha, beta, kappa, lam, mu = (c[i] for i in range(6))
+    wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
+    if v is None:
+        return of_dtype(difference_without_buffer(wide_p, wide_g, alpha, beta, kappa, lam, mu), kind, xp), None
+    d, new_v = difference(wide_p, wide_g, v, m, alpha, beta, kappa, lam, mu)
+    return of_dtype(d, kind, xp), of_dtype(new_v, v.dtype, xp)
 
 
 def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tuple[Array, Array | None]:
@@ -170,15 +196,8 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
     tuple (p', v')
         Arrays of the dtypes of p and v; v' is None where v is.
     """
-    kind = compute_dtype(p, xp)
-    c = xp.astype(c, real_dtype(p, xp), copy=False)
-    m, alpha, beta, kappa, lam, mu = (c[i] for i in range(6))
-    wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
-    if v is None:
-        new_p = affine_without_buffer(wide_p, wide_g, alpha, beta, kappa, lam, mu)
-        return of_dtype(new_p, p.dtype, xp), None
-    new_p, new_v = affine(wide_p, wide_g, v, m, alpha, beta, kappa, lam, mu)
-    return of_dtype(new_p, p.dtype, xp), of_dtype(new_v, v.dtype, xp)
+    d, new_v = displacement(p, g, v, c, xp=xp)
+    return of_dtype(xp.astype(p, compute_dtype(p, xp), copy=False) - d, p.dtype, xp), new_v
 
 
 # ------------------------------------------------------------------------------------------- the stages, put together

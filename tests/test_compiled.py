@@ -407,7 +407,7 @@ def test_what_is_kept_on_disk_is_not_used_when_the_equations_change(tmp_path: Pa
     before = output(STEP, tmp_path, **environment)
     assert list((tmp_path / "cache").rglob("*.nbc")), "this test is about what is kept"
     core = tmp_path / "lars_array" / "core.py"
-    core.write_text(core.read_text().replace("return p - (kappa * v", "return p + (kappa * v"))
+    core.write_text(core.read_text().replace("return kappa * v + lam * g", "return -kappa * v - lam * g"))
     after = output(STEP, tmp_path, **environment)
     assert [float(x) + float(y) for x, y in zip(before[1:], after[1:], strict=True)] == pytest.approx([2.0, 4.0, 6.0])
 

@@ -87,7 +87,7 @@ class Kernel:
 
 
 def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
-    """`core.affine`, an operation at a time, each into memory that is there.
+    """`core.difference`, an operation at a time, each into memory that is there.
 
     Terms of weight zero are left out, but once the gradient always goes in: a nan in it is not to be lost.
     """

@@ -1,6 +1,6 @@
 // A LARS step for all layers of a model: `sums`, `coefficients` and `apply`, one launch each.
 //
-// Kernels visit memory and do not know what LARS is. The update is core.affine; the coefficients are a rule's tape, see
+// Kernels visit memory and do not know what LARS is. The update is core.difference; the coefficients are a rule's tape, see
 // lars_array/tape.py. What must be said here once more names its place in core.py, and tests hold the two together.
 //
 // Before this text stands what `cuda_source.py` writes: the numbers THREADS, ROWS and SLOTS, the enums Field, Input,
@@ -300,7 +300,7 @@ __device__ inline bool is_taken(const Model& m) {
     return !m.decides || (*m.bad == 0 && !found_inf(m));
 }
 
-// core.affine and, without a buffer, core.affine_without_buffer.
+// p - core.difference and, without a buffer, p - core.difference_without_buffer.
 template <class T> struct Map {
     T m, alpha, beta, kappa, lam, mu;
 

@@ -29,8 +29,8 @@ DONE = -1  # in the place of the number of pieces still to be measured, when a l
 
 _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _LESS, _LESS_EQUAL, _EQUAL, _WHERE, _SQRT, _ABSOLUTE = range(len(OPERATIONS))
 
-_affine = numba.njit(core.affine)
-_affine_without_buffer = numba.njit(core.affine_without_buffer)
+_difference = numba.njit(core.difference)
+_difference_without_buffer = numba.njit(core.difference_without_buffer)
 
 # A sum may be taken in as many parts as the processor adds at once; nan and inf remain what they are.
 _SUMMING = {"reassoc", "contract"}
@@ -97,11 +97,12 @@ def _write(p: Any, g: Any, v: Any, c: Any) -> None:
     m, alpha, beta, kappa, lam, mu = kind(c[0]), kind(c[1]), kind(c[2]), kind(c[3]), kind(c[4]), kind(c[5])
     if v.size == p.size:
         for i in range(p.size):
-            new_p, v[i] = _affine(load(p[i]), load(g[i]), v[i], m, alpha, beta, kappa, lam, mu)
-            p[i] = stored(new_p, p[i])
+            d, v[i] = _difference(load(p[i]), load(g[i]), v[i], m, alpha, beta, kappa, lam, mu)
+            p[i] = stored(load(p[i]) - d, p[i])
     else:
         for i in range(p.size):
-            p[i] = stored(_affine_without_buffer(load(p[i]), load(g[i]), alpha, beta, kappa, lam, mu), p[i])
+            d = _difference_without_buffer(load(p[i]), load(g[i]), alpha, beta, kappa, lam, mu)
+            p[i] = stored(load(p[i]) - d, p[i])
 
 
 @numba.njit
@@ -209,7 +210,7 @@ def _checksum() -> int:
     numba takes what is on disk for current if this file is as old and as long as it was, and the closure of the
     function holds what it did.
     """
-    sources: tuple[Any, ...] = (sys.modules[__name__], intrinsics, core.affine, core.affine_without_buffer)
+    sources: tuple[Any, ...] = (sys.modules[__name__], intrinsics, core.difference, core.difference_without_buffer)
     try:
         return zlib.crc32("".join(map(inspect.getsource, sources)).encode())
     except OSError:  # without its sources a program is not changed, and nothing kept on disk

@@ -1,0 +1,78 @@
+"""Trees of parameters as lists of named leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+__all__ = ["leaves_as", "named_leaves", "spread"]
+
+
+def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Return the names of the leaves of a tree, the leaves, and the structure.
+
+    Parameters
+    ----------
+    tree : pytree
+        Any tree.
+
+    Returns
+    -------
+    tuple (names, leaves, structure)
+        A name is the path with dots, "encoder.0.kernel" say, which is how torch names parameters; of a leaf that is
+        the whole tree it is "0", its position, as `lars_array` names it.
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "0" for path, _ in paths]
+    return names, [leaf for _, leaf in paths], structure
+
+
+def leaves_as(structure: Any, tree: Any, what: str) -> list[Any]:
+    """Return one entry of `tree` for each leaf of `structure`, which may be None; `what` it is called in messages."""
+    try:
+        return list(structure.flatten_up_to(tree))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{what} must have the structure of the parameters; {error}") from None
+
+
+def spread(option: str, value: Any, params: Any, kind: Callable[[Any], bool], wanted: str) -> list[Any]:
+    """Return what an option says of each leaf.
+
+    Parameters
+    ----------
+    option : str
+        Its name, for messages.
+    value : object, tree, or callable
+        One value for all leaves; a tree of values, of the structure of `params` or a prefix of it; or a function that
+        returns one of these, given `params`.
+    params : pytree
+        The parameters.
+    kind : callable
+        Whether a value is of the right kind.
+    wanted : str
+        What that is, for messages.
+
+    Returns
+    -------
+    list
+        A value for each leaf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a value is of another kind, or the tree does not fit.
+    """
+    tree = value(params) if callable(value) else value
+
+    def over(part: Any, subtree: Any) -> Any:
+        if not kind(part) and jax.tree.leaves(subtree):
+            raise TypeError(f"{option} must hold {wanted}; got {part!r}")
+        return jax.tree.map(lambda _: part, subtree)
+
+    try:
+        full = jax.tree.map(over, tree, params, is_leaf=lambda x: x is None or kind(x))
+    except ValueError as error:
+        raise ValueError(f"{option} must have the structure of the parameters, or begin as it does; {error}") from None
+    return leaves_as(jax.tree.structure(params), full, option)
