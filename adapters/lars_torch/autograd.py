@@ -18,7 +18,7 @@ __all__ = ["step"]
 def step(optimizer: Any) -> None:
     """Take a step of `optimizer` that is recorded; parameters change in place, momentum buffers are new tensors."""
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    members = [member for member in optimizer.members() if member.param.grad is not None]
+    members = [member for member in optimizer._members() if member.param.grad is not None]
     if not members or (found_inf is not None and bool(found_inf)):
         return
     for member in members:
@@ -42,14 +42,14 @@ def step(optimizer: Any) -> None:
                 p.copy_(new)
                 if keeps:
                     optimizer.state[p]["momentum_buffer"] = state.momentum_buffers[name]
-                optimizer.note_lr(p, group["lr"])
+                optimizer._note_lr(p, group["lr"])
 
 
 def _state(optimizer: Any, tensors: dict[str, torch.Tensor]) -> State:
     known = {name: optimizer.state[p].get("momentum_buffer") for name, p in tensors.items() if p in optimizer.state}
     buffers = {name: _zeros(p) if known.get(name) is None else known[name] for name, p in tensors.items()}
     device, names = next(iter(tensors.values())).device, sorted(tensors)
-    previous_lrs = optimizer.previous_lrs()
+    previous_lrs = optimizer._previous_lrs()
     lrs = [previous_lrs.get(tensors[name], 0.0) for name in names]
     return State(
         step=torch.tensor(0, device=device),

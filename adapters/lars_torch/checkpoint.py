@@ -50,7 +50,7 @@ def with_previous_lr(optimizer: Any, groups: list[dict[str, Any]]) -> list[dict[
     """Return `groups`, as they are to be saved, with the learning rates of last steps where a rule asks for them."""
     if not any(_reads_previous_lr(group["rule"]) for group in groups):
         return groups
-    known = optimizer.previous_lrs()
+    known = optimizer._previous_lrs()
     return [
         {**saved, "previous_lr": [known.get(p, 0.0) for p in group["params"]]}
         if _reads_previous_lr(saved["rule"])
@@ -112,7 +112,7 @@ def _in_our_words(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `lars_array.LARS.state_dict` returned in torch's form."""
-    members = {member.name: i for i, member in enumerate(optimizer.members())}
+    members = {member.name: i for i, member in enumerate(optimizer._members())}
     state, groups, position = {}, [], 0
     for group in state_dict["param_groups"]:
         names = list(group["names"])

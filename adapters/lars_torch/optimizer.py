@@ -182,7 +182,7 @@ class LARS(Optimizer):
                 )
             check_group(group)
         super().add_param_group(param_group)
-        self.settle()
+        self._settle()
         self._params = [p for group in self.param_groups for p in group["params"]]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -299,7 +299,7 @@ class LARS(Optimizer):
 
     # ------------------------------------------------------------------------------------------------------ engines
 
-    def members(self) -> list[Member]:
+    def _members(self) -> list[Member]:
         """Return all parameters, in the order of the groups."""
         found: list[Member] = []
         for k, group in enumerate(self.param_groups):
@@ -307,14 +307,14 @@ class LARS(Optimizer):
             found += [Member(p, k, name) for p, name in zip(group["params"], names)]
         return found
 
-    def previous_lrs(self) -> dict[torch.Tensor, float]:
+    def _previous_lrs(self) -> dict[torch.Tensor, float]:
         """Return the learning rate of the last step of each parameter that has taken one."""
         known = dict(self._previous_lr)
         for engine in self._engines:
             known |= engine.previous_lr()
         return known
 
-    def note_lr(self, p: torch.Tensor, lr: Any) -> None:
+    def _note_lr(self, p: torch.Tensor, lr: Any) -> None:
         """Say with which learning rate a parameter has taken its last step."""
         self._previous_lr[p] = float(lr.detach() if isinstance(lr, torch.Tensor) else lr)
 
@@ -325,9 +325,9 @@ class LARS(Optimizer):
         self._skipped = 0
         self._previous_lr: dict[torch.Tensor, float] = {}
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Learn what engines alone know, and have them made anew at the next step."""
-        self._previous_lr, self._skipped = self.previous_lrs(), self.skipped_steps
+        self._previous_lr, self._skipped = self._previous_lrs(), self.skipped_steps
         self._engines, self._sizes = [], []
 
     def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
@@ -353,13 +353,13 @@ class LARS(Optimizer):
 
     def _make_engines(self, given: Any) -> None:
         had_one = {p for engine in self._engines for p in engine.params} | set(given or ())
-        members = self.members()
+        members = self._members()
         on: dict[torch.device, list[Member]] = {}
         for member in members:
             if member.param in had_one or (given is None and member.param.grad is not None):
                 check_tensor(member.name, member.param)
                 on.setdefault(member.param.device, []).append(member)
-        self.settle()
+        self._settle()
         for device, own in on.items():
             tensors = _memory([member.param for member in own], given)
             engine = Engine(device, own, tensors, self.param_groups, self.state, self._previous_lr, self._kernel)
