@@ -69,8 +69,9 @@ class LARS(Optimizer):
         device that is not waited for: see `lars_array.LARS`.
     differentiable : bool
         Whether a step is recorded by autograd. Then steps run on torch's own functions.
-    foreach, fused : bool, optional
-        Taken, and without effect: every step handles all tensors at once and each element once.
+    foreach, fused, capturable : bool, optional
+        Taken, and without effect: every step handles all tensors at once and each element once, and one on a CUDA
+        device that is not the first can be captured in a graph; give the learning rate as a tensor there.
     kernel : str, optional
         As for `lars_array.LARS`, "compiled" or "portable" say.
 
@@ -134,6 +135,7 @@ class LARS(Optimizer):
         differentiable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
         kernel: str | None = None,
     ) -> None:
         defaults = {
