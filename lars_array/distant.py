@@ -55,6 +55,7 @@ class Whereabouts:
         self.counts = asarray([0] * ENTRIES, xp.int64, like=like, xp=xp)
         self._mailbox = mailbox(self.counts)
         self._known = News()
+        self._asked_for, self._confirmed = 0, 0
 
     def of(self, index: Any) -> tuple[Any, Any]:
         """Return `first` and `previous_lr` of the parameters at `index`, an integer array on the device."""
@@ -69,9 +70,22 @@ class Whereabouts:
         self.first = self.xp.where(concerned, self.xp.take(first, row), self.first)
         self.previous_lr = self.xp.where(concerned, self.xp.take(previous_lr, row), self.previous_lr)
 
-    def post(self) -> None:
-        """Send the counts to the host."""
-        self._mailbox.post()
+    def post(self, *, news: bool) -> None:
+        """Note that a step was asked for, and send the counts to the host if there may be news in them."""
+        self._asked_for += 1
+        if news:
+            self._mailbox.post()
+
+    def replayed(self) -> int:
+        """Return how many steps more than were asked for the device has come to, since this was asked last.
+
+        These are replays of a graph; a step that was captured, and not replayed, is one less. It must have been waited
+        for.
+        """
+        come_to = sum(self._known[:3])
+        more = come_to - self._confirmed - self._asked_for
+        self._asked_for, self._confirmed = 0, come_to
+        return more
 
     def news(self, *, wait: bool = False) -> tuple[News, News]:
         """Return the counts as they were when this was last asked, and as they are known now."""
@@ -152,8 +166,7 @@ class DistantLayers(Layers):
         verdict = Verdict(self._strict, self._raises, found_inf, self._limit, self._place)
         with np.errstate(all="ignore"):  # what is not finite is reported by name
             taken = self._enqueued(groups, grads, found_inf) or self._by_stages(groups, grads, verdict)
-        if self._strict is not None or found_inf is not None:
-            self._whereabouts.post()
+        self._whereabouts.post(news=self._strict is not None or found_inf is not None)
         for i in self._new:
             self.buffers[i] = self._used[i]
         self.has_new_buffers, self._new = bool(self._new), []

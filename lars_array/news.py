@@ -78,13 +78,19 @@ class _PinnedMailbox(Mailbox):
 
 class _CupyMailbox(_PinnedMailbox):
     def __init__(self, counts: Any) -> None:
+        import cupy
         import cupyx
 
         super().__init__(counts)
+        self._cuda = cupy.cuda
         self.pinned = cupyx.zeros_pinned(ENTRIES, np.int64)
+        self._place, self._here = counts.data.ptr, self.pinned.ctypes.data
 
     def post(self) -> None:
-        self.counts.get(out=self.pinned, blocking=False)
+        # Not by the array's own method, which refuses while a graph is captured.
+        stream, runtime = self._cuda.get_current_stream(), self._cuda.runtime
+        size = self.pinned.nbytes
+        runtime.memcpyAsync(self._here, self._place, size, runtime.memcpyDeviceToHost, stream.ptr)
 
     def _wait(self) -> None:
         self.counts.device.synchronize()

@@ -454,6 +454,8 @@ class LARS:
         skipped, not_taken = now.skipped - before.skipped, now.refused - before.refused
         self.skipped_steps += skipped
         self.steps -= skipped + not_taken
+        if wait:
+            self.steps += self._whereabouts.replayed()
         if not_taken:
             raise refused(now, self._names)
 

@@ -239,6 +239,22 @@ def test_what_a_loss_scaler_has_found_skips_the_step(device: Device, policy: str
     assert pair.far.skipped_steps == pair.near.skipped_steps == 1
 
 
+def test_steps_of_a_graph_are_counted(device: Device) -> None:
+    """The device counts them; here one is captured and not taken, and two are replayed."""
+    pair = Pair(device, nonfinite="skip")
+    for seed in (1, 2, 3):
+        pair.step(numbers(seed))
+    counts = pair.far._whereabouts.counts
+    counts[...] = counts + device.put(np.array([1, 1, 0, 0]))
+    assert (pair.far.steps, pair.far.skipped_steps) == (3, 0)
+    pair.far.synchronize()
+    assert (pair.far.steps, pair.far.skipped_steps) == (4, 1)
+    pair.far.synchronize()
+    pair.step(numbers(4))
+    pair.far.synchronize()
+    assert (pair.far.steps, pair.far.skipped_steps) == (5, 1)
+
+
 def test_layers_come_and_go(device: Device) -> None:
     """What only the device knows, last learning rates and unused buffers, goes along."""
     pair = Pair(device, rule="nvidia", dampening=0.5, lr=lambda t: 0.1 * (t + 1))

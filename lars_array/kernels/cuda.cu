@@ -137,7 +137,7 @@ __device__ inline Sums total(Sums mine) {
             all[threadIdx.x].third += all[threadIdx.x + step].third;
         }
     }
-    return all[0];
+    return all[threadIdx.x];  // of what others have added up, no more than the total is read
 }
 
 template <bool THIRD>
