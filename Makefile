@@ -4,7 +4,7 @@ PYTHON ?= $(shell for candidate in python3.14 python3.13 python3.12 python3.11 p
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs bench mutation clean
+.PHONY: help demo test lint types docs bench gpu mutation clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,6 +28,9 @@ docs: .venv/docs.installed ## Build docs/_build/index.html, warnings are errors
 
 bench: .venv/bench.installed .venv/timm.installed ## Measure speed and memory beside other LARS
 	.venv/bin/python -m benchmarks cpu $(ARGS)
+
+gpu: ## On a machine with a GPU: tests, compute-sanitizer, benchmark, by what PYTHON has; installs nothing
+	@$(PYTHON) tests/on_a_gpu.py $(ARGS)
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
 	.venv/bin/python -m mutmut run $(ARGS)

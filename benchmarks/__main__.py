@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu``: measure one optimizer step, print a table, and write JSON, Markdown and a plot."""
+"""``python -m benchmarks cpu``, or gpu: measure one optimizer step, print a table, and write JSON, Markdown, a plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import cpu, latency, plot, results, table
 from benchmarks.cases import CASES, GROUPS, chosen
-from benchmarks.contestant import OPTIONS
+from benchmarks.contestant import OPTIONS, UnavailableError
 from benchmarks.contestants import CPU
 from benchmarks.machine import ROOT, commit, machine, versions
 
@@ -23,11 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a contestant failed, 2 if nothing could be measured."""
     parser = _parser()
     asked = parser.parse_args(arguments)
+    if asked.rounds is not None and asked.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if asked.suite == "gpu":
+        return _gpu(asked, parser)
     if asked.list:
         print(_listing())
         return 0
-    if asked.rounds is not None and asked.rounds < 1:
-        parser.error("--rounds must be at least 1")
     try:
         names = chosen(asked.case or ["default"])
     except ValueError as error:
@@ -52,6 +54,24 @@ def main(arguments: list[str] | None = None) -> int:
     _write(path, document)
     print(table.markdown(document))
     return int(any(document["cases"][name]["failed"] for name in names))
+
+
+def _gpu(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks import gpu, gpu_device
+    from benchmarks.gpu_contestants import GPU
+
+    if asked.list:
+        lines = [f"  {name:12} {case.title}" for name, case in gpu.CASES.items()]
+        print("\n".join(["Cases:", *lines, "Contestants:", *(f"  {c.name}" for c in GPU)]))
+        return 0
+    unknown = [name for name in asked.case or () if name not in gpu.CASES]
+    if unknown:
+        parser.error(f"case must be one of {', '.join(gpu.CASES)}; got {unknown[0]!r}")
+    try:
+        return gpu.main(asked.case, asked.rounds, asked.only, asked.out or OUT, gpu_device.Gpu())
+    except UnavailableError as error:
+        print(f"nothing can be measured here: {error}", file=sys.stderr)
+        return 2
 
 
 def _render(path: Path) -> int:
@@ -85,7 +105,7 @@ def _write(path: Path | None, document: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=["cpu"], help="what to measure on")
+    parser.add_argument("suite", choices=["cpu", "gpu"], help="what to measure on")
     parser.add_argument("--list", action="store_true", help="list cases and contestants, and measure nothing")
     parser.add_argument(
         "--case",

@@ -29,6 +29,24 @@ def vit_b() -> list[Shape]:
     return [*patches, *12 * [*norm, *attention, *norm, *perceptron], *norm, (1000, width), (1000,)]
 
 
+def vit_l() -> list[Shape]:
+    """Return the 296 shapes of ViT-L/16 on 224 × 224 pixels: 304,326,632 parameters."""
+    width, hidden = 1024, 4096
+    norm: list[Shape] = [(width,), (width,)]
+    attention: list[Shape] = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    perceptron: list[Shape] = [(hidden, width), (hidden,), (width, hidden), (width,)]
+    patches: list[Shape] = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    return [*patches, *24 * [*norm, *attention, *norm, *perceptron], *norm, (1000, width), (1000,)]
+
+
+def language_model() -> list[Shape]:
+    """Return the 201 shapes of TinyLlama, a transformer of 22 layers: 1,100,048,384 parameters."""
+    words, width, hidden, shared = 32_000, 2048, 5632, 256
+    attention: list[Shape] = [(width, width), (shared, width), (shared, width), (width, width)]
+    perceptron: list[Shape] = [(hidden, width), (hidden, width), (width, hidden)]
+    return [(words, width), *22 * [*attention, *perceptron, (width,), (width,)], (width,), (words, width)]
+
+
 def alexnet() -> list[Shape]:
     """Return the 16 shapes of torchvision's AlexNet: 61,100,840 parameters, 37,748,736 of them in one matrix."""
     kernels = [(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)]

@@ -1,0 +1,175 @@
+"""Who takes part on a GPU. Everyone is given NumPy arrays and makes copies on the device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contestant import DECAY, ETA, FLOOR, LR, MOMENTUM, OPTIONS, Contestant, Run, UnavailableError
+from benchmarks.peers import timm_lars
+
+__all__ = ["GPU", "OWN_STREAM", "REFERENCE"]
+
+REFERENCE = "torch_optimizer"
+UNCHECKED = {"nonfinite": "propagate"}
+
+
+def cupy_lars(params: list[Any], grads: list[Any], *, cached: int | None = None, **options: Any) -> Run:
+    """`lars_array.LARS` over CuPy arrays; `cached`: groups of layers that fill that part of a hundred of the L2."""
+    import cupy
+
+    from lars_array import LARS
+
+    own, slopes = ([cupy.array(x) for x in arrays] for arrays in (params, grads))
+    optimizer = LARS(own, **OPTIONS, **options)
+    if cached is not None:
+        size = cupy.cuda.Device().attributes["L2CacheSize"] * cached // 100
+        os.environ["LARS_ARRAY_CUDA_CACHE"] = str(size)
+    try:
+        optimizer.step([0 * g for g in slopes])  # the kernel is made now; the parameters only decay
+    finally:
+        os.environ.pop("LARS_ARRAY_CUDA_CACHE", None)
+    for p, given in zip(own, params):
+        p[...] = cupy.array(given)
+    for v in optimizer.state_views(wait=False).values():
+        v["momentum_buffer"][...] = 0
+    return Run(lambda: optimizer.step(slopes), lambda: [cupy.asnumpy(p) for p in own])
+
+
+def cupy_graph(params: list[Any], grads: list[Any]) -> Run:
+    """The same, captured once and replayed."""
+    import cupy
+
+    from lars_array import LARS
+
+    own, slopes = ([cupy.array(x) for x in arrays] for arrays in (params, grads))
+    optimizer = LARS(own, **OPTIONS, **UNCHECKED)
+    graphs: list[Any] = []
+
+    def step() -> None:
+        if graphs and graphs[0] is None:
+            stream = cupy.cuda.Stream(non_blocking=True)
+            cupy.cuda.Device().synchronize()
+            with stream:
+                stream.begin_capture()
+                optimizer.step(slopes)
+                graphs[0] = stream.end_capture()
+        if graphs:
+            graphs[0].launch(cupy.cuda.Stream.null)
+        else:
+            optimizer.step(slopes)
+            graphs.append(None)
+
+    return Run(step, lambda: [cupy.asnumpy(p) for p in own])
+
+
+def torch_run(
+    params: list[Any],
+    grads: list[Any],
+    make: Callable[[list[Any]], Any],
+    *,
+    compiled: bool = False,
+    device: str = "cuda",
+) -> Run:
+    """Return the run of an optimizer of torch."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError(f"torch {torch.__version__} has no CUDA")
+    tensors = [torch.nn.Parameter(torch.as_tensor(np.array(p), device=device)) for p in params]
+    for tensor, g in zip(tensors, grads):
+        tensor.grad = torch.as_tensor(np.array(g), device=device)
+    optimizer = make(tensors)
+    step = torch.compile(optimizer.step) if compiled else optimizer.step
+    return Run(step, lambda: [tensor.detach().cpu().numpy() for tensor in tensors])
+
+
+def torch_adapter(params: list[Any], grads: list[Any]) -> Run:
+    """`lars_torch.LARS`, which lets what is not finite through, as torch's optimizers do."""
+    from lars_torch import LARS
+
+    return torch_run(params, grads, lambda tensors: LARS(tensors, **OPTIONS))
+
+
+def torch_optimizer(params: list[Any], grads: list[Any]) -> Run:
+    """``torch_optimizer.LARS``, flash's arithmetic."""
+    from torch_optimizer import LARS
+
+    return torch_run(params, grads, lambda tensors: LARS(tensors, **OPTIONS))
+
+
+def timm(params: list[Any], grads: list[Any], *, compiled: bool = False, foreach: bool = True) -> Run:
+    """``timm.optim.Lars``."""
+    lars = timm_lars._lars()
+    if compiled and shutil.which("g++") is None and shutil.which("gcc") is None:
+        raise UnavailableError("torch.compile needs a C compiler")
+    options = timm_lars.OPTIONS | ({"foreach": True} if foreach else {})
+    return torch_run(params, grads, lambda tensors: lars(tensors, **options), compiled=compiled)
+
+
+def torch_sgd(params: list[Any], grads: list[Any]) -> Run:
+    """torch's fused SGD: no norms."""
+    from torch.optim import SGD
+
+    return torch_run(
+        params, grads, lambda tensors: SGD(tensors, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=True)
+    )
+
+
+def optax_lars(params: list[Any], grads: list[Any]) -> Run:
+    """``optax.lars`` and ``optax.apply_updates`` in one compiled function, which may write into what it is given."""
+    import jax
+    import optax
+
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError as error:
+        raise UnavailableError(f"JAX has no GPU: {error}") from error
+    own, slopes = (jax.device_put(list(arrays), device) for arrays in (params, grads))
+    optimizer = optax.lars(LR, weight_decay=DECAY, trust_coefficient=ETA, momentum=MOMENTUM)
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1))
+    held = (own, optimizer.init(own))
+
+    def step() -> None:
+        nonlocal held
+        held = jax.block_until_ready(compiled(*held, slopes))
+
+    return Run(step, lambda: [np.asarray(p) for p in held[0]])
+
+
+# Of these only the host's time is known: events on CuPy's stream don't see theirs.
+OWN_STREAM = {"optax, jax.jit"}
+
+GPU = [
+    Contestant("lars_array, CuPy, captured in a graph", cupy_graph, ours=True),
+    Contestant("lars_array, CuPy, nonfinite=propagate", partial(cupy_lars, **UNCHECKED), ours=True),
+    Contestant("lars_array, CuPy, groups of half the L2", partial(cupy_lars, cached=50, **UNCHECKED), ours=True),
+    Contestant(
+        "lars_array, CuPy, groups of a quarter of the L2", partial(cupy_lars, cached=25, **UNCHECKED), ours=True
+    ),
+    Contestant("lars_array, CuPy", cupy_lars, ours=True),
+    Contestant("lars_torch", torch_adapter, ours=True),
+    Contestant(REFERENCE, torch_optimizer, distribution="torch_optimizer", float32_norms=True),
+    Contestant("timm, foreach", timm, "timm", distribution="timm", copies=6, float32_norms=True),
+    Contestant(
+        "timm, torch.compile",
+        partial(timm, compiled=True, foreach=False),
+        "timm",
+        distribution="timm",
+        copies=6,
+        float32_norms=True,
+        most_arrays=200,  # compiling more takes minutes
+    ),
+    Contestant("optax, jax.jit", optax_lars, "optax", distribution="optax", copies=6, most_arrays=1000),
+    Contestant("torch SGD, fused", torch_sgd, "sgd", FLOOR, distribution="torch"),
+]

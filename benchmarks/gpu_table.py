@@ -1,0 +1,82 @@
+"""The document of the GPU suite as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["markdown"]
+
+HEAD = """# One optimizer step on {name}
+
+Compute capability {capability}, {multiprocessors} multiprocessors, {l2:g} MiB of L2 cache, {memory} GiB; CUDA driver
+{driver}, runtime {runtime}. {versions}. Commit {commit}, {date}.
+
+One step over float32 arrays: {options}. Copies on the device move {bandwidth:.0f} GB/s, read and written together: the
+limit is the time that 7 reads and writes an element take at that, which a LARS needs that finds nothing in the cache.
+
+The time of a step is that of the host's clock, from the call until the device is done. The time on the device is that
+between two events behind other work, so that what the host takes to ask for a step does not show, unless it is more
+than 20 ms. Medians over rounds in which all take turns; ratios are of the same round, lower is faster. First steps are
+building the optimizer and three steps, compilation included. The error is that of what the first three steps changed.
+"""
+
+COLUMNS = ["", "to flash's", "step ms", "quartiles ms", "on the device ms", "to the limit", "first steps s", "error"]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Return the table of each case.
+
+    Parameters
+    ----------
+    document : dict
+        As `benchmarks.gpu` has it.
+    """
+    gpu, bandwidth = document["gpu"], document["copy_bytes_per_s"]
+    head = HEAD.format(
+        name=gpu["name"],
+        capability=".".join([gpu["compute_capability"][:-1], gpu["compute_capability"][-1]]),
+        multiprocessors=gpu["multiprocessors"],
+        l2=gpu["l2_mib"],
+        memory=gpu["memory_gib"],
+        driver=gpu["driver"],
+        runtime=gpu["runtime"],
+        versions=", ".join(f"{name} {version}" for name, version in document["versions"].items()),
+        commit=document["commit"],
+        date=document["date"],
+        options=", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in document["options"].items()),
+        bandwidth=bandwidth / 1e9,
+    )
+    return "\n".join([head, *(_case(name, case, bandwidth) for name, case in document["cases"].items())])
+
+
+def _case(name: str, case: dict[str, Any], bandwidth: float) -> str:
+    limit, least = (1e3 * 4 * numbers * case["elements"] / bandwidth for numbers in (7, 5))
+    lines = [
+        f"## {name}: {case['title']}, {case['arrays']:,} arrays, {case['elements']:,} parameters",
+        "",
+        f"{case['rounds']} rounds, {'interleaved' if case['interleaved'] else 'one contestant after the other'}. "
+        f"Limit {limit:.3f} ms; with 5 reads and writes an element {least:.3f} ms.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|---|{'---:|' * (len(COLUMNS) - 1)}",
+    ]
+    rows = sorted(case["contestants"].values(), key=lambda row: row["host"]["median_ms"])
+    lines += [f"| {' | '.join(_cells(row, limit))} |" for row in rows]
+    for what in ("skipped", "failed"):
+        lines += ["", *(f"* {who}: {what}: {reason}" for who, reason in case[what].items())] if case[what] else []
+    return "\n".join([*lines, ""])
+
+
+def _cells(row: dict[str, Any], limit: float) -> list[str]:
+    host, device = row["host"], row["device"]
+    low, high = host["quartiles_ms"]
+    return [
+        row["label"],
+        "" if row["ratio"] is None else f"{row['ratio']['median']:.3f}",
+        f"{host['median_ms']:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        "" if device is None else f"{device['median_ms']:.3f}",
+        "" if device is None else f"{device['median_ms'] / limit:.2f}",
+        f"{row['first_steps_s']:.1f}",
+        "not checked" if row["error"] is None else f"{row['error']:.0e}",
+    ]

@@ -1,0 +1,164 @@
+"""The GPU's benchmark and ``make gpu``, as far as they go without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.__main__ as command
+from benchmarks import gpu, gpu_contestants, gpu_table
+from benchmarks.cases import Case
+from benchmarks.contestant import OPTIONS, Contestant, UnavailableError
+from benchmarks.gpu_device import Gpu
+
+ROOT = Path(__file__).parents[1]
+SMALL = Case("small", lambda: [(7, 3), (5,), (40, 40)], rounds=3)
+
+
+class NoGpu:
+    """Tells made-up times: the host takes a millisecond for each step, the device half of one."""
+
+    def facts(self) -> dict[str, Any]:
+        facts = {
+            "name": "NVIDIA Made-Up 9000 (80 GB)",
+            "compute_capability": "90",
+            "multiprocessors": 1,
+            "l2_mib": 50.0,
+        }
+        return facts | {"memory_gib": 80, "driver": 13000, "runtime": 12090}
+
+    def free_bytes(self) -> int:
+        return 10**9
+
+    def copy_bandwidth(self) -> float:
+        return 1e9
+
+    def give_back(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def timed(self, step: Callable[[], object], *, ahead: bool) -> tuple[float, float]:
+        step()
+        return 1e-3, 5e-4
+
+
+def on_the_cpu(params: list[Any], grads: list[Any], *, wrong: bool = False) -> Any:
+    from torch_optimizer import LARS
+
+    options = OPTIONS | ({"trust_coefficient": 0.5} if wrong else {})
+    return gpu_contestants.torch_run(params, grads, lambda tensors: LARS(tensors, **options), device="cpu")
+
+
+def absent(params: list[Any], grads: list[Any]) -> Any:
+    raise UnavailableError("it is not here")
+
+
+HERE = [
+    Contestant(gpu_contestants.REFERENCE, on_the_cpu, float32_norms=True),
+    Contestant("wrong", partial(on_the_cpu, wrong=True)),
+    Contestant("absent", absent),
+    Contestant("compiles for hours", absent, most_arrays=2),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*add_.*:UserWarning")  # torch_optimizer uses a signature of torch that is old
+def test_who_is_right_is_timed_and_all_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "GPU", HERE)
+    monkeypatch.setattr(gpu, "CASES", {"small": SMALL})
+    assert gpu.main(None, None, None, tmp_path, NoGpu()) == 1, "one has failed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu-nvidia-made-up-9000-80-gb.json",
+        "gpu-nvidia-made-up-9000-80-gb.md",
+    ]
+    document = json.loads((tmp_path / "gpu-nvidia-made-up-9000-80-gb.json").read_text())
+    case = document["cases"]["small"]
+    assert list(case["contestants"]) == [gpu_contestants.REFERENCE]
+    row = case["contestants"][gpu_contestants.REFERENCE]
+    assert (row["host"]["median_ms"], row["device"]["median_ms"], row["ratio"]["median"]) == (1.0, 0.5, 1.0)
+    assert row["error"] < 1e-4
+    assert case["skipped"] == {
+        "absent": "it is not here",
+        "compiles for hours": "compiling 3 arrays takes too long; the most is 2",
+    }
+    assert case["failed"]["wrong"].startswith("WrongArithmeticError")
+    table = capsys.readouterr().out
+    assert "NVIDIA Made-Up 9000" in table
+    limit = 1e3 * 7 * 4 * (21 + 5 + 1600) / 1e9
+    assert f"| {0.5 / limit:.2f} |" in table
+    assert table.strip() == gpu_table.markdown(document).strip()
+
+
+def test_one_after_the_other_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NoGpu, "free_bytes", lambda self: 40_000)
+    case = gpu.measure("small", SMALL, [HERE[0], HERE[0]], 2, NoGpu())
+    assert not case["interleaved"]
+    monkeypatch.setattr(NoGpu, "free_bytes", lambda self: 10)
+    assert gpu.measure("small", SMALL, HERE[:1], 2, NoGpu())["skipped"]
+
+
+def test_cases() -> None:
+    sizes = {name: (len(case.sizes), sum(case.sizes)) for name, case in gpu.CASES.items()}
+    assert sizes == {"resnet50": (161, 25_557_032), "vit-l": (296, 304_326_632), "1b": (201, 1_100_048_384)}
+
+
+def test_names_are_unique() -> None:
+    names = [c.name for c in gpu_contestants.GPU]
+    assert len(set(names)) == len(names)
+    assert {*gpu_contestants.OWN_STREAM, gpu_contestants.REFERENCE} <= set(names)
+
+
+def test_the_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        Gpu()
+    except UnavailableError as error:
+        assert command.main(["gpu"]) == 2
+        assert capsys.readouterr().err == f"nothing can be measured here: {error}\n"
+    assert command.main(["gpu", "--list"]) == 0
+    assert "1b" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["gpu", "--case", "tiny"])
+    assert "case must be one of resnet50, vit-l, 1b; got 'tiny'" in capsys.readouterr().err
+
+
+def on_a_gpu(*arguments: str) -> Any:
+    command = [sys.executable, "tests/on_a_gpu.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_make_gpu_says_what_is_missing() -> None:
+    done = on_a_gpu("everything")
+    assert (done.returncode, done.stderr) == (2, "parts are tests, sanitizers, benchmark; got 'everything'\n")
+    try:
+        import cupy
+    except ImportError:
+        expected = "lacks cupy-cuda12x or cupy-cuda13x"
+    else:
+        if cupy.cuda.is_available():
+            return
+        expected = "there is no CUDA device"
+    done = on_a_gpu("tests")
+    assert done.returncode == 2 and expected in done.stderr
+
+
+def test_files_that_need_a_gpu_are_found_and_need_little_else() -> None:
+    """They are collected where only NumPy, CuPy, pytest and hypothesis are sure to be."""
+    script = (
+        "import sys; sys.path.insert(0, 'tests'); import on_a_gpu, pytest\n"
+        "for name in ('torch', 'jax', 'optax', 'array_api_strict', 'numba', 'ml_dtypes'): sys.modules[name] = None\n"
+        "files = [name for name in on_a_gpu.marked() if name.startswith('tests/test_gpu_')]\n"
+        "assert 'tests/test_gpu_kernel.py' in files, files\n"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', '-p', 'no:cacheprovider', *files]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
