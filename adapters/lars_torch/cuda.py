@@ -17,5 +17,9 @@ def torchs_stream(device: torch.device) -> Iterator[None]:
 
     with torch.cuda.device(device), cupy.cuda.Device(device.index):
         stream = torch.cuda.current_stream(device)
-        with cupy.cuda.ExternalStream(stream.cuda_stream, device.index):
+        if hasattr(cupy.cuda.Stream, "from_external"):  # since CuPy 14, which warns of the other way
+            current = cupy.cuda.Stream.from_external(stream)
+        else:
+            current = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
+        with current:
             yield
