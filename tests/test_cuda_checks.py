@@ -22,7 +22,7 @@ FLOAT32 = ("float32", "float32")
 
 # What stands in cuda.cu, and what a slip would have made of it.
 SLIPS = {
-    "none": ("return all[0];", "return all[0]; "),
+    "none": ("return all[threadIdx.x];", "return all[threadIdx.x]; "),
     "the tail is one short": ("if (k < part.end) add<THIRD>", "if (k + 1 < part.end) add<THIRD>"),
     "the tail is left out of apply": ("if (k < part.end) {", "if (false) {"),
     "pieces begin one pack late": (
