@@ -15,6 +15,7 @@ flash's, stands here; `lars_array.rules` holds the others and `lars_array.blocks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -25,6 +26,7 @@ from lars_array.dtypes import accumulation_dtype, compute_dtype, real_parts
 from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
 from lars_array.nonfinite import finite, largest, refuse_nonfinite
 from lars_array.registry import Rule, evaluate, register, resolve
+from lars_array.rows import stack_of, together
 
 __all__ = [
     "Plan",
@@ -37,6 +39,7 @@ __all__ = [
     "flash",
     "gradient_factor",
     "lars_step",
+    "over_slices",
     "plan",
     "prepare",
     "prepare_from",
@@ -55,6 +58,7 @@ def sums(
     operand: Operand | None = None,
     *,
     xp: Namespace,
+    leads: Sequence[tuple[int, ...]] | None = None,
 ) -> Array:
     r"""First stage: three sums of squares a layer.
 
@@ -66,6 +70,8 @@ def sums(
         The weights of the third sum; h may be None. Without them it repeats the second.
     xp : Array API namespace
         Namespace of the arrays.
+    leads : sequence of tuple of int, optional
+        An entry that isn't () says that the slices along these leading axes are layers, and have a row each.
 
     Returns
     -------
@@ -75,18 +81,33 @@ def sums(
         float32, float16 or bfloat16 number is exact, and no sum of them overflows.
     """
     wide = accumulation_dtype(xp)
-    rows = []
-    for i, (p, g, v) in enumerate(zip(params, grads, buffers, strict=True)):
+    tables: list[Array] = []
+    row = 0
+    for p, g, v, lead in zip(params, grads, buffers, leads or [()] * len(params), strict=True):
+        rows = row if not lead else slice(row, row + prod(lead))
         p_parts, g_parts = real_parts(p, wide, xp), real_parts(g, wide, xp)
         d_parts = g_parts
         if operand is not None:
-            gamma, w, h = operand
-            d_parts = [gamma[i] * g_part + w[i] * p_part for g_part, p_part in zip(g_parts, p_parts)]
+            gamma, w, h = (None if x is None else over_slices(x[rows], lead, p.ndim, xp) for x in operand)
+            d_parts = [gamma * g_part + w * p_part for g_part, p_part in zip(g_parts, p_parts)]
             if h is not None and v is not None:
                 v_parts = real_parts(v, wide, xp)
-                d_parts = [d_part + h[i] * v_part for d_part, v_part in zip(d_parts, v_parts)]
-        rows.append(xp.stack([sum(xp.sum(part * part) for part in parts) for parts in (p_parts, g_parts, d_parts)]))
-    return xp.stack(rows)
+                d_parts = [d_part + h * v_part for d_part, v_part in zip(d_parts, v_parts)]
+        squares = [sum(_sum_of_squares(part, lead, xp) for part in parts) for parts in (p_parts, g_parts, d_parts)]
+        tables.append(xp.reshape(xp.stack(squares, axis=-1), (-1, 3)) if leads else xp.stack(squares))
+        row += prod(lead)
+    return xp.concat(tables, axis=0) if leads else xp.stack(tables)
+
+
+def over_slices(x: Array, lead: tuple[int, ...], ndim: int, xp: Namespace) -> Array:
+    """Return one number for each slice along leading axes in a shape that goes with arrays of `ndim` axes."""
+    return xp.reshape(x, (*lead, *[1] * (ndim - len(lead)))) if lead else x
+
+
+def _sum_of_squares(x: Array, lead: tuple[int, ...], xp: Namespace) -> Array:
+    if not lead:
+        return xp.sum(x * x)
+    return xp.sum(x * x, axis=tuple(range(len(lead), x.ndim))) if x.ndim > len(lead) else x * x
 
 
 def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *, xp: Namespace) -> Array:
@@ -168,8 +189,8 @@ def displacement(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace
         :math:`d = p - p'`, of the dtype that p is computed in, and what `apply` returns beside p'.
     """
     kind = compute_dtype(p, xp)
-    c = xp.astype(c, kind, copy=False)
-    m, alpha, beta, kappa, lam, mu = (c[i] for i in range(6))
+    c, lead = xp.astype(c, kind, copy=False), tuple(c.shape[:-1])
+    m, alpha, beta, kappa, lam, mu = (over_slices(c[..., i], lead, p.ndim, xp) for i in range(6))
     wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
     if v is None:
         return of_dtype(difference_without_buffer(wide_p, wide_g, alpha, beta, kappa, lam, mu), kind, xp), None
@@ -186,8 +207,8 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
         Parameters and gradient; not modified. Half precision is computed on in float32.
     v : array or None
         Momentum buffer, of the shape of p and the dtype computed in; not modified. None where none is kept.
-    c : array of shape (6,)
-        The layer's row of the coefficients.
+    c : array of shape (6,), or (\*lead, 6)
+        The layer's row of the coefficients; or a row for each slice of p along leading axes.
     xp : Array API namespace
         Namespace of the arrays.
 
@@ -329,7 +350,13 @@ def prepare_from(
     return Prepared(hyper, rules, gamma, operand, clips)
 
 
-def plan(prepared: Prepared, measure: Callable[[Operand | None], Array], *, xp: Namespace) -> Plan:
+def plan(
+    prepared: Prepared,
+    measure: Callable[[Operand | None], Array],
+    *,
+    xp: Namespace,
+    joined: Sequence[Sequence[int]] = (),
+) -> Plan:
     """First and second stage, whoever visits memory.
 
     Parameters
@@ -340,6 +367,8 @@ def plan(prepared: Prepared, measure: Callable[[Operand | None], Array], *, xp: 
         ``measure(operand) -> S``: the first stage over all layers, as `sums` does it.
     xp : Array API namespace
         Namespace of the arrays.
+    joined : sequence of sequences of int
+        Rows that are one layer, and have its sums.
 
     Returns
     -------
@@ -354,6 +383,7 @@ def plan(prepared: Prepared, measure: Callable[[Operand | None], Array], *, xp: 
             # A second look at memory: the third sum is over clipped gradients, and how much they are clipped is known
             # only now.
             S = measure(_operand(hyper, rules, gamma, xp))
+    S = together(S, joined, xp=xp)
     return Plan(S, gamma, coefficients(S, hyper, rules, gamma, xp=xp), hyper, rules)
 
 
@@ -394,7 +424,7 @@ def lars_step(
         `NonFiniteError`, which reads a value and so cannot be traced.
     **options
         The other options of `LARS`: rule, trust_clip, trust_bounds, always_adapt, adapt, maximize, rescale_grad,
-        max_grad_norm.
+        max_grad_norm, layer_axes.
 
     Returns
     -------
@@ -431,16 +461,18 @@ def lars_step(
         buffer = None
     elif v is None:
         buffer = xp.zeros_like(p, dtype=compute_dtype(p, xp))
-    before = [group["lr"] if previous_lr is None else previous_lr]
+    before = group["lr"] if previous_lr is None else previous_lr
+    stack = stack_of("p", p, group["layer_axes"], 0)
 
     def measure(operand: Operand | None) -> Array:
-        return sums([p], [g], [buffer], operand, xp=xp)
+        return sums([p], [g], [buffer], operand, xp=xp, leads=[stack.lead])
 
-    prepared = prepare([group], [0], first=[v is None], previous_lr=before, like=p, xp=xp)
+    first = [v is None] * stack.rows
+    prepared = prepare([group], [0] * stack.rows, first=first, previous_lr=[before] * stack.rows, like=p, xp=xp)
     step = plan(prepared, measure, xp=xp)
-    new_p, new_v = apply(p, g, buffer, step.C[0, :], xp=xp)
+    new_p, new_v = apply(p, g, buffer, stack.coefficients(step.C, xp=xp), xp=xp)
     if nonfinite != "propagate":
-        ok = finite(step.S, step.C, largest([p], like=p, xp=xp), xp=xp)[0]
+        ok = xp.all(finite(step.S, step.C, largest([p], like=p, xp=xp), xp=xp))
         if nonfinite == "raise" and not bool(ok):
             refuse_nonfinite("p", p, g, xp=xp)
         new_p, new_v = xp.where(ok, new_p, p), None if buffer is None else xp.where(ok, new_v, buffer)

@@ -180,7 +180,7 @@ class DistantLayers(Layers):
 
     def _enqueued(self, groups: Any, grads: Any, found_inf: Any) -> Taken | None:
         """Have the kernel do all that it can do by itself."""
-        if not hasattr(self._kernel, "enqueue"):
+        if self.joined or not hasattr(self._kernel, "enqueue"):
             return None
         rules = [resolve(group["rule"]) for group in groups]
         request = Request(
@@ -210,7 +210,11 @@ class DistantLayers(Layers):
     def _by_stages(self, groups: Any, grads: Any, verdict: Any = None) -> Taken:
         hyper = self._table.vectors(self._group, self.first, self.previous_lr)
         prepared = prepare_from(hyper, groups, self.group_of, xp=self.xp)
-        planned = plan(prepared, lambda operand: self._kernel.sums(grads, operand), xp=self.xp)
+
+        def measure(operand: Any) -> Any:
+            return self._kernel.sums(grads, operand)
+
+        planned = plan(prepared, measure, xp=self.xp, joined=self.joined)
         written = self._decide(planned, verdict)
         self._kernel.apply(grads, planned.C, written)
         first, previous_lr = self.first & ~self._kept, hyper.lr

@@ -14,6 +14,7 @@ from lars_array.gradients import given_order, match_gradients
 from lars_array.hyper import at_step, needs_buffer
 from lars_array.nonfinite import finite, largest, refuse_nonfinite
 from lars_array.parameters import Layout, read_parameters
+from lars_array.rows import joined_rows, labels_of, row_labels, stacks_of
 
 __all__ = ["State", "init", "update"]
 
@@ -69,7 +70,9 @@ def init(params: Any) -> State:
     )
 
 
-def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = None, **hyper: Any) -> tuple[Any, State]:
+def update(
+    params: Any, grads: Any, state: State, *, nonfinite: str | None = None, layer_of: Any = None, **hyper: Any
+) -> tuple[Any, State]:
     """Return the parameters and the state after a step, as new arrays.
 
     Parameters
@@ -82,6 +85,8 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
         From `init` or `update`; not modified.
     nonfinite : {"raise", "skip", "propagate"}, optional
         As for `LARS`. By default "raise", but where values are traced and nothing can be raised, "propagate".
+    layer_of : mapping or callable, optional
+        As for `LARS`.
     **hyper
         The arguments of `LARS`, `lr` among them; numbers may be arrays of shape (), traced ones too. `lr` may be a
         function of the step.
@@ -124,30 +129,37 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
     group_of_layer = [k for k, group in enumerate(layout.groups) for _ in group.names]
     group_of = [group_of_layer[i] for i in layers]
     keeps = [needs_buffer(groups[k]) for k in group_of]
+    own, labels = [names[i] for i in layers], labels_of(layer_of, names)
+    stacks = stacks_of(own, [arrays[i] for i in layers], [groups[k]["layer_axes"] for k in group_of])
+    joined = joined_rows(row_labels([labels[i] for i in layers], stacks))
+    owner = [k for k, stack in enumerate(stacks) for _ in range(stack.rows)]
+    leads = [stack.lead for stack in stacks] if len(owner) > len(stacks) else None
     chosen, grads = [arrays[i] for i in layers], [gradients[i] for i in layers]
     buffers = [state.momentum_buffers[names[i]] if keep else None for i, keep in zip(layers, keeps, strict=True)]
     # By name, since jax.jit hands out a mapping in the order of its keys.
     ranked = sorted(range(len(names)), key=names.__getitem__)
     rank = {i: r for r, i in enumerate(ranked)}
-    index = asarray([rank[i] for i in layers], like=like, xp=xp)
+    index = asarray([rank[layers[k]] for k in owner], like=like, xp=xp)
 
     def measure(operand: Any) -> Any:
-        return sums(chosen, grads, buffers, operand, xp=xp)
+        return sums(chosen, grads, buffers, operand, xp=xp, leads=leads)
 
     with np.errstate(all="ignore"):  # what is not finite is dealt with by name
         first, previous_lr = xp.take(state.first, index), xp.take(state.previous_lr, index)
-        prepared = prepare(groups, group_of, first=first, previous_lr=previous_lr, like=like, xp=xp)
-        step = plan(prepared, measure, xp=xp)
+        of_rows = [group_of[k] for k in owner]
+        prepared = prepare(groups, of_rows, first=first, previous_lr=previous_lr, like=like, xp=xp)
+        step = plan(prepared, measure, xp=xp, joined=joined)
         results = [
-            apply(p, g, v, step.C[row, :], xp=xp)
-            for row, (p, g, v) in enumerate(zip(chosen, grads, buffers, strict=True))
+            apply(p, g, v, stack.coefficients(step.C, xp=xp), xp=xp)
+            for stack, p, g, v in zip(stacks, chosen, grads, buffers, strict=True)
         ]
 
-    policies = [groups[k]["nonfinite"] for k in group_of]
-    ok = finite(step.S, step.C, largest(chosen, like=like, xp=xp), xp=xp)
+    policies = [groups[k]["nonfinite"] for k in of_rows]
+    ok = finite(step.S, step.C, largest([chosen[k] for k in owner], like=like, xp=xp), xp=xp)
     ok = ok | asarray([p == "propagate" for p in policies], like=like, xp=xp)
     if "raise" in policies:
-        _refuse(ok, policies, [names[i] for i in layers], chosen, grads, explicit=nonfinite is not None, xp=xp)
+        spread = ([x[k] for k in owner] for x in (own, chosen, grads))
+        _refuse(ok, policies, *spread, explicit=nonfinite is not None, xp=xp)
     taken = xp.all(ok) if "skip" in policies else None
 
     def chosen_of(new: Any, old: Any) -> Any:
@@ -159,10 +171,10 @@ def update(params: Any, grads: Any, state: State, *, nonfinite: str | None = Non
         if new_v is not None:
             new_buffers[names[i]] = chosen_of(new_v, state.momentum_buffers[names[i]])
     # Back from the layers that have gradients to all of them.
-    row_of = {i: row for row, i in enumerate(layers)}
-    row = asarray([row_of.get(i, 0) for i in ranked], like=like, xp=xp)
-    kept = asarray([i in row_of and keeps[row_of[i]] for i in ranked], like=like, xp=xp)
-    stepped = asarray([i in row_of for i in ranked], like=like, xp=xp)
+    place = {i: k for k, i in enumerate(layers)}
+    row = asarray([stacks[place.get(i, 0)].start for i in ranked], like=like, xp=xp)
+    kept = asarray([i in place and keeps[place[i]] for i in ranked], like=like, xp=xp)
+    stepped = asarray([i in place for i in ranked], like=like, xp=xp)
     lr_of = xp.where(stepped, xp.take(step.hyper.lr, row), state.previous_lr)
     new_state = State(
         step=chosen_of(state.step + 1, state.step),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite, isnan
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "rescale_grad": 1.0,
     "max_grad_norm": None,
     "nonfinite": "raise",
+    "layer_axes": 0,
 }
 
 NONFINITE = ("raise", "skip", "propagate")
@@ -142,6 +143,11 @@ def check(group: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be True or False; got {group[name]!r}")
     if group["nonfinite"] not in NONFINITE:
         raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}; got {group['nonfinite']!r}")
+    axes = group["layer_axes"]
+    if isinstance(axes, bool) or not isinstance(axes, Integral):
+        raise TypeError(f"layer_axes must be an integer; got {axes!r}")
+    if axes < 0:
+        raise ValueError(f"layer_axes must be at least 0; got {axes!r}")
     _check_bounds(group["trust_bounds"])
 
 

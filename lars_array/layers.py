@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from lars_array.gradients import Fit
 from lars_array.hyper import needs_buffer
 from lars_array.memory import Spans
 from lars_array.nonfinite import finite, largest, refuse_nonfinite
+from lars_array.rows import joined_rows
 
 __all__ = ["Layers", "Taken"]
 
@@ -53,6 +54,8 @@ class Layers:
         The group of each.
     previous_lr : list of float
         The learning rate of its last step.
+    labels : list
+        Those of one label are one layer, of which each has the sums; None is a layer by itself.
     kernel : type
         One of `lars_array.kernels`.
     """
@@ -65,11 +68,13 @@ class Layers:
         buffers: list[Any],
         group_of: list[int],
         previous_lr: list[float],
+        labels: list[Hashable],
         *,
         kernel: Any,
     ) -> None:
         self.index, self.names, self.params, self.buffers, self.group_of = index, names, params, buffers, group_of
         self.place, self.group = np.array(index), np.array(group_of)
+        self.joined = joined_rows(labels)
         self.has_new_buffers = False  # since the last step
         self.xp = array_namespace(params[0])
         for name, p, v in zip(names, params, buffers):
@@ -142,7 +147,7 @@ class Layers:
 
     def _without_asking(self, groups: Any, grads: Any, *, write: bool) -> Taken | None:
         """Let the kernel do all that it can do by itself."""
-        if not hasattr(self._kernel, "take"):
+        if self.joined or not hasattr(self._kernel, "take"):
             return None
         prepared = self._prepared(groups, self._kinds)
         found = self._kernel.take(grads, prepared, self._kind_of, write=write)
@@ -153,7 +158,11 @@ class Layers:
 
     def _by_stages(self, groups: Any, grads: Any) -> Taken:
         prepared = self._prepared(groups, [self._kinds[kind] for kind in self._kind_of.tolist()])
-        return Taken(self.names, plan(prepared, lambda operand: self._kernel.sums(grads, operand), xp=self.xp), None)
+
+        def measure(operand: Any) -> Any:
+            return self._kernel.sums(grads, operand)
+
+        return Taken(self.names, plan(prepared, measure, xp=self.xp, joined=self.joined), None)
 
     def _prepared(self, groups: Any, rows: Sequence[tuple[int, bool, float]]) -> Any:
         group_of, first, previous_lr = (list(column) for column in zip(*rows, strict=True))
@@ -165,6 +174,8 @@ class Layers:
         if bool(self.xp.all(ok)):
             return False
         offenders = [i for i, k in enumerate(self._kind_of) if policies[k] != "propagate" and not bool(ok[i])]
+        if self.joined:  # what is not finite of another part of a layer shows in its sums
+            offenders.sort(key=lambda i: all(bool(self.xp.all(self.xp.isfinite(x[i]))) for x in (grads, self.params)))
         for i in offenders:
             if policies[self._kind_of[i]] == "raise":
                 refuse_nonfinite(self.names[i], self.params[i], grads[i], xp=self.xp)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from lars_array.layers import Layers, Taken
 from lars_array.memory import Spans, check_writable
 from lars_array.parameters import read_parameters
 from lars_array.registry import Rule
+from lars_array.rows import LayerOf, Stack, labels_of, row_labels, stack_of
+from lars_array.stacks import sliced_gradients, whole
 from lars_array.telemetry import Norms, trust_ratios
 
 __all__ = ["LARS", "required"]
@@ -88,6 +90,12 @@ class LARS:
         it, and nothing is changed; nothing is changed and `skipped_steps` counts it; or nothing at all. Momentum
         buffers are not looked at. Parameters on a device are waited for by nobody: there "raise" leaves out the step
         as "skip" does, and the error comes with the first later call that finds the news arrived, see `synchronize`.
+    layer_axes : int
+        How many leading axes of a parameter say which layer it is, 0 by default: with 1 each ``p[i]`` is a layer with
+        norms of its own, as in the stacked parameters of scanned layers or of experts. Not to be changed later.
+    layer_of : mapping or callable, optional
+        Which layer a parameter is a part of, by name: those of one label, a string say, are one layer, of which norms
+        are taken over all its parts. None: the parameter is a layer by itself. For all groups together.
     kernel : str, optional
         "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable"; by default
         what the environment variable LARS_ARRAY_KERNEL says, else the first of them that takes the parameters.
@@ -148,6 +156,8 @@ class LARS:
         rescale_grad: float = 1.0,
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
+        layer_axes: int = 0,
+        layer_of: LayerOf = None,
         kernel: str | None = None,
     ) -> None:
         self.defaults = {
@@ -167,14 +177,23 @@ class LARS:
             "rescale_grad": rescale_grad,
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
+            "layer_axes": layer_axes,
         }
         _at_step(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         self.steps = 0
         self.skipped_steps = 0
         self.param_groups: list[dict[str, Any]] = []
+        self._layer_of = layer_of
+        self._stacks: list[Stack] = []
+        self._given: list[str] = []  # the parameters' names
+        self._axes: list[int] = []
+        self._wholes: dict[int, Any] = {}
+        self._stacked = False  # whether rows are others than the parameters
+        # Of each row, which is a parameter or a slice of one:
         self._names: list[str] = []
         self._params: list[Any] = []
         self._group_of: list[int] = []
+        self._labels: list[Hashable] = []
         self._buffers: list[Any] = []
         self._previous_lr = np.zeros(0)
         self._all: Sequence[int] = range(0)
@@ -241,13 +260,16 @@ class LARS:
             loss, grads = _loss_and_gradients(closure())
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
-        gradients = match_gradients(grads, self._names, self._order)
+        gradients = match_gradients(grads, self._given, self._order)
+        if self._stacked:
+            gradients = sliced_gradients(self._stacks, gradients)
         index = self._all
         if set(map(type, gradients)) != {np.ndarray}:
             found = [i for i, g in enumerate(gradients) if g is not None]
             gradients = [_detached(gradients[i]) for i in found]
             index = found if len(found) < len(index) else index
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
+        self._check_axes(groups)
         with at_home(self._params[0]):
             taken = self._advance(index, gradients, groups, found_inf)
         if taken:
@@ -275,7 +297,8 @@ class LARS:
         Returns
         -------
         dict of str to Norms
-            By name of parameter, of those that had a gradient. Empty before the first step.
+            By name of parameter, of those that had a gradient; of a stacked one by slice, "w[0]"; of one that is part
+            of a layer, the norms of the layer. Empty before the first step.
         """
         if self._last is None:
             return {}
@@ -335,11 +358,13 @@ class LARS:
             If it does not fit these parameters; then nothing was changed.
         """
         with at_home(self._params[0]):
-            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._params)
+            params = [stack.param for stack in self._stacks]
+            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], params)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
-            group.update(options)
-        self._buffers, self._previous_lr = read.buffers, np.array(read.previous_lr)
+            group.update(options | {"layer_axes": group["layer_axes"]})
+        self._buffers, self._previous_lr = self._of_rows(read.buffers), np.array(self._of_rows(read.previous_lr))
+        self._wholes = {i: v for i, v in enumerate(read.buffers) if self._stacks[i].lead and v is not None}
         self._layers = self._spans = self._whereabouts = None
 
     def state_views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
@@ -356,9 +381,12 @@ class LARS:
             By name of parameter; see `attach_state`.
         """
         if not wait:
-            return {name: {} if v is None else {"momentum_buffer": v} for name, v in zip(self._names, self._buffers)}
+            buffers = self._of_params(self._buffers)
+            return {name: {} if v is None else {"momentum_buffer": v} for name, v in zip(self._given, buffers)}
         state: dict[str, dict[str, Any]] = {}
-        for name, v, previous_lr in zip(self._names, *self._whereabouts_of_all()):
+        buffers, previous_lrs = self._whereabouts_of_all()
+        first_rows = [previous_lrs[stack.start] for stack in self._stacks]
+        for name, v, previous_lr in zip(self._given, self._of_params(buffers), first_rows):
             state[name] = {"previous_lr": previous_lr} | ({} if v is None else {"momentum_buffer": v})
         return state
 
@@ -377,17 +405,20 @@ class LARS:
         """
         self.synchronize()
         buffers, previous_lr = self._whereabouts_of_all()
-        buffers, place = list(buffers), {name: i for i, name in enumerate(self._names)}
+        buffers, wholes = list(buffers), dict(self._wholes)
+        place = {name: i for i, name in enumerate(self._given)}
         for name, own in state.items():
             if name not in place:
-                raise ValueError(f"state must be of parameters named {self._names!r}; got the name {name!r}")
-            buffers[place[name]] = v = own.get("momentum_buffer")
-            previous_lr[place[name]] = float(own.get("previous_lr", 0.0))
+                raise ValueError(f"state must be of parameters named {self._given!r}; got the name {name!r}")
+            stack, v = self._stacks[place[name]], own.get("momentum_buffer")
             if v is not None:
-                check_buffer(name, v, self._params[place[name]])
+                check_buffer(name, v, stack.param)
                 check_writable(f"momentum_buffer of {name}", v)
+            rows = slice(stack.start, stack.start + stack.rows)
+            buffers[rows], wholes[place[name]] = stack.slices(v), v
+            previous_lr[rows] = [float(own.get("previous_lr", 0.0))] * stack.rows
         Spans(self._names, self._params, buffers)
-        self._buffers, self._previous_lr = buffers, np.array(previous_lr)
+        self._buffers, self._previous_lr, self._wholes = buffers, np.array(previous_lr), wholes
         self._layers = self._spans = self._whereabouts = None
 
     def __repr__(self) -> str:
@@ -401,7 +432,7 @@ class LARS:
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
         buffers, previous_lr = self._whereabouts_of_all()
-        known: dict[str, Any] = {"_buffers": buffers, "_previous_lr": np.array(previous_lr)}
+        known: dict[str, Any] = {"_buffers": buffers, "_previous_lr": np.array(previous_lr), "_wholes": {}}
         if self._last is not None:
             known["_last"] = self._last._replace(plan=self._last.planned())
         # Layers and spans hold addresses, and a kernel is what is fastest here: none of them may travel.
@@ -409,11 +440,14 @@ class LARS:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self._stacked:  # slices are no longer views of what they were cut from
+            self._params = [part for stack in self._stacks for part in stack.slices(stack.param)]
+            self._rehome()
         self._kernel = kernels.pick(self._params, self._kernel_name)
 
     def _add(self, params: Any) -> None:
-        layout = read_parameters(params, start=len(self._names))
-        groups, group_of = [], list(self._group_of)
+        layout = read_parameters(params, start=len(self._stacks))
+        groups, group_of, given, stacks = [], list(self._group_of), list(self._given), list(self._stacks)
         names, arrays = list(self._names), list(self._params)
         for number, group in enumerate(layout.groups, len(self.param_groups)):
             options = complete(self.defaults | group.overrides)
@@ -423,15 +457,19 @@ class LARS:
                 )
             _at_step(options, self.steps)
             groups.append({"params": group.arrays, "names": group.names, **options})
-            group_of += [number] * len(group.names)
-            names += group.names
-            arrays += group.arrays
-        repeated = set(self._names) & set(names[len(self._names) :])
+            given += group.names
+            for name, p in zip(group.names, group.arrays):
+                stacks.append(stack_of(name, p, options["layer_axes"], len(names)))
+                names += stacks[-1].names()
+                arrays += stacks[-1].slices(p)
+                group_of += [number] * stacks[-1].rows
+        repeated = set(self._given) & set(given[len(self._given) :])
         if repeated:
             raise ValueError(f"names of parameters must differ; got {min(repeated)!r} twice")
         for name, p in zip(names, arrays):
             check_writable(name, p)
             _check_same_place(p, arrays[0], name, names[0])
+        labels = row_labels(labels_of(self._layer_of, given), stacks)
         Spans(names, arrays)
         self._kernel = kernels.pick(arrays, self._kernel_name)
 
@@ -439,11 +477,40 @@ class LARS:
         self._settle()
         added = len(names) - len(self._names)
         self.param_groups += groups
-        self._names, self._params, self._group_of = names, arrays, group_of
+        self._axes += [group["layer_axes"] for group in groups]
+        self._names, self._params, self._group_of, self._labels = names, arrays, group_of, labels
+        self._given, self._stacks, self._stacked = given, stacks, len(stacks) < len(names)
         self._buffers += [None] * added
         self._previous_lr = np.concatenate([self._previous_lr, np.zeros(added)])
         self._all = range(len(names))
-        self._order = given_order(names)
+        self._order = given_order(given)
+        self._layers = self._spans = None
+
+    def _check_axes(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        for number, (group, known) in enumerate(zip(groups, self._axes)):
+            if group["layer_axes"] != known:
+                rule = f"layer_axes of parameter group {number} must stay what it was, {known!r}"
+                raise ValueError(f"{rule}; got {group['layer_axes']!r}")
+
+    def _of_rows(self, values: Sequence[Any]) -> list[Any]:
+        """Return what stands for each row from what stands for each parameter: slices of arrays, numbers repeated."""
+        pairs = zip(self._stacks, values, strict=True)
+        return [x for stack, y in pairs for x in ([y] * stack.rows if isinstance(y, float) else stack.slices(y))]
+
+    def _of_params(self, values: Sequence[Any]) -> list[Any]:
+        """Return the momentum buffers of parameters from those of rows."""
+        if not self._stacked:
+            return list(values)
+        firsts = [values[stack.start] for stack in self._stacks]
+        return [None if v is None else self._wholes.get(i, v) for i, v in enumerate(firsts)]
+
+    def _rehome(self) -> None:
+        """Put buffers of slices that lie anywhere into one array for each parameter."""
+        for i, stack in enumerate(self._stacks):
+            rows = slice(stack.start, stack.start + stack.rows)
+            if stack.lead and self._wholes.get(i) is None and self._buffers[stack.start] is not None:
+                self._wholes[i] = whole(stack, self._buffers[rows])
+                self._buffers[rows] = stack.slices(self._wholes[i])
         self._layers = self._spans = None
 
     def _hear(self, *, wait: bool = False) -> None:
@@ -488,6 +555,7 @@ class LARS:
         if self._layers is None or self._layers.index != index:
             self._bring_together()
             lists: Any = (self._names, self._params, self._buffers, self._group_of, self._previous_lr.tolist())
+            lists += (self._labels,)
             if index != self._all:
                 lists = ([x[i] for i in index] for x in lists)
             if is_distant(self._params[0]):
@@ -506,6 +574,9 @@ class LARS:
             for i, v in zip(index, layers.buffers):
                 self._buffers[i] = v
             self._spans = None
+            if self._stacked:
+                self._bring_together()
+                self._rehome()
         if self._whereabouts is not None:
             return True
         self._previous_lr[layers.place] = np.array([group["lr"] for group in groups])[layers.group]

@@ -52,6 +52,8 @@ def test_the_options_that_flash_does_not_have_go_by_name() -> None:
         "rescale_grad": 1.0,
         "max_grad_norm": None,
         "nonfinite": "raise",
+        "layer_axes": 0,
+        "layer_of": None,
         "kernel": None,
     }
     assert [*inspect.signature(LARS.step).parameters] == ["self", "grads", "closure", "found_inf"]
@@ -84,6 +86,7 @@ def test_every_argument_stands_in_the_group_and_in_the_defaults() -> None:
         "rescale_grad": 0.7,
         "max_grad_norm": 0.8,
         "nonfinite": "skip",
+        "layer_axes": 1,
     }
     p = np.ones(2)
     optimizer = LARS({"p": p}, **given, kernel="portable")

@@ -34,6 +34,7 @@ ALL_OPTIONS = {
     "rescale_grad": 1.0,
     "max_grad_norm": None,
     "nonfinite": "raise",
+    "layer_axes": 0,
 }
 
 

@@ -67,6 +67,8 @@ class LARS(Optimizer):
         What is done about a layer whose parameters, gradient or coefficients are not finite: nothing, as in torch;
         `lars_array.NonFiniteError`, and nothing is changed; or nothing is changed and `skipped_steps` counts it. On a
         device that is not waited for: see `lars_array.LARS`.
+    layer_axes : int
+        How many leading axes of a parameter say which layer it is, as in `lars_array.LARS`; not to be changed later.
     differentiable : bool
         Whether a step is recorded by autograd. Then steps run on torch's own functions.
     foreach, fused, capturable : bool, optional
@@ -132,6 +134,7 @@ class LARS(Optimizer):
         rescale_grad: float = 1.0,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
+        layer_axes: int = 0,
         differentiable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -155,6 +158,7 @@ class LARS(Optimizer):
             "rescale_grad": rescale_grad,
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
+            "layer_axes": layer_axes,
             "differentiable": differentiable,
         }
         check_group(defaults | ({"lr": 0.0} if lr is required else {}))

@@ -1,0 +1,41 @@
+"""What `LARS` does for stacked parameters: to all but their owner, each slice is a parameter of its own.
+
+What is kept of the slices lies together, in one array of the parameter's shape, of which each has a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from lars_array.arrays import check_gradient
+from lars_array.buffers import new_buffers
+from lars_array.rows import Stack
+
+__all__ = ["sliced_gradients", "whole"]
+
+
+def sliced_gradients(stacks: Sequence[Stack], grads: Sequence[Any]) -> list[Any]:
+    """Return the gradients of all rows from those of the parameters, which are checked where they are cut up.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a gradient does not fit its parameter.
+    """
+    found: list[Any] = []
+    for stack, g in zip(stacks, grads, strict=True):
+        if stack.lead and g is not None:
+            check_gradient(stack.name, g, stack.param)
+        found += stack.slices(g)
+    return found
+
+
+def whole(stack: Stack, parts: Sequence[Any]) -> Any:
+    """Return one new array of the parameter's shape with what is kept of its slices."""
+    (together,) = new_buffers([stack.param], array_namespace(stack.param))
+    for mine, part in zip(stack.slices(together), parts, strict=True):
+        mine[...] = part
+    return together
