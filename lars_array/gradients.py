@@ -7,7 +7,6 @@ from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
-from array_api_compat import device
 
 from lars_array.arrays import check_gradient
 from lars_array.memory import Spans, check_writable, one_of_each
@@ -16,6 +15,7 @@ from lars_array.parameters import Position, is_pair, listed
 __all__ = ["Fit", "given_order", "match_gradients"]
 
 _DTYPE, _SHAPE, _DENSE = attrgetter("dtype"), attrgetter("shape"), attrgetter("flags.forc")
+_DEVICE = attrgetter("device")
 _SIZE, _WRITEABLE, _STRIDES = attrgetter("nbytes"), attrgetter("flags.writeable"), attrgetter("strides")
 
 
@@ -165,5 +165,5 @@ class Fit:
         return clear
 
     def _are_in_one_place(self, grads: Sequence[Any]) -> bool:
-        place = device(self.params[0])
-        return all(device(g) == place for g in grads)
+        place = self.params[0].device
+        return all(map(place.__eq__, map(_DEVICE, grads)))

@@ -153,7 +153,6 @@ class Kernel(cuda.Kernel):
         return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
 
 
-
 @contextlib.contextmanager
 def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
     """Have `FarArray`s taken for arrays on a device, by the CUDA kernel and its host code."""
@@ -214,7 +213,7 @@ class Device:
             if isinstance(x, np.ndarray)
             else ctypes.c_void_p(int(x))
             if isinstance(x, np.uint64)
-            else ctypes.c_int(x)
+            else ctypes.c_int(int(x))
             for x in arguments
         ]
         getattr(self.library, f"launch_{name}")(blocks, self.order, *values)
