@@ -180,7 +180,7 @@ class DistantLayers(Layers):
 
     def _enqueued(self, groups: Any, grads: Any, found_inf: Any) -> Taken | None:
         """Have the kernel do all that it can do by itself."""
-        if self.joined or not hasattr(self._kernel, "enqueue"):
+        if not hasattr(self._kernel, "enqueue"):
             return None
         rules = [resolve(group["rule"]) for group in groups]
         request = Request(
@@ -190,6 +190,7 @@ class DistantLayers(Layers):
             self._group_of_layers,
             self.index,
             self._keeps_of_layers,
+            self.joined,
             self._table.array,
             self.first,
             self.previous_lr,

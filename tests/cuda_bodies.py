@@ -194,6 +194,34 @@ def ten_thousand_small_arrays(place: Place) -> None:
     np.testing.assert_allclose(place.get(together), np.stack(here), rtol=1e-6)
 
 
+def slices_and_parts_of_layers(place: Place) -> None:
+    """A stacked parameter, and two parameters that are one layer, in the three launches of any model."""
+    rng = np.random.default_rng(0)
+    shapes = {"stack": (3, 40, 7), "weight": (90, 11), "other": (5,), "bias": (90,)}
+
+    def arrays(scale: float) -> dict[str, Any]:
+        return {name: (scale * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+    for rule in ("flash", "optax"):
+        here = arrays(1.0)
+        there = {name: place.put(p) for name, p in here.items()}
+        both = []
+        for params, options in ((there, {}), (here, {"kernel": "portable"})):
+            groups = [{"params": {"stack": params["stack"]}, "layer_axes": 1}]
+            groups.append({"params": {name: p for name, p in params.items() if name != "stack"}})
+            layer_of = {"weight": "dense", "bias": "dense"}
+            both.append(LARS(groups, **HYPER, rule=rule, layer_of=layer_of, max_grad_norm=20.0, **options))
+        for _ in range(3):
+            grads = arrays(0.3)
+            both[0].step({name: place.put(g) for name, g in grads.items()})
+            both[1].step(grads)
+        for name, p in here.items():
+            np.testing.assert_allclose(place.get(there[name]), p, rtol=1e-5, atol=1e-7)
+        ours, theirs = (optimizer.trust_ratios() for optimizer in both)
+        assert ours.keys() == theirs.keys() and ours["weight"] == ours["bias"] != ours["other"]
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-6)
+
+
 def state_goes_from_here_to_there(place: Place) -> None:
     """A checkpoint is arrays: what NumPy has saved is loaded after its buffers were brought over."""
     here = model(0)
@@ -220,6 +248,7 @@ BODIES = [
     nothing_is_written_where_something_is_not_finite,
     hyper_parameters_may_lie_there,
     layers_may_lie_otherwise,
+    slices_and_parts_of_layers,
     ten_thousand_small_arrays,
     state_goes_from_here_to_there,
 ]

@@ -136,6 +136,7 @@ def test_kernels_are_compiled_once_and_launched_with_what_they_take(cupy: Any, t
         [0] * 3,
         range(3),
         [True] * 3,
+        [],
         table.array.view(Array),
         array([True] * 3),
         array([0.0] * 3),

@@ -105,6 +105,24 @@ def test_what_is_launched(device: Any, options: dict[str, Any], expected: list[s
     assert names(device) == expected
 
 
+def test_parts_of_layers_cost_no_launch(device: Any) -> None:
+    """But those of several types are left to arrays."""
+    grads = numbers(1)
+    optimizer = LARS({str(i): p for i, p in enumerate(numbers(0))}, **HYPER, layer_of={"0": "a", "2": "a"})
+    optimizer.step(grads)
+    names(device)
+    optimizer.step(grads)
+    assert names(device) == THREE
+    assert optimizer.norms()["0"] == optimizer.norms()["2"] != optimizer.norms()["3"]
+    params = {"0": far(np.ones(3)), "1": far(np.ones(5, np.float32))}
+    here = {name: np.asarray(p).copy() for name, p in params.items()}
+    for _ in range(2):
+        LARS(params, **HYPER, layer_of=lambda name: "all").step([p * 0.5 for p in params.values()])
+        LARS(here, **HYPER, layer_of=lambda name: "all", kernel="portable").step([p * 0.5 for p in here.values()])
+    for name, p in here.items():
+        np.testing.assert_allclose(np.asarray(params[name]), p, rtol=1e-6)
+
+
 def test_groups_and_schedules_cost_no_launch(device: Any) -> None:
     params = numbers(0)
     groups = [{"params": params[:2], "rule": "timm", "lr": lambda t: 0.1 / (t + 1)}, {"params": params[2:]}]

@@ -52,6 +52,7 @@ class Kernel:
         self._places: Any = None  # and their addresses
         self._cached = int(os.environ.get("LARS_ARRAY_CUDA_CACHE") or 0)
         self._model = np.zeros(1, MODEL)
+        self._joined: Sequence[Sequence[int]] = []
         self._sized: Any = None
         self._asked: Any = None
         self._layers: list[int] = []
@@ -76,7 +77,8 @@ class Kernel:
         if operand is not None:
             columns = [self.xp.zeros_like(operand[0]) if x is None else x for x in operand]
             weights = self.xp.stack([x[self._layers] if self._others else x for x in columns], axis=1)
-        self._set(decides=0, clips=0, third=int(weights is not None), third_is_clipped=0, weights=weights)
+        rows = self._held["rows"]
+        self._set(rows=rows, decides=0, clips=0, third=int(weights is not None), third_is_clipped=0, weights=weights)
         if self._layers:
             self._launch_sums(self._whole)
             self._launch_coefficients(self._whole)
@@ -115,8 +117,10 @@ class Kernel:
             Sums, coefficients and gradient factors, arrays that the next step writes to again. None, and nothing was
             done, where layers don't lie densely, or a rule can't be put on tape.
         """
+        if request.joined != self._joined:
+            self._joined, self._sized, self._all_alike, self._seen = request.joined, None, None, []
         self._refresh(grads)
-        if self._others or not self._understand(request):
+        if self._others or self._table.joined_rows is None or not self._understand(request):
             return None
         found_inf = request.found_inf
         if found_inf is not None and found_inf.dtype != np.float32:
@@ -124,6 +128,7 @@ class Kernel:
             found_inf = self._found
         third = int(any(rule.norm_of != "gradient" for rule in request.rules))
         self._set(
+            rows=self._held["joined_rows"],
             hyper=request.hyper,
             first=request.first,
             previous_lr=request.previous_lr,
@@ -229,7 +234,8 @@ class Kernel:
         )
         limits = [_LIMITS[COMPUTE[self._own_types[i]]] for i in self._layers]
         types = [elements[i] for i in self._layers]
-        self._table = table = Table(sizes, places, types, limits)
+        joined = [] if self._others else self._joined
+        self._table = table = Table(sizes, places, types, limits, joined)
         self._order = [self._layers[k] for k in table.order.tolist()]
         self._whole = Part(0, len(self._layers), 0, len(table.pieces))
         width = sum(np.dtype(_WIDTHS[kind]).itemsize for kind in types[0]) if types else 0
@@ -262,11 +268,13 @@ class Kernel:
         self._put_rows([0] * rows, [0] * rows, [False] * rows)
 
     def _put_rows(self, group_of: Sequence[int], place: Sequence[int], keeps: Sequence[bool]) -> None:
-        rows = self._table.rows
-        if len(rows):
-            rows["group"], rows["place"], rows["keeps"] = group_of, place, keeps
-        self._held["rows"] = self._device.put(_filled(rows))
-        self._set(rows=self._held["rows"])
+        for name in ("rows", "joined_rows"):
+            rows = getattr(self._table, name)
+            if rows is None:
+                continue
+            if len(rows):
+                rows["group"], rows["place"], rows["keeps"] = group_of, place, keeps
+            self._held[name] = self._device.put(_filled(rows))
 
     def _understand(self, request: Request) -> bool:
         """Put rules and policies on the device, if they are not there, and return whether that could be done."""

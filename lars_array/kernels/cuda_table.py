@@ -55,23 +55,37 @@ class Table:
         Element types of parameters and gradient of each.
     limits : array of shape (layers,)
         From `lars_array.nonfinite.largest`.
+    joined : sequence of sequences of int
+        Arrays that are one layer, see `lars_array.rows`.
 
     Attributes
     ----------
     order : integer array of shape (layers,)
-        The layer of each entry of `arrays`: those of the same types stand together.
+        The layer of each entry of `arrays`: those of the same types stand together, and of these those of one layer.
     arrays, pieces : structured arrays
         As the device has them.
     rows : structured array of shape (layers,)
         The same, in the order of the layers; group, place and `keeps` are still to be filled in.
+    joined_rows : structured array of shape (layers,), or None
+        The same, where arrays of one layer have the pieces of all of them. None where these are of several types.
     segments : list of Segment
         All pieces.
     """
 
-    def __init__(self, sizes: Any, places: Any, types: Sequence[tuple[str, str]], limits: Any) -> None:
+    def __init__(
+        self,
+        sizes: Any,
+        places: Any,
+        types: Sequence[tuple[str, str]],
+        limits: Any,
+        joined: Sequence[Sequence[int]] = (),
+    ) -> None:
         kinds = sorted(set(types))
         kind = np.array([kinds.index(pair) for pair in types], np.int64)
-        self.order = np.argsort(kind, kind="stable")
+        leader = np.arange(len(sizes))
+        for rows in joined:
+            leader[rows] = min(rows)
+        self.order = np.lexsort((leader, kind))
         lengths = piece_lengths(sizes)
         counts = (-(-sizes // lengths))[self.order]
         starts = np.cumsum(counts) - counts
@@ -86,6 +100,14 @@ class Table:
         self.rows = np.zeros(len(sizes), ROW)
         self.rows["limit"] = limits
         self.rows["first_piece"][self.order], self.rows["pieces"][self.order] = starts, counts
+        self.joined_rows: Any = self.rows
+        if joined:
+            self.joined_rows = self.rows.copy()
+            for rows in joined:
+                self.joined_rows["first_piece"][rows] = self.rows["first_piece"][rows].min()
+                self.joined_rows["pieces"][rows] = self.rows["pieces"][rows].sum()
+            if any(len(set(kind[rows])) > 1 for rows in joined):
+                self.joined_rows = None
         of_kind = np.bincount(kind[self.order], counts, len(kinds)).astype(int).tolist()
         ends = np.cumsum(of_kind).tolist()
         self.segments = [Segment(pair, end - n, n) for pair, end, n in zip(kinds, ends, of_kind, strict=True)]
@@ -103,11 +125,11 @@ class Table:
         Returns
         -------
         list of Part
-            More than one only where all layers are of the same types.
+            More than one only where all layers are of the same types, and each is one array.
         """
         count = len(self.rows)
         whole = [Part(0, count, 0, len(self.pieces))]
-        if cached <= 0 or len(self.segments) != 1:
+        if cached <= 0 or len(self.segments) != 1 or self.joined_rows is not self.rows:
             return whole
         found, start, held = [], 0, 0
         bytes_of = (self.arrays["size"] * width).tolist()

@@ -22,6 +22,8 @@ class Request(NamedTuple):
     group_of, place, keeps : sequences
         Of each layer its group, its position among all parameters, and whether it keeps a momentum buffer. The same
         objects as long as they hold the same.
+    joined : sequence of sequences of int
+        The rows of each layer that has several, see `lars_array.rows`.
     hyper : array of shape (groups, fields)
         See `lars_array.hyper_table`.
     first, previous_lr : arrays of shape (layers,)
@@ -38,6 +40,7 @@ class Request(NamedTuple):
     group_of: Sequence[int]
     place: Sequence[int]
     keeps: Sequence[bool]
+    joined: Sequence[Sequence[int]]
     hyper: Any
     first: Any
     previous_lr: Any
