@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj, is_cupy_array, is_jax_array
 
-from lars_array.dtypes import COMPUTE, compute_dtype, dtype_name
+from lars_array.dtypes import COMPUTE, compute_dtype, dtype_name, gradient_fits, is_half
 
 __all__ = [
     "asarray",
     "at_home",
     "check_buffer",
     "check_gradient",
+    "check_master",
     "check_parameter",
     "is_array",
     "is_distant",
@@ -95,7 +96,8 @@ def check_gradient(name: str, g: Any, p: Any) -> None:
     Raises
     ------
     TypeError
-        If it is no array, one of another library, or of another dtype.
+        If it is no array, one of another library, or of a dtype that doesn't fit: that of a real parameter may be any
+        of the real ones that are computed on, that of a complex one is the parameter's.
     ValueError
         If it has another shape or lies on another device.
     """
@@ -107,8 +109,11 @@ def check_gradient(name: str, g: Any, p: Any) -> None:
         raise TypeError(
             f"the gradient of {name!r} must be an array of {_library(p)}, as the parameter; got {_library(g)}"
         )
-    if g.dtype != p.dtype:
-        raise TypeError(f"the gradient of {name!r} must have the parameter's dtype {p.dtype!r}; got {g.dtype!r}")
+    if not gradient_fits(p.dtype, g.dtype):
+        if dtype_name(p.dtype).startswith("complex"):
+            raise TypeError(f"the gradient of {name!r} must have the parameter's dtype {p.dtype!r}; got {g.dtype!r}")
+        real = ", ".join(x for x in COMPUTE if not x.startswith("complex"))
+        raise TypeError(f"the gradient of {name!r} must be of one of the real types {real}; got {g.dtype!r}")
     if g.shape != p.shape:
         raise ValueError(
             f"the gradient of {name!r} must have the parameter's shape {tuple(p.shape)!r}; got {tuple(g.shape)!r}"
@@ -117,8 +122,8 @@ def check_gradient(name: str, g: Any, p: Any) -> None:
         raise ValueError(f"the gradient of {name!r} must be on the parameter's device {device(p)!r}; got {device(g)!r}")
 
 
-def check_buffer(name: str, v: Any, p: Any) -> None:
-    """Refuse a momentum buffer that does not fit its parameter.
+def check_buffer(name: str, v: Any, p: Any, what: str = "momentum buffer") -> None:
+    """Refuse a momentum buffer, or a master copy, that does not fit its parameter.
 
     Parameters
     ----------
@@ -128,6 +133,8 @@ def check_buffer(name: str, v: Any, p: Any) -> None:
         What was given.
     p : array
         The parameter.
+    what : str
+        What it is, for messages.
 
     Raises
     ------
@@ -138,12 +145,34 @@ def check_buffer(name: str, v: Any, p: Any) -> None:
     """
     xp = array_namespace(p)
     if not is_array(v) or array_namespace(v) is not xp:
-        raise TypeError(f"the momentum buffer of {name!r} must be an array of {_library(p)}; got {type(v).__name__}")
+        raise TypeError(f"the {what} of {name!r} must be an array of {_library(p)}; got {type(v).__name__}")
     if v.dtype != compute_dtype(p, xp):
-        raise TypeError(f"the momentum buffer of {name!r} must have dtype {compute_dtype(p, xp)!r}; got {v.dtype!r}")
+        raise TypeError(f"the {what} of {name!r} must have dtype {compute_dtype(p, xp)!r}; got {v.dtype!r}")
     if v.shape != p.shape:
         shapes = f"{tuple(p.shape)!r}; got {tuple(v.shape)!r}"
-        raise ValueError(f"the momentum buffer of {name!r} must have the parameter's shape {shapes}")
+        raise ValueError(f"the {what} of {name!r} must have the parameter's shape {shapes}")
+
+
+def check_master(name: str, master: Any, p: Any) -> None:
+    """Refuse a master copy that does not fit its parameter.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's name, for messages.
+    master : object
+        What was given.
+    p : array
+        The parameter.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `check_buffer`, or if the parameter is not of half precision.
+    """
+    if not is_half(p):
+        raise ValueError(f"parameter {name!r} must be of half precision to have a master copy; got {p.dtype!r}")
+    check_buffer(name, master, p, "master copy")
 
 
 def _library(x: Any) -> str:

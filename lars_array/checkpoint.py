@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lars_array.arrays import check_buffer
+from lars_array.arrays import check_buffer, check_master
 from lars_array.buffers import new_buffers
 from lars_array.hyper import DEFAULTS, at_step, complete
 
@@ -24,6 +24,7 @@ class Checkpoint(NamedTuple):
     skipped_steps: int
     groups: list[dict[str, Any]]
     buffers: list[Any]
+    masters: list[Any]
     previous_lr: list[float]
 
 
@@ -71,15 +72,20 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
 
     flat = [name for group in names for name in group]
     _check_keys("state of state_dict", state_dict["state"], set(flat))
-    buffers, previous_lr = [], []
+    buffers, masters, previous_lr = [], [], []
     for name, p in zip(flat, params, strict=True):
         state = state_dict["state"][name]
-        _check_keys(f"the state of {name!r}", state, {"previous_lr"}, optional={"momentum_buffer"})
+        optional = {"momentum_buffer", "master"}
+        _check_keys(f"the state of {name!r}", state, {"previous_lr"}, optional=optional)
         buffers.append(state.get("momentum_buffer"))
+        masters.append(state.get("master"))
         if buffers[-1] is not None:
             check_buffer(name, buffers[-1], p)
+        if masters[-1] is not None:
+            check_master(name, masters[-1], p)
         previous_lr.append(_previous_lr(name, state["previous_lr"]))
-    return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, _copied(buffers, params), previous_lr)
+    kept = _copied(buffers, params), _copied(masters, params)
+    return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, *kept, previous_lr)
 
 
 def _check_keys(

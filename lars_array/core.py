@@ -22,9 +22,9 @@ from array_api_compat import array_namespace
 
 from lars_array.arrays import asarray, check_buffer, check_gradient, check_parameter, of_dtype
 from lars_array.blocks import momentum_form, norms, trust_ratio, update_weights
-from lars_array.dtypes import accumulation_dtype, compute_dtype, real_parts
+from lars_array.dtypes import accumulation_dtype, compute_dtype, is_half, real_parts
 from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
-from lars_array.nonfinite import finite, largest, refuse_nonfinite
+from lars_array.nonfinite import finite, largest, most_squares, refuse_nonfinite
 from lars_array.registry import Rule, evaluate, register, resolve
 from lars_array.rows import stack_of, together
 
@@ -203,8 +203,9 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
 
     Parameters
     ----------
-    p, g : arrays of one shape and dtype
-        Parameters and gradient; not modified. Half precision is computed on in float32.
+    p, g : arrays of one shape
+        Parameters and gradient; not modified. They are cast to the type that p is computed in, float32 for half
+        precision, else its own.
     v : array or None
         Momentum buffer, of the shape of p and the dtype computed in; not modified. None where none is kept.
     c : array of shape (6,), or (\*lead, 6)
@@ -407,8 +408,8 @@ def lars_step(
 
     Parameters
     ----------
-    p, g : arrays of one shape, dtype and device
-        Parameters and gradient; not modified.
+    p, g : arrays of one shape and device
+        Parameters and gradient; not modified. Both are real, of any two types, or complex, of one.
     v : array of the shape of p, or None
         Momentum buffer, float32 for half precision, else of the dtype of p; not modified. None: the first step.
     lr, momentum, dampening, weight_decay : float or 0-d array
@@ -453,6 +454,8 @@ def lars_step(
     group = at_step(given | options, 0)
     check_parameter("p", p)
     check_gradient("p", g, p)
+    if group["master_weights"] and is_half(p):
+        raise ValueError("master_weights must be False in lars_step; give the master, of float32, as p")
     if v is not None:
         check_buffer("p", v, p)
     xp = array_namespace(p)
@@ -470,11 +473,13 @@ def lars_step(
     first = [v is None] * stack.rows
     prepared = prepare([group], [0] * stack.rows, first=first, previous_lr=[before] * stack.rows, like=p, xp=xp)
     step = plan(prepared, measure, xp=xp)
-    new_p, new_v = apply(p, g, buffer, stack.coefficients(step.C, xp=xp), xp=xp)
     if nonfinite != "propagate":
-        ok = xp.all(finite(step.S, step.C, largest([p], like=p, xp=xp), xp=xp))
+        most = most_squares([p], [g.dtype], like=p, xp=xp)
+        ok = xp.all(finite(step.S, step.C, largest([p], like=p, xp=xp), most, xp=xp))
         if nonfinite == "raise" and not bool(ok):
             refuse_nonfinite("p", p, g, xp=xp)
+    new_p, new_v = apply(p, g, buffer, stack.coefficients(step.C, xp=xp), xp=xp)
+    if nonfinite != "propagate":
         new_p, new_v = xp.where(ok, new_p, p), None if buffer is None else xp.where(ok, new_v, buffer)
     return new_p, v if buffer is None else new_v
 

@@ -113,8 +113,8 @@ class Verdict(NamedTuple):
         Whether a layer that is not finite prevents it, and whether that is an error. None: no layer does.
     found_inf : array of shape (), or None
         The step is skipped where it isn't zero.
-    limit : array of shape (layers,)
-        From `lars_array.nonfinite.largest`.
+    limit, most : arrays of shape (layers,)
+        From `lars_array.nonfinite.largest` and `most_squares`; the second may be None.
     place : integer array of shape (layers,)
         The position of each layer among all parameters.
     """
@@ -123,6 +123,7 @@ class Verdict(NamedTuple):
     raises: Any
     found_inf: Any
     limit: Any
+    most: Any
     place: Any
 
 
@@ -160,23 +161,21 @@ class DistantLayers(Layers):
         Taken
             What it is taken with, if it is.
         """
-        self._make_room([needs_buffer(group) for group in groups])
+        self._make_room([(needs_buffer(group), bool(group["master_weights"])) for group in groups])
         self._table.refresh(groups)
         self._read_policies(tuple(group["nonfinite"] for group in groups))
-        verdict = Verdict(self._strict, self._raises, found_inf, self._limit, self._place)
+        verdict = Verdict(self._strict, self._raises, found_inf, self._limit, self._most, self._place)
         with np.errstate(all="ignore"):  # what is not finite is reported by name
             taken = self._enqueued(groups, grads, found_inf) or self._by_stages(groups, grads, verdict)
         self._whereabouts.post(news=self._strict is not None or found_inf is not None)
-        for i in self._new:
-            self.buffers[i] = self._used[i]
-        self.has_new_buffers, self._new = bool(self._new), []
+        self._take_over()
         return taken
 
-    def _make_room(self, keeps: list[bool]) -> None:
+    def _make_room(self, keeps: list[tuple[bool, bool]]) -> None:
         if keeps != self._keeps:
-            super()._make_room(keeps)
-            self._keeps_of_layers = [keeps[k] for k in self.group_of]
+            self._keeps_of_layers = [keeps[k][0] for k in self.group_of]
             self._kept = self._on_device(self._keeps_of_layers)
+        super()._make_room(keeps)
 
     def _enqueued(self, groups: Any, grads: Any, found_inf: Any) -> Taken | None:
         """Have the kernel do all that it can do by itself."""
@@ -228,13 +227,13 @@ class DistantLayers(Layers):
     def _decide(self, planned: Plan, verdict: Verdict) -> Any:
         """Return whether the step is taken, a bool array of shape () or None for yes, and count it."""
         xp, counts = self.xp, self._whereabouts.counts
-        strict, raises, found_inf, limit, place = verdict
+        strict, raises, found_inf, limit, most, place = verdict
         if strict is None and found_inf is None:
             counts[0:1] = counts[0:1] + 1
             return None
         bad = refusing = self._no_layer()
         if strict is not None:
-            bad = strict & ~finite(planned.S, planned.C, limit, xp=xp)
+            bad = strict & ~finite(planned.S, planned.C, limit, most, xp=xp)
             refusing = bad & raises
         refused, taken = xp.any(refusing), ~xp.any(bad)
         if found_inf is not None:

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["COMPUTE", "accumulation_dtype", "compute_dtype", "dtype_name", "real_dtype", "real_parts"]
+__all__ = [
+    "COMPUTE",
+    "accumulation_dtype",
+    "compute_dtype",
+    "dtype_name",
+    "gradient_fits",
+    "is_half",
+    "real_dtype",
+    "real_parts",
+]
 
 # Accepted element type -> the type its arithmetic and its momentum buffer are in.
 COMPUTE = {
@@ -43,6 +52,20 @@ def real_dtype(x: Any, xp: Any) -> Any:
     """Return the dtype of `xp` in which the coefficients for `x` are: that of its real numbers as computed on."""
     name = COMPUTE[dtype_name(x.dtype)]
     return getattr(xp, _REAL.get(name, name))
+
+
+def is_half(x: Any) -> bool:
+    """Return whether `x` is of half precision: computed on in a wider type than it is stored in."""
+    name = dtype_name(x.dtype)
+    return COMPUTE[name] != name
+
+
+def gradient_fits(p_dtype: Any, g_dtype: Any) -> bool:
+    """Return whether a gradient may have `g_dtype` where its parameter has `p_dtype`: both are real, or the same."""
+    if p_dtype == g_dtype:
+        return True
+    names = dtype_name(p_dtype), dtype_name(g_dtype)
+    return all(name in COMPUTE and not name.startswith("complex") for name in names)
 
 
 def accumulation_dtype(xp: Any) -> Any:

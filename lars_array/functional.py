@@ -9,10 +9,10 @@ from array_api_compat import array_namespace
 
 from lars_array.arrays import asarray, check_buffer, check_gradient
 from lars_array.core import apply, plan, prepare, sums
-from lars_array.dtypes import accumulation_dtype, compute_dtype
+from lars_array.dtypes import accumulation_dtype, compute_dtype, is_half
 from lars_array.gradients import given_order, match_gradients
 from lars_array.hyper import at_step, needs_buffer
-from lars_array.nonfinite import finite, largest, refuse_nonfinite
+from lars_array.nonfinite import finite, largest, most_squares, refuse_nonfinite
 from lars_array.parameters import Layout, read_parameters
 from lars_array.rows import joined_rows, labels_of, row_labels, stacks_of
 
@@ -89,7 +89,7 @@ def update(
         As for `LARS`.
     **hyper
         The arguments of `LARS`, `lr` among them; numbers may be arrays of shape (), traced ones too. `lr` may be a
-        function of the step.
+        function of the step. `master_weights` is refused for parameters of half precision: keep these in float32.
 
     Returns
     -------
@@ -122,6 +122,7 @@ def update(
     _check_state(state, names, arrays)
     given = hyper | {"nonfinite": "raise" if nonfinite is None else nonfinite}
     groups = [at_step(given | group.overrides, state.step) for group in layout.groups]
+    _refuse_masters(layout, groups)
     if not layers:
         return params, state._replace(step=state.step + 1)
 
@@ -155,7 +156,9 @@ def update(
         ]
 
     policies = [groups[k]["nonfinite"] for k in of_rows]
-    ok = finite(step.S, step.C, largest([chosen[k] for k in owner], like=like, xp=xp), xp=xp)
+    of_owners = [chosen[k] for k in owner]
+    most = most_squares(of_owners, [grads[k].dtype for k in owner], like=like, xp=xp)
+    ok = finite(step.S, step.C, largest(of_owners, like=like, xp=xp), most, xp=xp)
     ok = ok | asarray([p == "propagate" for p in policies], like=like, xp=xp)
     if "raise" in policies:
         spread = ([x[k] for k in owner] for x in (own, chosen, grads))
@@ -199,6 +202,13 @@ def _refuse(
         return
     bad = next(i for i, policy in enumerate(policies) if policy == "raise" and not bool(ok[i]))
     refuse_nonfinite(names[bad], params[bad], grads[bad], xp=xp)
+
+
+def _refuse_masters(layout: Layout, groups: list[dict[str, Any]]) -> None:
+    for group, given in zip(layout.groups, groups, strict=True):
+        half = next((name for name, p in zip(group.names, group.arrays, strict=True) if is_half(p)), None)
+        if given["master_weights"] and half is not None:
+            raise ValueError(f"master_weights must be False in update, whose state has none for {half!r}")
 
 
 def _flat(layout: Layout) -> tuple[list[str], list[Any]]:

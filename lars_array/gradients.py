@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lars_array.arrays import check_gradient
+from lars_array.dtypes import gradient_fits
 from lars_array.memory import Spans, check_writable, one_of_each
 from lars_array.parameters import Position, is_pair, listed
 
@@ -89,6 +90,11 @@ class Fit:
     addresses : callable, optional
         ``addresses(arrays) -> array`` of where the data of arrays begin, those of NumPy or of CuPy. Without it all is
         looked at one by one.
+
+    Attributes
+    ----------
+    dtypes : list
+        Those of the gradients that were checked last: another list only where they have changed.
     """
 
     def __init__(
@@ -97,12 +103,12 @@ class Fit:
         self.names, self.params, self.addresses = names, params, addresses
         self._kind, self._near = type(params[0]), type(params[0]) is np.ndarray
         self._seen: Sequence[Any] = []
+        self._dtypes = self.dtypes = list(map(_DTYPE, params))
         if addresses is not None:
-            self._dtypes = list(map(_DTYPE, params))
             self._shapes = one_of_each(map(_SHAPE, params))
             self._strides = one_of_each(map(_STRIDES, params))
             self._nbytes = one_of_each(map(_SIZE, params))
-            self._lengths = np.array(self._nbytes)
+            self._lengths = np.array(self._nbytes)  # of the gradients
             self._places = addresses(params)
 
     def check(self, grads: Sequence[Any], written: Spans) -> None:
@@ -130,6 +136,16 @@ class Fit:
             owner = written.owner(g)
             if owner is not None:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
+        self._note(list(map(_DTYPE, grads)))
+
+    def _note(self, dtypes: list[Any]) -> None:
+        """Note which dtypes the gradients have, all of which fit."""
+        if dtypes == self.dtypes:
+            return
+        self.dtypes = self._dtypes if dtypes == self._dtypes else dtypes
+        if self.addresses is not None:
+            kinds = zip(self._nbytes, self._dtypes, dtypes, strict=True)
+            self._lengths = np.array([nbytes // p.itemsize * g.itemsize for nbytes, p, g in kinds])
 
     def _check_parameters(self) -> None:
         """Refuse NumPy arrays that were changed in place: kernels and momentum buffers know them as they were."""
@@ -149,9 +165,15 @@ class Fit:
         """Return whether all is well for certain, at a tenth of a microsecond for each question and array."""
         if not self._near and len(grads) == len(self._seen) and all(map(is_, grads, self._seen)):
             return True  # unlike NumPy's, these arrays stay what they are
+        if set(map(type, grads)) != {self._kind}:
+            return False
+        dtypes = list(map(_DTYPE, grads))
+        if dtypes != self.dtypes:
+            if not all(gradient_fits(p, g) for p, g in set(zip(self._dtypes, dtypes, strict=True))):
+                return False
+            self._note(dtypes)
         if not (
-            set(map(type, grads)) == {self._kind}
-            and list(map(_DTYPE, grads)) == self._dtypes == list(map(_DTYPE, self.params))
+            self._dtypes == list(map(_DTYPE, self.params))
             and list(map(_SHAPE, grads)) == self._shapes
             and list(map(_SIZE, self.params)) == self._nbytes
             and all(map(_DENSE, grads))

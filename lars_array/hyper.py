@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": None,
     "nonfinite": "raise",
     "layer_axes": 0,
+    "master_weights": False,
 }
 
 NONFINITE = ("raise", "skip", "propagate")
@@ -138,7 +139,7 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rescale_grad must be finite and above 0; got {group['rescale_grad']!r}")
     if not known.get("max_grad_norm", 1) > 0:
         raise ValueError(f"max_grad_norm must be above 0, or None; got {group['max_grad_norm']!r}")
-    for name in BOOLEANS:
+    for name in (*BOOLEANS, "master_weights"):
         if not isinstance(group[name], bool | np.bool_):
             raise TypeError(f"{name} must be True or False; got {group[name]!r}")
     if group["nonfinite"] not in NONFINITE:

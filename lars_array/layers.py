@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lars_array.arrays import check_buffer
+from lars_array.arrays import check_buffer, check_master
 from lars_array.buffers import new_buffers
 from lars_array.core import Plan, plan, prepare
+from lars_array.dtypes import is_half
 from lars_array.gradients import Fit
 from lars_array.hyper import needs_buffer
 from lars_array.memory import Spans
-from lars_array.nonfinite import finite, largest, refuse_nonfinite
+from lars_array.nonfinite import finite, largest, most_squares, refuse_nonfinite
 from lars_array.rows import joined_rows
 
 __all__ = ["Layers", "Taken"]
@@ -48,8 +49,8 @@ class Layers:
         Their positions among all parameters.
     names : list of str
         Their names.
-    params, buffers : lists of arrays
-        Parameters and momentum buffers; None where there is none yet.
+    params, buffers, masters : lists of arrays
+        Parameters, momentum buffers and master copies; None where there is none yet.
     group_of : list of int
         The group of each.
     previous_lr : list of float
@@ -66,27 +67,36 @@ class Layers:
         names: list[str],
         params: list[Any],
         buffers: list[Any],
+        masters: list[Any],
         group_of: list[int],
         previous_lr: list[float],
         labels: list[Hashable],
         *,
         kernel: Any,
     ) -> None:
-        self.index, self.names, self.params, self.buffers, self.group_of = index, names, params, buffers, group_of
+        self.index, self.names, self.params, self.group_of = index, names, params, group_of
+        self.buffers, self.masters = buffers, masters
         self.place, self.group = np.array(index), np.array(group_of)
         self.joined = joined_rows(labels)
-        self.has_new_buffers = False  # since the last step
+        self.has_new_state = False  # since the last step: buffers or masters
         self.xp = array_namespace(params[0])
-        for name, p, v in zip(names, params, buffers):
+        for name, p, v, master in zip(names, params, buffers, masters):
             if v is not None:
                 check_buffer(name, v, p)  # p may have been resized by its owner
+            if master is not None:
+                check_master(name, master, p)
         self._fit = Fit(names, params, getattr(kernel, "addresses", None))
+        self._half = [i for i, p in enumerate(params) if is_half(p)]
         self._limit = largest(params, like=params[0], xp=self.xp)
+        self._most: Any = None
+        self._most_for: Any = self._fit.dtypes
         self._kernel_type = kernel
         self._kernel: Any = None
-        self._keeps: list[bool] | None = None  # by group: what the kernel was made for
+        self._keeps: list[tuple[bool, bool]] | None = None  # by group: what the kernel was made for
         self._used: list[Any] = []
         self._new: list[int] = []
+        self._used_masters: list[Any] = []
+        self._new_masters: list[int] = []
         kinds: dict[tuple[int, bool, float], int] = {}
         of_layers = zip(group_of, [v is None for v in buffers], previous_lr, strict=True)
         self._kind_of = np.array([kinds.setdefault(kind, len(kinds)) for kind in of_layers], np.int64)
@@ -95,6 +105,9 @@ class Layers:
     def check(self, grads: Sequence[Any], written: Spans) -> None:
         """Refuse gradients that don't fit, see `lars_array.gradients.Fit`."""
         self._fit.check(grads, written)
+        if self._most_for is not self._fit.dtypes:
+            self._most_for = self._fit.dtypes
+            self._most = most_squares(self.params, self._most_for, like=self.params[0], xp=self.xp)
 
     def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any], found_inf: Any = None) -> Taken | None:
         """Take a step, if it may be taken.
@@ -120,7 +133,7 @@ class Layers:
         """
         if found_inf is not None and bool(found_inf):
             return None
-        self._make_room([needs_buffer(group) for group in groups])
+        self._make_room([(needs_buffer(group), bool(group["master_weights"])) for group in groups])
         policies = [groups[group]["nonfinite"] for group, _, _ in self._kinds]
         with np.errstate(all="ignore"):  # what is not finite is reported by name
             may_write = set(policies) == {"propagate"}
@@ -131,19 +144,44 @@ class Layers:
                 return None
             if not written:
                 self._kernel.apply(grads, taken.planned().C)
+        self._take_over()
         self._go_on(groups)
         return taken
 
-    def _make_room(self, keeps: list[bool]) -> None:
-        """Have the kernel see a buffer where one is kept: of zeros, which count once a step is taken, if it is new."""
-        if keeps == self._keeps:
-            return
-        used = [v if keeps[k] else None for k, v in zip(self.group_of, self.buffers)]
-        new = [i for i, k in enumerate(self.group_of) if keeps[k] and used[i] is None]
-        for i, v in zip(new, new_buffers([self.params[i] for i in new], self.xp)):
-            used[i] = v
-        self._kernel = self._kernel_type(self.params, used, self.xp)
-        self._used, self._new, self._keeps = used, new, keeps
+    def _make_room(self, keeps: list[tuple[bool, bool]]) -> None:
+        """Have the kernel see buffers and masters where they are kept. New ones count once a step is taken.
+
+        A new buffer is zero, a new master a copy: until it counts, of the parameter as it is now, which may have been
+        changed since a step that was refused.
+        """
+        if keeps != self._keeps:
+            used = [v if keeps[k][0] else None for k, v in zip(self.group_of, self.buffers)]
+            new = [i for i, k in enumerate(self.group_of) if keeps[k][0] and used[i] is None]
+            for i, v in zip(new, new_buffers([self.params[i] for i in new], self.xp)):
+                used[i] = v
+            of_half = [i for i in self._half if keeps[self.group_of[i]][1]]
+            masters = self.masters if not self._half else [None] * len(self.params)
+            for i in of_half:
+                masters[i] = self.masters[i]
+            new_masters = [i for i in of_half if masters[i] is None]
+            for i, master in zip(new_masters, new_buffers([self.params[i] for i in new_masters], self.xp)):
+                masters[i] = master
+            self._kernel = self._kernel_type(self.params, used, self.xp, masters if of_half else None)
+            self._used, self._new, self._keeps = used, new, keeps
+            self._used_masters, self._new_masters = masters, new_masters
+        for i in self._new_masters:
+            master = self._used_masters[i]
+            master[...] = self.xp.astype(self.params[i], master.dtype)
+
+    def _take_over(self) -> None:
+        """Let buffers and masters count that are new, and forget the masters that were not asked for."""
+        for i in self._new:
+            self.buffers[i] = self._used[i]
+        changed = [i for i in self._half if self.masters[i] is not self._used_masters[i]]
+        for i in changed:
+            self.masters[i] = self._used_masters[i]
+        self.has_new_state = bool(self._new or changed)
+        self._new, self._new_masters = [], []
 
     def _without_asking(self, groups: Any, grads: Any, *, write: bool) -> Taken | None:
         """Let the kernel do all that it can do by itself."""
@@ -170,7 +208,7 @@ class Layers:
 
     def _refused(self, planned: Plan, policies: Sequence[str], grads: Sequence[Any]) -> bool:
         """Return whether the step is to be skipped."""
-        ok = finite(planned.S, planned.C, self._limit, xp=self.xp)
+        ok = finite(planned.S, planned.C, self._limit, self._most, xp=self.xp)
         if bool(self.xp.all(ok)):
             return False
         offenders = [i for i, k in enumerate(self._kind_of) if policies[k] != "propagate" and not bool(ok[i])]
@@ -178,14 +216,12 @@ class Layers:
             offenders.sort(key=lambda i: all(bool(self.xp.all(self.xp.isfinite(x[i]))) for x in (grads, self.params)))
         for i in offenders:
             if policies[self._kind_of[i]] == "raise":
-                refuse_nonfinite(self.names[i], self.params[i], grads[i], xp=self.xp)
+                master = self._used_masters[i]
+                refuse_nonfinite(self.names[i], self.params[i] if master is None else master, grads[i], xp=self.xp)
         return bool(offenders)
 
     def _go_on(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Note what the step has changed: there may be new buffers, and fewer kinds of layers."""
-        for i in self._new:
-            self.buffers[i] = self._used[i]
-        self.has_new_buffers, self._new = bool(self._new), []
+        """Note that there may be fewer kinds of layers."""
         gone = [(k, first and not needs_buffer(groups[k]), float(groups[k]["lr"])) for k, first, _ in self._kinds]
         self._kinds = list(dict.fromkeys(gone))
         if len(self._kinds) < len(gone):

@@ -66,7 +66,7 @@ def one_of_each(values: Iterable[Any]) -> list[Any]:
 
 
 class Spans:
-    """The stretches of memory that parameters and momentum buffers lie in, to be asked who is there.
+    """The stretches of memory that parameters and what is kept for them lie in, to be asked who is there.
 
     Arrays whose addresses aren't known, those of torch on a GPU say, are told apart by identity only.
 
@@ -78,6 +78,8 @@ class Spans:
         The parameters. No two of them overlap.
     buffers : sequence of arrays, optional
         Their momentum buffers, None where there is none.
+    masters : sequence of arrays, optional
+        Their master copies, likewise; only together with `buffers`.
 
     Raises
     ------
@@ -85,12 +87,14 @@ class Spans:
         If two arrays do overlap.
     """
 
-    def __init__(self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = ()) -> None:
-        self._names, self._params, self._buffers = names, params, buffers
+    def __init__(
+        self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = (), masters: Sequence[Any] = ()
+    ) -> None:
+        self._names, self._lists = names, (params, buffers, masters)
         # Tables, not objects: a model may have many thousand arrays, and this is asked at every step.
-        table = np.zeros((len(params) + len(buffers), 3), np.int64)
+        table = np.zeros((len(params) + len(buffers) + len(masters), 3), np.int64)
         unseen: dict[int, int] = {}
-        for i, array in enumerate(chain(params, buffers)):
+        for i, array in enumerate(chain(params, buffers, masters)):
             view = None if array is None else _host_view(array)
             if view is not None and view.size:
                 table[i] = (*_bounds(view), i)
@@ -141,15 +145,15 @@ class Spans:
         return None
 
     def _array(self, i: int) -> Any:
-        return self._params[i] if i < len(self._params) else self._buffers[i - len(self._params)]
+        which, k = divmod(i, len(self._names))
+        return self._lists[which][k]
 
     def _given_twice(self, i: int, other: int) -> str:
         return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
 
     def _label(self, i: int) -> str:
-        if i < len(self._names):
-            return f"parameter {self._names[i]!r}"
-        return f"the momentum buffer of {self._names[i - len(self._names)]!r}"
+        which, k = divmod(i, len(self._names))
+        return f"{('parameter', 'the momentum buffer of', 'the master copy of')[which]} {self._names[k]!r}"
 
 
 class _Shadow:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 from array_api_compat import size
 
 from lars_array.arrays import asarray
-from lars_array.dtypes import accumulation_dtype, real_dtype
+from lars_array.dtypes import COMPUTE, accumulation_dtype, dtype_name, real_dtype
 
-__all__ = ["NonFiniteError", "finite", "largest", "refuse_nonfinite"]
+__all__ = ["NonFiniteError", "finite", "largest", "most_squares", "refuse_nonfinite"]
 
 
 class NonFiniteError(ValueError):
@@ -39,7 +40,35 @@ def largest(params: Sequence[Any], *, like: Any, xp: Any) -> Any:
     return asarray([limits[kind] for kind in types], accumulation_dtype(xp), like=like, xp=xp)
 
 
-def finite(S: Any, C: Any, limit: Any, *, xp: Any) -> Any:
+def most_squares(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, xp: Any) -> Any:
+    """Return up to which sum of its squares a gradient is certain to fit into the type that its layer is computed in.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+        One entry a layer.
+    dtypes : sequence of dtypes
+        Those of their gradients.
+    like : array
+        An array on the device where the result shall be.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    array of shape (layers,), or None
+        Infinite where the gradient's type is no wider; None where all of it would be.
+    """
+    wide = [dtype_name(dtype) == "float64" for dtype in dtypes]
+    if not any(wide):
+        return None
+    limit = float(xp.finfo(xp.float32).max) ** 2
+    narrowed = [w and COMPUTE[dtype_name(p.dtype)] == "float32" for w, p in zip(wide, params, strict=True)]
+    most = [limit if concerned else inf for concerned in narrowed]
+    return asarray(most, accumulation_dtype(xp), like=like, xp=xp) if any(narrowed) else None
+
+
+def finite(S: Any, C: Any, limit: Any, most: Any = None, *, xp: Any) -> Any:
     """Return where sums and coefficients are finite in the type that a layer is computed in.
 
     Parameters
@@ -48,6 +77,8 @@ def finite(S: Any, C: Any, limit: Any, *, xp: Any) -> Any:
         Sums and coefficients.
     limit : array of shape (layers,)
         From `largest`.
+    most : array of shape (layers,), optional
+        From `most_squares`.
     xp : Array API namespace
         Namespace of the arrays.
 
@@ -56,7 +87,8 @@ def finite(S: Any, C: Any, limit: Any, *, xp: Any) -> Any:
     bool array of shape (layers,)
         False where the layer's update would not be finite.
     """
-    return xp.all(xp.isfinite(S), axis=1) & xp.all(xp.abs(C) <= limit[:, None], axis=1)
+    ok = xp.all(xp.isfinite(S), axis=1) & xp.all(xp.abs(C) <= limit[:, None], axis=1)
+    return ok if most is None else ok & (S[:, 1] <= most)
 
 
 def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array import kernels
-from lars_array.arrays import at_home, check_buffer, is_array, is_distant, listed
+from lars_array.arrays import at_home, check_buffer, check_master, is_array, is_distant, listed
 from lars_array.checkpoint import read_checkpoint
 from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.gradients import given_order, match_gradients
@@ -52,9 +52,10 @@ class LARS:
     Parameters
     ----------
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
-        The parameters, updated in place: float64, float32, float16 or complex arrays of NumPy, or of any Array API
-        library whose arrays can be written to. A group is a dict ``{"params": any of the former, **overrides}``;
-        every argument below but `kernel` can be overridden. Parameters without a name are named by their position.
+        The parameters, updated in place: float64, float32, float16, bfloat16 or complex arrays of NumPy, or of any
+        Array API library whose arrays can be written to. A group is a dict ``{"params": any of the former,
+        **overrides}``; every argument below but `kernel` can be overridden. Parameters without a name are named by
+        their position.
     lr : float or callable
         Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules`.
     momentum : float
@@ -96,6 +97,12 @@ class LARS:
     layer_of : mapping or callable, optional
         Which layer a parameter is a part of, by name: those of one label, a string say, are one layer, of which norms
         are taken over all its parts. None: the parameter is a layer by itself. For all groups together.
+    master_weights : bool
+        Whether a parameter of half precision, float16 or bfloat16, has a float32 copy that is trained in its place: a
+        step that is smaller than half precision can tell would be lost otherwise. Norms are the copy's, and the
+        parameter is its rounding, written in the same pass. The copy is made by the first step from the parameter;
+        what its owner writes to the parameter later is overwritten. It is forgotten by a step without this option.
+        Of no consequence for other parameters.
     kernel : str, optional
         "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable"; by default
         what the environment variable LARS_ARRAY_KERNEL says, else the first of them that takes the parameters.
@@ -118,7 +125,7 @@ class LARS:
 
     Notes
     -----
-    Norms are accumulated in float64. float16 parameters are computed on in float32 and have a float32 buffer.
+    Norms are accumulated in float64. Parameters of half precision are computed on in float32 and have a float32 buffer.
 
     References
     ----------
@@ -158,6 +165,7 @@ class LARS:
         nonfinite: str = "raise",
         layer_axes: int = 0,
         layer_of: LayerOf = None,
+        master_weights: bool = False,
         kernel: str | None = None,
     ) -> None:
         self.defaults = {
@@ -178,6 +186,7 @@ class LARS:
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
             "layer_axes": layer_axes,
+            "master_weights": master_weights,
         }
         _at_step(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         self.steps = 0
@@ -188,6 +197,7 @@ class LARS:
         self._given: list[str] = []  # the parameters' names
         self._axes: list[int] = []
         self._wholes: dict[int, Any] = {}
+        self._whole_masters: dict[int, Any] = {}
         self._stacked = False  # whether rows are others than the parameters
         # Of each row, which is a parameter or a slice of one:
         self._names: list[str] = []
@@ -195,6 +205,7 @@ class LARS:
         self._group_of: list[int] = []
         self._labels: list[Hashable] = []
         self._buffers: list[Any] = []
+        self._masters: list[Any] = []
         self._previous_lr = np.zeros(0)
         self._all: Sequence[int] = range(0)
         self._order: list[int] | None = None
@@ -231,8 +242,9 @@ class LARS:
         Parameters
         ----------
         grads : mapping of name to array, or iterable of arrays
-            One entry a parameter, of its shape, dtype and device; not modified. An iterable goes in the order in which
-            the parameters were given. A parameter whose entry is None is skipped and keeps its state.
+            One entry a parameter, of its shape and device; not modified. That of a real parameter may be of any of
+            the real types, that of a complex one is of the same. An iterable goes in the order in which the parameters
+            were given. A parameter whose entry is None is skipped and keeps its state.
         closure : callable, optional
             Returns (loss, grads); given instead of `grads`.
         found_inf : number or array of shape (), optional
@@ -328,7 +340,7 @@ class LARS:
         -------
         dict
             "steps", "skipped_steps"; "param_groups", each with all hyper-parameters and the "names" of its parameters;
-            "state", by name "previous_lr" and, where there is one, "momentum_buffer".
+            "state", by name "previous_lr" and, where there is one, "momentum_buffer" and "master".
 
         Raises
         ------
@@ -338,9 +350,9 @@ class LARS:
         self.synchronize()
         state = self.state_views()
         for own in state.values():
-            if (v := own.get("momentum_buffer")) is not None:
-                with at_home(v):
-                    own["momentum_buffer"] = array_namespace(v).asarray(v, copy=True)
+            for key in own.keys() & {"momentum_buffer", "master"}:
+                with at_home(own[key]):
+                    own[key] = array_namespace(own[key]).asarray(own[key], copy=True)
         groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
@@ -364,11 +376,14 @@ class LARS:
         for group, options in zip(self.param_groups, read.groups):
             group.update(options | {"layer_axes": group["layer_axes"]})
         self._buffers, self._previous_lr = self._of_rows(read.buffers), np.array(self._of_rows(read.previous_lr))
-        self._wholes = {i: v for i, v in enumerate(read.buffers) if self._stacks[i].lead and v is not None}
+        self._masters = self._of_rows(read.masters)
+        stacked = [i for i, stack in enumerate(self._stacks) if stack.lead]
+        self._wholes = {i: read.buffers[i] for i in stacked if read.buffers[i] is not None}
+        self._whole_masters = {i: read.masters[i] for i in stacked if read.masters[i] is not None}
         self._layers = self._spans = self._whereabouts = None
 
     def state_views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
-        """Return the "state" of `state_dict` with the momentum buffers themselves, not copies of them.
+        """Return the "state" of `state_dict` with the buffers and masters themselves, not copies of them.
 
         Parameters
         ----------
@@ -380,18 +395,18 @@ class LARS:
         dict
             By name of parameter; see `attach_state`.
         """
-        if not wait:
-            buffers = self._of_params(self._buffers)
-            return {name: {} if v is None else {"momentum_buffer": v} for name, v in zip(self._given, buffers)}
+        buffers, previous_lrs = self._whereabouts_of_all() if wait else (self._buffers, [])
         state: dict[str, dict[str, Any]] = {}
-        buffers, previous_lrs = self._whereabouts_of_all()
-        first_rows = [previous_lrs[stack.start] for stack in self._stacks]
-        for name, v, previous_lr in zip(self._given, self._of_params(buffers), first_rows):
-            state[name] = {"previous_lr": previous_lr} | ({} if v is None else {"momentum_buffer": v})
+        masters = self._of_params(self._masters, self._whole_masters)
+        arrays = zip(self._given, self._stacks, self._of_params(buffers, self._wholes), masters, strict=True)
+        for name, stack, v, master in arrays:
+            state[name] = {"previous_lr": previous_lrs[stack.start]} if wait else {}
+            state[name] |= {} if v is None else {"momentum_buffer": v}
+            state[name] |= {} if master is None else {"master": master}
         return state
 
     def attach_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state_views` returned, without copying: from then on steps write into these buffers.
+        """Take over what `state_views` returned, without copying: from then on steps write into these arrays.
 
         Parameters
         ----------
@@ -401,24 +416,30 @@ class LARS:
         Raises
         ------
         ValueError, TypeError
-            If a name is unknown, or a buffer does not fit its parameter; then nothing was changed.
+            If a name is unknown, or an array does not fit its parameter; then nothing was changed.
         """
         self.synchronize()
         buffers, previous_lr = self._whereabouts_of_all()
         buffers, wholes = list(buffers), dict(self._wholes)
+        masters, whole_masters = list(self._masters), dict(self._whole_masters)
         place = {name: i for i, name in enumerate(self._given)}
         for name, own in state.items():
             if name not in place:
                 raise ValueError(f"state must be of parameters named {self._given!r}; got the name {name!r}")
-            stack, v = self._stacks[place[name]], own.get("momentum_buffer")
+            stack, v, master = self._stacks[place[name]], own.get("momentum_buffer"), own.get("master")
             if v is not None:
                 check_buffer(name, v, stack.param)
                 check_writable(f"momentum_buffer of {name}", v)
+            if master is not None:
+                check_master(name, master, stack.param)
+                check_writable(f"master of {name}", master)
             rows = slice(stack.start, stack.start + stack.rows)
             buffers[rows], wholes[place[name]] = stack.slices(v), v
+            masters[rows], whole_masters[place[name]] = stack.slices(master), master
             previous_lr[rows] = [float(own.get("previous_lr", 0.0))] * stack.rows
-        Spans(self._names, self._params, buffers)
+        Spans(self._names, self._params, buffers, masters)
         self._buffers, self._previous_lr, self._wholes = buffers, np.array(previous_lr), wholes
+        self._masters, self._whole_masters = masters, whole_masters
         self._layers = self._spans = self._whereabouts = None
 
     def __repr__(self) -> str:
@@ -432,7 +453,8 @@ class LARS:
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
         buffers, previous_lr = self._whereabouts_of_all()
-        known: dict[str, Any] = {"_buffers": buffers, "_previous_lr": np.array(previous_lr), "_wholes": {}}
+        known: dict[str, Any] = {"_buffers": buffers, "_previous_lr": np.array(previous_lr)}
+        known |= {"_wholes": {}, "_whole_masters": {}}
         if self._last is not None:
             known["_last"] = self._last._replace(plan=self._last.planned())
         # Layers and spans hold addresses, and a kernel is what is fastest here: none of them may travel.
@@ -481,6 +503,7 @@ class LARS:
         self._names, self._params, self._group_of, self._labels = names, arrays, group_of, labels
         self._given, self._stacks, self._stacked = given, stacks, len(stacks) < len(names)
         self._buffers += [None] * added
+        self._masters += [None] * added
         self._previous_lr = np.concatenate([self._previous_lr, np.zeros(added)])
         self._all = range(len(names))
         self._order = given_order(given)
@@ -497,20 +520,23 @@ class LARS:
         pairs = zip(self._stacks, values, strict=True)
         return [x for stack, y in pairs for x in ([y] * stack.rows if isinstance(y, float) else stack.slices(y))]
 
-    def _of_params(self, values: Sequence[Any]) -> list[Any]:
-        """Return the momentum buffers of parameters from those of rows."""
+    def _of_params(self, values: Sequence[Any], wholes: Mapping[int, Any]) -> list[Any]:
+        """Return the momentum buffers, or the masters, of parameters from those of rows."""
         if not self._stacked:
             return list(values)
         firsts = [values[stack.start] for stack in self._stacks]
-        return [None if v is None else self._wholes.get(i, v) for i, v in enumerate(firsts)]
+        return [None if v is None else wholes.get(i, v) for i, v in enumerate(firsts)]
 
     def _rehome(self) -> None:
-        """Put buffers of slices that lie anywhere into one array for each parameter."""
-        for i, stack in enumerate(self._stacks):
-            rows = slice(stack.start, stack.start + stack.rows)
-            if stack.lead and self._wholes.get(i) is None and self._buffers[stack.start] is not None:
-                self._wholes[i] = whole(stack, self._buffers[rows])
-                self._buffers[rows] = stack.slices(self._wholes[i])
+        """Put buffers and masters of slices that lie anywhere into one array for each parameter."""
+        for arrays, wholes in ((self._buffers, self._wholes), (self._masters, self._whole_masters)):
+            for i, stack in enumerate(self._stacks):
+                rows = slice(stack.start, stack.start + stack.rows)
+                if arrays[stack.start] is None:
+                    wholes.pop(i, None)
+                elif stack.lead and wholes.get(i) is None:
+                    wholes[i] = whole(stack, arrays[rows])
+                    arrays[rows] = stack.slices(wholes[i])
         self._layers = self._spans = None
 
     def _hear(self, *, wait: bool = False) -> None:
@@ -551,11 +577,11 @@ class LARS:
         if not index:
             return True
         if self._spans is None:
-            self._spans = Spans(self._names, self._params, self._buffers)
+            self._spans = Spans(self._names, self._params, self._buffers, self._masters)
         if self._layers is None or self._layers.index != index:
             self._bring_together()
-            lists: Any = (self._names, self._params, self._buffers, self._group_of, self._previous_lr.tolist())
-            lists += (self._labels,)
+            lists: Any = (self._names, self._params, self._buffers, self._masters)
+            lists += (self._group_of, self._previous_lr.tolist(), self._labels)
             if index != self._all:
                 lists = ([x[i] for i in index] for x in lists)
             if is_distant(self._params[0]):
@@ -570,9 +596,9 @@ class LARS:
         if step is None:
             return False
         self._last = step
-        if layers.has_new_buffers:
-            for i, v in zip(index, layers.buffers):
-                self._buffers[i] = v
+        if layers.has_new_state:
+            for i, v, master in zip(index, layers.buffers, layers.masters):
+                self._buffers[i], self._masters[i] = v, master
             self._spans = None
             if self._stacked:
                 self._bring_together()

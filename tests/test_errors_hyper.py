@@ -12,7 +12,7 @@ from lars_array import LARS, RULES, init, lars_step, update
 
 HYPER: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
 KNOWN = "lr, momentum, dampening, weight_decay, nesterov, trust_coefficient, eps, rule, trust_clip, trust_bounds, "
-KNOWN += "always_adapt, adapt, maximize, rescale_grad, max_grad_norm, nonfinite, layer_axes"
+KNOWN += "always_adapt, adapt, maximize, rescale_grad, max_grad_norm, nonfinite, layer_axes, master_weights"
 NESTEROV = "Nesterov momentum requires a momentum and zero dampening"
 BOUNDS = "trust_bounds must hold 0 <= lowest <= highest; got "
 PAIR = "trust_bounds must be None or a pair of numbers (lowest, highest); got "

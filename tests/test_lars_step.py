@@ -162,12 +162,12 @@ def test_half_precision_has_a_single_precision_buffer() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    dtype = "must have the parameter's dtype dtype('float64'); got dtype('float32')"
+    dtype = "must be of one of the real types float64, float32, float16, bfloat16; got dtype('int64')"
     shape = "must have the parameter's shape (2,); got "
     for arguments, kind, message in [
         (([3.0, 4.0], G), TypeError, "parameter 'p' must be an array; got [3.0, 4.0]"),
         ((P, [0.1, 0.2]), TypeError, "the gradient of 'p' must be an array; got [0.1, 0.2]"),
-        ((P, G.astype(np.float32)), TypeError, f"the gradient of 'p' {dtype}"),
+        ((P, G.astype(np.int64)), TypeError, f"the gradient of 'p' {dtype}"),
         ((P, G[:1]), ValueError, f"the gradient of 'p' {shape}(1,)"),
         ((P, G, np.ones((3, 2))), ValueError, f"the momentum buffer of 'p' {shape}(3, 2)"),
         ((P, G, np.ones(1)), ValueError, f"the momentum buffer of 'p' {shape}(1,)"),

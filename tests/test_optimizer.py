@@ -54,6 +54,7 @@ def test_the_options_that_flash_does_not_have_go_by_name() -> None:
         "nonfinite": "raise",
         "layer_axes": 0,
         "layer_of": None,
+        "master_weights": False,
         "kernel": None,
     }
     assert [*inspect.signature(LARS.step).parameters] == ["self", "grads", "closure", "found_inf"]
@@ -87,6 +88,7 @@ def test_every_argument_stands_in_the_group_and_in_the_defaults() -> None:
         "max_grad_norm": 0.8,
         "nonfinite": "skip",
         "layer_axes": 1,
+        "master_weights": True,
     }
     p = np.ones(2)
     optimizer = LARS({"p": p}, **given, kernel="portable")

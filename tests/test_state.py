@@ -35,6 +35,7 @@ ALL_OPTIONS = {
     "max_grad_norm": None,
     "nonfinite": "raise",
     "layer_axes": 0,
+    "master_weights": False,
 }
 
 

@@ -97,7 +97,7 @@ def test_an_option_is_not_allowed(options: dict[str, Any], kind: type[Exception]
 
 def test_an_option_is_unknown() -> None:
     known = "lr, momentum, dampening, weight_decay, nesterov, trust_coefficient, eps, rule, trust_clip, trust_bounds, "
-    known += "always_adapt, adapt, maximize, rescale_grad, max_grad_norm, nonfinite, layer_axes"
+    known += "always_adapt, adapt, maximize, rescale_grad, max_grad_norm, nonfinite, layer_axes, master_weights"
     message = f"unknown hyper-parameter 'momentun'; known are {known}"
     assert_does_not_load(spoiled([*GROUP, "momentun"], 0.9), ValueError, message)
 

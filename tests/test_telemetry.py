@@ -179,9 +179,9 @@ def test_where_memory_lies_is_looked_up_only_after_it_has_changed(monkeypatch: p
     looks: list[Any] = []
     original = optimizer_module.Spans
 
-    def counted(names: Any, params: Any, buffers: Any = ()) -> Any:
-        looks.append(len(params) + sum(v is not None for v in buffers))
-        return original(names, params, buffers)
+    def counted(names: Any, params: Any, buffers: Any = (), masters: Any = ()) -> Any:
+        looks.append(len(params) + sum(x is not None for x in (*buffers, *masters)))
+        return original(names, params, buffers, masters)
 
     monkeypatch.setattr(optimizer_module, "Spans", counted)
     optimizer = LARS([W.copy(), B.copy()], lr=0.5, momentum=0.9)

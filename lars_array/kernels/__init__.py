@@ -4,7 +4,10 @@ A kernel is a class ``Kernel`` in a module of this package that is imported when
 
     TAKES                              a description
     unusable(params) -> str or None    why it can't take these parameters; a static method
-    Kernel(params, buffers, xp)        for the layers of a step, as long as they are the same; a buffer may be None
+    Kernel(params, buffers, xp, masters=None)
+                                       for the layers of a step, as long as they are the same; a buffer may be None.
+                                       Where `masters` has an array, it is what is trained, and the parameter becomes
+                                       its rounding; gradients may be of any type that fits, now this, now that
         .sums(grads, operand) -> S     as core.sums
         .apply(grads, C, written=None) -> None
                                        as core.apply for each layer, in place; `written`, a bool array of shape (),

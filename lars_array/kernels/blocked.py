@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lars_array.kernels.layout import Pieces
+from lars_array.kernels.masters import with_masters
 from lars_array.kernels.scratch import scratch
 from lars_array.kernels.squares import sum_of_squares, sum_of_squares_of
 from lars_array.kernels.threads import run
@@ -26,8 +27,11 @@ class Kernel:
 
     TAKES = "NumPy arrays, in place, in cache-sized blocks"
 
-    def __init__(self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np) -> None:
-        self.params, self.buffers = params, buffers
+    def __init__(
+        self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np, masters: Sequence[Any] | None = None
+    ) -> None:
+        self.buffers = buffers
+        self.params, self.copies = with_masters(params, masters)
 
     @staticmethod
     def unusable(params: Sequence[Any]) -> str | None:
@@ -74,14 +78,17 @@ class Kernel:
         """
         if written is not None and not written:
             return
-        arrays = zip(self.params, grads, self.buffers, strict=True)
-        layers = [[g, p] if v is None else [g, p, v] for p, g, v in arrays]
-        pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=0)
+        arrays = zip(self.params, grads, self.buffers, self.copies, strict=True)
+        layers = [[p, g, *(x for x in rest if x is not None)] for p, g, *rest in arrays]
+        pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=1)
         rows = C.tolist()
 
         def visit(k: int) -> None:
-            for g, p, *v in pieces.blocks(k):
-                _apply(p, g, v[0] if v else None, rows[pieces.layer[k]])
+            i = pieces.layer[k]
+            for p, g, *rest in pieces.blocks(k):
+                _apply(p, g, None if self.buffers[i] is None else rest[0], rows[i])
+                if self.copies[i] is not None:
+                    np.copyto(rest[-1], p)
 
         run(visit, pieces.sizes, backwards=True)
 

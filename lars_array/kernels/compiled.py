@@ -15,12 +15,13 @@ import numpy as np
 from lars_array.core import Prepared
 from lars_array.kernels import blocked
 from lars_array.kernels.layout import common_order
+from lars_array.kernels.masters import with_masters
 from lars_array.memory import one_of_each
 from lars_array.tape import record
 
 __all__ = ["Kernel"]
 
-_STRIDES, _ALIGNED = attrgetter("strides"), attrgetter("flags.aligned")
+_DTYPE, _STRIDES, _ALIGNED = attrgetter("dtype"), attrgetter("strides"), attrgetter("flags.aligned")
 
 
 class Kernel:
@@ -28,11 +29,16 @@ class Kernel:
 
     TAKES = "NumPy arrays, in place, in loops compiled by numba"
 
-    def __init__(self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np) -> None:
-        self.params, self.buffers = params, buffers
-        self._strides = one_of_each(map(_STRIDES, params))
-        self._scattered = [i for i, p in enumerate(params) if not self._is_dense(i)]
-        self._arrange(self._scattered)
+    def __init__(
+        self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np, masters: Sequence[Any] | None = None
+    ) -> None:
+        self._given = params, masters
+        self.buffers = buffers
+        self.params, self.copies = with_masters(params, masters)
+        # What the tables are arranged for: the gradients' types and strides, and the layers that are in none.
+        self._dtypes: list[Any] = []
+        self._strides: list[Any] | None = None
+        self._others: list[int] = []
 
     @staticmethod
     def unusable(params: Sequence[Any]) -> str | None:
@@ -97,31 +103,32 @@ class Kernel:
             S[walk.layers], C[walk.layers] = walk.S, walk.C
         return S, C
 
-    def _is_dense(self, i: int, g: Any = None) -> bool:
-        arrays = [x for x in (self.params[i], g, self.buffers[i]) if x is not None]
-        return bool(
-            self.params[i].dtype.isnative
-            and all(x.flags.aligned for x in arrays)
-            and common_order(arrays) is not None
-        )
+    def _is_dense(self, i: int, g: Any) -> bool:
+        arrays = [x for x in (self.params[i], g, self.buffers[i], self.copies[i]) if x is not None]
+        return bool(all(x.flags.aligned and x.dtype.isnative for x in arrays) and common_order(arrays) is not None)
 
     def _arrange_for(self, grads: Sequence[Any]) -> None:
-        """Take the layers out of the tables whose gradient does not lie as its parameter does."""
-        others = self._scattered
-        if list(map(_STRIDES, grads)) != self._strides or not all(map(_ALIGNED, grads)):
-            others = [i for i, g in enumerate(grads) if not self._is_dense(i, g)]
-        if others != self._others:
-            self._arrange(others)
+        """Have a table for each combination of types, without the layers whose arrays don't lie alike."""
+        dtypes, strides = list(map(_DTYPE, grads)), list(map(_STRIDES, grads))
+        aligned = all(map(_ALIGNED, grads))
+        if aligned and strides == self._strides and dtypes == self._dtypes:
+            return
+        others = [i for i, g in enumerate(grads) if not self._is_dense(i, g)]
+        if others != self._others or dtypes != self._dtypes:
+            self._arrange(others, dtypes)
+        self._strides = one_of_each(strides) if aligned else None
 
-    def _arrange(self, others: list[int]) -> None:
+    def _arrange(self, others: list[int], dtypes: list[Any]) -> None:
         rest = set(others)
-        of_type: dict[Any, list[int]] = {}
-        for i, p in enumerate(self.params):
+        of_types: dict[Any, list[int]] = {}
+        for i, (p, copy, g_dtype) in enumerate(zip(self.params, self.copies, dtypes, strict=True)):
             if i not in rest:
-                of_type.setdefault(p.dtype, []).append(i)
-        self._others = others
-        self._blocked = blocked.Kernel([self.params[i] for i in others], [self.buffers[i] for i in others])
-        self._tables = [_module().Table(self.params, self.buffers, layers) for layers in of_type.values()]
+                of_types.setdefault((p.dtype, None if copy is None else copy.dtype, g_dtype), []).append(i)
+        arrays = self.params, self.buffers, self.copies
+        self._tables = [_module().Table(*arrays, types[-1], layers) for types, layers in of_types.items()]
+        params, masters = ([None if x is None else x[i] for i in others] for x in self._given)
+        self._blocked = blocked.Kernel(params, [self.buffers[i] for i in others], np, masters)
+        self._dtypes, self._others = dtypes, others
 
 
 def _module() -> Any:

@@ -221,8 +221,9 @@ class Kernel:
         self._sized = elements, dense
         self._layers = [i for i, yes in enumerate(dense) if yes]
         self._others = [i for i, yes in enumerate(dense) if not yes]
-        params, buffers = ([x[i] for i in self._others] for x in (self.params, self.buffers))
-        self._portable = portable.Kernel(params, buffers, self.xp)
+        given = self.params, self.buffers, self.masters
+        params, buffers, masters = ([x[i] for i in self._others] for x in given)
+        self._portable = portable.Kernel(params, buffers, self.xp, masters)
         rows = max(len(self._layers), 1)
         device = self._device
         places = np.zeros((len(self._layers), 3), np.uint64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lars_array.dtypes import compute_dtype, real_dtype
+from lars_array.dtypes import compute_dtype
 
 __all__ = ["Pieces", "common_order", "flat_views"]
 
@@ -24,7 +24,7 @@ class Pieces:
     Parameters
     ----------
     layers : sequence of sequences of ndarray
-        The arrays of each layer, of one shape.
+        The arrays of each layer, of one shape, the parameters first.
     reads_only : int, optional
         Which array of a layer is only read from; None: all are.
     block : int
@@ -54,7 +54,10 @@ class Pieces:
                 self.sizes.append(min(step, size - start))
 
     def blocks(self, k: int) -> Iterable[list[Any]]:
-        """Return the arrays of piece `k` in blocks: one-dimensional, real, contiguous, of the type computed in."""
+        """Return the arrays of piece `k` in blocks: one-dimensional, real, contiguous, of the type computed in.
+
+        Where nothing is written, an array of a wider type than its parameters are computed in keeps that.
+        """
         views, start = self.views[self.layer[k]], self._start[k]
         if views is None:
             return self._copied_blocks(self.layers[self.layer[k]])
@@ -62,15 +65,17 @@ class Pieces:
 
     def _copied_blocks(self, arrays: Sequence[Any]) -> Iterator[list[Any]]:
         """Any strides, any type: what is written to a block is cast and stored when the next one is asked for."""
-        kind, real = compute_dtype(arrays[0], np), real_dtype(arrays[0], np)
+        kind = np.dtype(compute_dtype(arrays[0], np))
         read, write = ([access, "contig", "aligned", "nbo"] for access in ("readonly", "readwrite"))
         access: Any = [read if self.reads_only in (None, i) else write for i in range(len(arrays))]
         types = [kind] * len(arrays)
+        if self.reads_only is None:
+            types = [np.result_type(kind, compute_dtype(x, np)) for x in arrays]
         with np.nditer(
             arrays, ["buffered", "external_loop"], access, types, "K", "same_kind", buffersize=BUFFER
         ) as iterator:
             for blocks in iterator:
-                yield [x.view(real) for x in blocks]
+                yield [x.view(_REAL_OF[x.dtype]) for x in blocks]
 
 
 def flat_views(arrays: Sequence[Any]) -> list[Any] | None:

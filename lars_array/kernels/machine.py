@@ -65,14 +65,23 @@ def _sum_of_three(p: Any, g: Any, v: Any, gamma: float, w: float, h: float) -> f
 
 
 @numba.njit
-def _arrays(place: Any, size: int, k: int, p_like: Any, v_like: Any) -> tuple[Any, Any, Any]:
+def _arrays(place: Any, size: int, k: int, p_like: Any, g_like: Any, v_like: Any) -> tuple[Any, Any, Any]:
     """Return piece `k` of p, g and v, the last one empty where there is none."""
     start = k * PIECE
     length = min(PIECE, size - start)
     p = array_at(place[0] + start * p_like.itemsize, length, p_like)
-    g = array_at(place[1] + start * p_like.itemsize, length, p_like)
+    g = array_at(place[1] + start * g_like.itemsize, length, g_like)
     v = array_at(place[2] + start * v_like.itemsize, length if place[2] != 0 else 0, v_like)
     return p, g, v
+
+
+@numba.njit
+def _copy(place: Any, size: int, k: int, copy_like: Any) -> Any:
+    """Return piece `k` of what the rounding of p is written to, None where nothing is."""
+    if copy_like is None:
+        return None
+    start = k * PIECE
+    return array_at(place[3] + start * copy_like.itemsize, min(PIECE, size - start), copy_like)
 
 
 @numba.njit
@@ -91,18 +100,24 @@ def _measure(p: Any, g: Any, v: Any, weights: Any, sums: Any) -> None:
 
 
 @numba.njit
-def _write(p: Any, g: Any, v: Any, c: Any) -> None:
-    """Do what `core.apply` does, in place."""
+def _write(p: Any, g: Any, v: Any, copy: Any, c: Any) -> None:
+    """Do what `core.apply` does, in place, and round to `copy` if that is not None: then numba keeps this branch."""
     kind = v.dtype.type
     m, alpha, beta, kappa, lam, mu = kind(c[0]), kind(c[1]), kind(c[2]), kind(c[3]), kind(c[4]), kind(c[5])
     if v.size == p.size:
         for i in range(p.size):
-            d, v[i] = _difference(load(p[i]), load(g[i]), v[i], m, alpha, beta, kappa, lam, mu)
-            p[i] = stored(load(p[i]) - d, p[i])
+            d, v[i] = _difference(load(p[i]), kind(load(g[i])), v[i], m, alpha, beta, kappa, lam, mu)
+            new_p = load(p[i]) - d
+            p[i] = stored(new_p, p[i])
+            if copy is not None:
+                copy[i] = stored(new_p, copy[i])
     else:
         for i in range(p.size):
-            d = _difference_without_buffer(load(p[i]), load(g[i]), alpha, beta, kappa, lam, mu)
-            p[i] = stored(load(p[i]) - d, p[i])
+            d = _difference_without_buffer(load(p[i]), kind(load(g[i])), alpha, beta, kappa, lam, mu)
+            new_p = load(p[i]) - d
+            p[i] = stored(new_p, p[i])
+            if copy is not None:
+                copy[i] = stored(new_p, copy[i])
 
 
 @numba.njit
@@ -237,14 +252,16 @@ def _make_work(checksum: int) -> Any:
         S: Any,
         C: Any,
         p_like: Any,
+        g_like: Any,
         v_like: Any,
+        copy_like: Any,
     ) -> int:
         """Work off tasks until none is left. Everything is written by all threads unless said otherwise.
 
         tasks (tasks, 5)        read: see `lars_array.kernels.tasks`
         cursor (1,)             how many tasks are taken
         left (rows,)            of a shared layer, the pieces not yet measured; `DONE` when C may be read
-        places (rows, 3)        read: addresses of p, g, and v or 0
+        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of the array for its rounding, if there is one
         sizes, offsets (rows,)  read: elements, and where in `partial` a shared layer begins
         claimed (pieces,)       of shared layers, at first zero: not if somebody writes the part that begins there
         partial (pieces, 3)     sums of pieces of shared layers, at first zero
@@ -256,7 +273,7 @@ def _make_work(checksum: int) -> Any:
         outputs (kinds, 6)      read: the registers of the coefficients
         S (rows, 3)             sums, at first zero
         C (rows, 6)             coefficients
-        p_like, v_like (0,)     tell the types
+        p_like, …, copy_like    of shape (0,), tell the types; the last one is None where no rounding is written
 
         Who brings `left` of a layer to zero adds its partial sums, writes S and C, and then `DONE`: others see it, and
         with it all that was written before.
@@ -283,7 +300,7 @@ def _make_work(checksum: int) -> Any:
                     own_parts += 1
                 if what & MEASURE:
                     for k in range(first, last):
-                        p, g, v = _arrays(places[row], sizes[row], k, p_like, v_like)
+                        p, g, v = _arrays(places[row], sizes[row], k, p_like, g_like, v_like)
                         _measure(p, g, v, weights[kind], partial[offsets[row] + k] if shared else S[row])
                     if not shared or fetch_add(left, row, first - last) == last - first:
                         for k in range(pieces if shared else 0):
@@ -304,8 +321,8 @@ def _make_work(checksum: int) -> Any:
                     while read(left, row) != DONE:
                         pass
                     for k in range(last - 1, first - 1, -1):  # what was measured last is in cache
-                        p, g, v = _arrays(places[row], sizes[row], k, p_like, v_like)
-                        _write(p, g, v, C[row])
+                        p, g, v = _arrays(places[row], sizes[row], k, p_like, g_like, v_like)
+                        _write(p, g, v, _copy(places[row], sizes[row], k, copy_like), C[row])
 
     return work
 

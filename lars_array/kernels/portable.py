@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lars_array import core
+from lars_array.kernels.masters import with_masters
 
 __all__ = ["Kernel"]
 
@@ -15,8 +16,11 @@ class Kernel:
 
     TAKES = "writable arrays of any Array API library"
 
-    def __init__(self, params: Sequence[Any], buffers: Sequence[Any], xp: Any) -> None:
-        self.params, self.buffers, self.xp = params, buffers, xp
+    def __init__(
+        self, params: Sequence[Any], buffers: Sequence[Any], xp: Any, masters: Sequence[Any] | None = None
+    ) -> None:
+        self.buffers, self.xp = buffers, xp
+        self.params, self.copies = with_masters(params, masters)
 
     @staticmethod
     def unusable(params: Sequence[Any]) -> str | None:
@@ -29,8 +33,9 @@ class Kernel:
 
     def apply(self, grads: Sequence[Any], C: Any, written: Any = None) -> None:
         """Write `core.apply` of each layer into its parameters and its buffer, if `written` is None or true."""
-        for i, (p, g, v) in enumerate(zip(self.params, grads, self.buffers, strict=True)):
+        for i, (p, g, v, copy) in enumerate(zip(self.params, grads, self.buffers, self.copies, strict=True)):
             new_p, new_v = core.apply(p, g, v, C[i, :], xp=self.xp)
-            p[...] = new_p if written is None else self.xp.where(written, new_p, p)
-            if v is not None:
-                v[...] = new_v if written is None else self.xp.where(written, new_v, v)
+            rounded = None if copy is None else self.xp.astype(new_p, copy.dtype)
+            for old, new in ((p, new_p), (v, new_v), (copy, rounded)):
+                if old is not None:
+                    old[...] = new if written is None else self.xp.where(written, new, old)

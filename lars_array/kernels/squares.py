@@ -56,7 +56,7 @@ def sum_of_squares_of(terms: list[Any], weights: list[float], squares: float) ->
     Parameters
     ----------
     terms : list of ndarrays of shape (size,)
-        Contiguous, of one type, float32 or float64.
+        Contiguous, float32 or float64, none wider than the first; or else all is done in float64.
     weights : list of float
         One a term.
     squares : float
@@ -68,6 +68,8 @@ def sum_of_squares_of(terms: list[Any], weights: list[float], squares: float) ->
         The sum.
     """
     kind = terms[0].dtype
+    if any(term.itemsize > kind.itemsize for term in terms):
+        return _sum_wide(terms, weights)
     result = 0.0
     for start in range(0, terms[0].size, BLOCK):
         total, *others = (term[start : start + BLOCK] for term in terms)

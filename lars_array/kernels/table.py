@@ -71,31 +71,36 @@ class Walk(NamedTuple):
 
 
 class Table:
-    """Layers of one element type, the largest first.
+    """Layers whose arrays are of the same types, the largest first.
 
     Parameters
     ----------
-    params, buffers : sequences of ndarray
-        Those of all layers of the step; a buffer may be None.
+    params, buffers, copies : sequences of ndarray
+        Those of all layers of the step: what is trained, momentum, and what the rounding of the first is written to.
+        The latter two may be None.
+    g_dtype : dtype
+        That of their gradients.
     layers : sequence of int
-        Which of them are in the table: they lie densely, each in an order of its own.
+        Which of them are in the table: they lie densely, each in an order of its own. All have a copy or none has.
     """
 
-    def __init__(self, params: Sequence[Any], buffers: Sequence[Any], layers: Sequence[int]) -> None:
-        one = params[layers[0]]
-        v_type = real_dtype(one, np)
-        p_type = _BITS.get(dtype_name(one.dtype), v_type)
+    def __init__(
+        self, params: Sequence[Any], buffers: Sequence[Any], copies: Sequence[Any], g_dtype: Any, layers: Sequence[int]
+    ) -> None:
+        one, copy = params[layers[0]], copies[layers[0]]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
-        _compile_for(p_type, v_type)  # now, before anything is written
-        self.likes = np.empty(0, p_type), np.empty(0, v_type)
+        copy_type = None if copy is None else _stored_as(copy.dtype)
+        types = _stored_as(one.dtype), _stored_as(g_dtype), real_dtype(one, np), copy_type
+        _compile_for(*types)  # now, before anything is written
+        self.likes = _likes(*types)
         sizes = np.array([width * params[i].size for i in layers], np.int64)
         order = np.argsort(-sizes, kind="stable")
         self.layers, self.sizes = np.array(layers)[order], sizes[order]
-        self.held = params, buffers
-        self.ids = np.zeros((len(layers), 3), np.int64)
-        self.ids[:, 0] = _ids([params[i] for i in self.layers.tolist()])
-        self.ids[:, 2] = _ids([buffers[i] for i in self.layers.tolist()])
-        self.ids[self.ids[:, 2] == id(None), 2] = 0
+        self.held = params, buffers, copies
+        self.ids = np.zeros((len(layers), 3 if copy is None else 4), np.int64)
+        for column, arrays in ((0, params), (2, buffers), (3, copies))[: self.ids.shape[1] - 1]:
+            self.ids[:, column] = _ids([arrays[i] for i in self.layers.tolist()])
+        self.ids[self.ids == id(None)] = 0
         self.left = -(-self.sizes // PIECE)
         shared = np.where(self.left >= ROOM_FROM, self.left, 0)
         self.offsets = np.cumsum(shared) - shared
@@ -151,14 +156,23 @@ class Table:
 
 
 @cache
-def _compile_for(p_type: Any, v_type: Any) -> None:
+def _compile_for(p_type: Any, g_type: Any, v_type: Any, copy_type: Any) -> None:
     """Have `work` compiled for these types, by a walk over nothing."""
     none, nothing = np.empty(0, np.int64), np.empty((0, 3))
     by_kind = (_NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
     places = np.empty((0, 3), np.int64)
     counters = np.zeros(1, np.int64), none, none
     arguments = (np.empty((0, 5), np.int64), *counters, places, none, none, nothing, none, *by_kind)
-    at_first(work, *arguments, nothing, np.empty((0, 6)), np.empty(0, p_type), np.empty(0, v_type))
+    at_first(work, *arguments, nothing, np.empty((0, 6)), *_likes(p_type, g_type, v_type, copy_type))
+
+
+def _stored_as(dtype: Any) -> Any:
+    """Return the type that compiled code reads and writes: bits of half precision, the parts of complex numbers."""
+    return _BITS.get(dtype_name(dtype)) or np.empty(0, dtype).real.dtype.type
+
+
+def _likes(*types: Any) -> tuple[Any, ...]:
+    return tuple(None if kind is None else np.empty(0, kind) for kind in types)
 
 
 def _weights(gamma: Any, w: Any, h: Any) -> Any:
