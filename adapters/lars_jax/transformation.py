@@ -16,6 +16,8 @@ from lars_array.hyper import at_step, needs_buffer
 from lars_array.nonfinite import finite, largest
 from lars_array.presets import PRESETS
 from lars_array.registry import Rule
+from lars_array.rows import LayerOf, joined_rows, labels_of, row_labels, stacks_of
+from lars_jax.collective import mapped_axes, summed_over
 from lars_jax.trees import leaves_as, named_leaves, spread
 
 __all__ = ["LarsState", "lars"]
@@ -62,6 +64,9 @@ def lars(
     nonfinite: str = "propagate",
     weight_decay_mask: Any = True,
     trust_ratio_mask: Any = True,
+    layer_axes: Any = None,
+    layer_of: LayerOf = None,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Layer-wise adaptive rate scaling (You et al. 2017), each leaf a layer.
 
@@ -95,6 +100,15 @@ def lars(
         Which leaves are decayed, and which are adapted: one value for all; a tree of the parameters' structure, or a
         prefix of it; or a function that returns one of these, given the parameters. A leaf that is adapted and alone
         is not decayed is adapted by rules, too, that leave out what is not decayed.
+    layer_axes : int, pytree of int, or callable, optional
+        How many leading axes of a leaf say which layer it is, none by default: with 1 each ``p[i]`` is a layer, as in
+        the stacked parameters of scanned layers.
+    layer_of : mapping or callable, optional
+        Which layer a leaf is a part of, by its path with dots, "attention.query" say; as in `lars_array.LARS`.
+    axis_name : hashable, tuple of hashable, pytree of these, or callable, optional
+        Under ``jax.shard_map`` or ``jax.pmap``, the mapped axes that a leaf is split over; None or () for a leaf that
+        every device has whole. One collective sums the norms of the whole model. A stacked leaf must not be split along
+        its `layer_axes` there. None of this is needed for arrays that are sharded under ``jax.jit``.
 
     Returns
     -------
@@ -176,34 +190,47 @@ def lars(
 
         numbers = {name: x(state.count) if callable(x) and name != "rule" else x for name, x in given.items()}
         groups, group_of = _groups(at_step(numbers, state.count), params, weight_decay_mask, trust_ratio_mask)
+        axes = spread("layer_axes", layer_axes or 0, params, _is_count, "integers of at least 0")
+        labels = labels_of(layer_of, names)
         ps, gs, vs = ([x[i] for i in index] for x in (leaves, grads, trace))
-        rows = jnp.asarray(index)
+        stacks = stacks_of([names[i] for i in index], ps, [axes[i] for i in index])
+        joined = joined_rows(row_labels([labels[i] for i in index], stacks))
+        owner = [k for k, stack in enumerate(stacks) for _ in range(stack.rows)]
+        over = mapped_axes(axis_name, params)
+
+        def measure(operand: Any) -> Any:
+            S = sums(ps, gs, vs, operand, xp=jnp, leads=[stack.lead for stack in stacks])
+            return summed_over(S, [over[index[k]] for k in owner])
+
+        place = jnp.asarray(index)
+        of_rows = jnp.asarray([index[k] for k in owner])
         prepared = prepare(
             groups,
-            [group_of[i] for i in index],
-            first=state.first[rows],
-            previous_lr=state.previous_lr[rows],
+            [group_of[index[k]] for k in owner],
+            first=state.first[of_rows],
+            previous_lr=state.previous_lr[of_rows],
             like=ps[0],
             xp=jnp,
         )
-        step = plan(prepared, lambda operand: sums(ps, gs, vs, operand, xp=jnp), xp=jnp)
+        step = plan(prepared, measure, xp=jnp, joined=joined)
         taken = None
         if nonfinite == "skip":
-            taken = jnp.all(finite(step.S, step.C, largest(ps, like=ps[0], xp=jnp), xp=jnp))
+            taken = jnp.all(finite(step.S, step.C, largest([ps[k] for k in owner], like=ps[0], xp=jnp), xp=jnp))
 
         def chosen(new: Any, old: Any) -> Any:
             return new if taken is None else jnp.where(taken, new, old)
 
         new_updates, new_trace = list(grads), list(trace)
-        for row, i in enumerate(index):
-            d, v = displacement(ps[row], gs[row], vs[row], step.C[row, :], xp=jnp)
-            new_updates[i] = chosen(-d, jnp.zeros_like(d)).astype(leaves[i].dtype)
-            new_trace[i] = None if v is None else chosen(v, trace[i])
+        for i, stack, p, g, v in zip(index, stacks, ps, gs, vs, strict=True):
+            d, new_v = displacement(p, g, v, stack.coefficients(step.C, xp=jnp), xp=jnp)
+            new_updates[i] = chosen(-d, jnp.zeros_like(d)).astype(p.dtype)
+            new_trace[i] = None if v is None else chosen(new_v, v)
+        rates = step.hyper.lr[jnp.asarray([stack.start for stack in stacks])]
         new_state = LarsState(
             count=chosen(optax.safe_increment(state.count), state.count),
             trace=structure.unflatten(new_trace) if keeps else None,
-            first=chosen(state.first.at[rows].set(not keeps), state.first) if keeps else state.first,
-            previous_lr=chosen(state.previous_lr.at[rows].set(step.hyper.lr), state.previous_lr),
+            first=chosen(state.first.at[place].set(False), state.first) if keeps else state.first,
+            previous_lr=chosen(state.previous_lr.at[place].set(rates), state.previous_lr),
         )
         return structure.unflatten(new_updates), new_state
 
@@ -228,6 +255,10 @@ def _groups(
 
 def _is_bool(x: Any) -> bool:
     return isinstance(x, bool | np.bool_)
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
 def _is_zero(x: Any) -> bool:
