@@ -33,8 +33,11 @@ def test_views_lie_where_their_tensors_do(dtype: torch.dtype, arrange: Any) -> N
         assert array.__array_interface__["data"][0] == tensor.data_ptr()
         assert array.shape == tuple(tensor.shape) and array.dtype.name == str(dtype).removeprefix("torch.")
         assert array.strides == tuple(tensor.element_size() * stride for stride in tensor.stride())
-        array[...] = 7
-        assert (tensor == 7).all()
+    array = borrowed(view(tensor))
+    view(tensor)[...] = 7
+    assert (tensor == 7).all() and (array == 7).all()
+    with pytest.raises(ValueError, match="read-only"):
+        array[...] = 8
 
 
 def test_a_borrowed_view_does_not_keep_memory_alive() -> None:
@@ -148,6 +151,28 @@ def test_a_gradient_that_is_lazily_conjugated_is_taken_as_what_it_means() -> Non
         assert p.grad.is_conj()
         optimizer.step()
     assert torch.equal(p.detach(), -2 * z.conj().resolve_conj())
+
+
+def test_a_gradient_in_the_place_of_one_that_was_lazily_conjugated() -> None:
+    # What a lazy gradient was resolved to is gone after the step.
+    p, plain = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64)), torch.tensor([1j, 2.0, 3 - 1j])
+    optimizer = LARS([p], lr=1.0)
+    for grad in (plain.conj(), plain, plain, plain.conj()):
+        before, p.grad = p.detach().clone(), grad
+        optimizer.step()
+        assert torch.equal(p, before - grad)
+
+
+def test_a_gradient_that_moves_and_changes_its_layout() -> None:
+    p = torch.nn.Parameter(torch.zeros(3, 2))
+    optimizer = LARS([p], lr=1.0)
+    g = torch.arange(6.0).reshape(3, 2)
+    held = []
+    for arrange in (lambda x: x, lambda x: x, lambda x: x.T.contiguous().T, lambda x: x.T.contiguous().T, lambda x: x):
+        before, p.grad = p.detach().clone(), arrange(g.clone())
+        optimizer.step()
+        assert torch.equal(p, before - g)
+        held.append(p.grad)  # so that the next one lies elsewhere
 
 
 def test_import_brings_neither_cupy_nor_numba_nor_jax() -> None:

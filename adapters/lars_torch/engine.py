@@ -100,7 +100,7 @@ class Engine:
         """Return whether all memory lies where it did, and the state holds the buffers that steps write to."""
         if state is not self.state or list(map(layout, tensors)) != self._layouts:
             return False
-        buffers = [state[p].get("momentum_buffer") if p in state else None for p in self.params]
+        buffers = [state.get(p, {}).get("momentum_buffer") for p in self.params]
         return all(map(is_, buffers, self._buffers))
 
     def step(
@@ -137,10 +137,17 @@ class Engine:
         for i, g in enumerate(held):
             if g is None:
                 self._gradients[i] = self._gradient_layouts[i] = None
-            elif (now := layout(g)) != self._gradient_layouts[i] or g.is_conj() or g.is_neg():
+                continue
+            known, now, lazy = self._gradient_layouts[i], layout(g), g.is_conj() or g.is_neg()
+            if now == known and not lazy:
+                continue
+            if known is not None and now[1:] == known[1:] and not lazy:  # as after each zero_grad
+                self._gradients[i] = borrowed(self._gradients[i], now[0])
+            else:
                 _check_gradient(self.members[i], g)
                 held[i] = g = g.detach().resolve_conj().resolve_neg()
-                self._gradients[i], self._gradient_layouts[i] = borrowed(view(g)), now
+                self._gradients[i] = borrowed(view(g))
+            self._gradient_layouts[i] = None if lazy else now
         return list(self._gradients), held
 
     def _show_buffers(self) -> None:
