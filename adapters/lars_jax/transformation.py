@@ -192,7 +192,8 @@ def lars(
         groups, group_of = _groups(at_step(numbers, state.count), params, weight_decay_mask, trust_ratio_mask)
         axes = spread("layer_axes", layer_axes or 0, params, _is_count, "integers of at least 0")
         labels = labels_of(layer_of, names)
-        ps, gs, vs = ([x[i] for i in index] for x in (leaves, grads, trace))
+        lists: Any = (leaves, grads, trace)
+        ps, gs, vs = ([x[i] for i in index] for x in lists)
         stacks = stacks_of([names[i] for i in index], ps, [axes[i] for i in index])
         joined = joined_rows(row_labels([labels[i] for i in index], stacks))
         owner = [k for k, stack in enumerate(stacks) for _ in range(stack.rows)]
