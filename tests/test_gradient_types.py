@@ -102,6 +102,26 @@ def test_sums_are_of_the_values_as_they_are_given(rule: str, kernel: str) -> Non
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_the_third_sum_is_of_the_values_as_they_are_given(kernel: str) -> None:
+    p, g = np.ones(3000, np.float32), np.random.default_rng(0).standard_normal(3000)
+    expected = np.sqrt(3000) / np.linalg.norm(g + 0.1 * p.astype(np.float64))
+    optimizer = LARS([p], 0.1, weight_decay=0.1, trust_coefficient=1.0, eps=0.0, rule="barlow", kernel=kernel)
+    optimizer.step([g])
+    assert optimizer.trust_ratios()["0"] == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("shape", "turns"), [((5,), ["float16", "bfloat16"]), ((), ["float32", "float64", "float16"])])
+def test_a_type_is_told_from_another_of_the_same_strides(shape: Any, turns: list[str], kernel: str) -> None:
+    p, expected = np.ones(shape, np.float32), 1.0
+    optimizer = LARS([p], lr=0.25, kernel=kernel)
+    for of_g in [*turns, *turns]:
+        optimizer.step([np.full(shape, 0.5).astype(REAL[of_g])])
+        expected -= 0.125
+        assert np.all(p == expected), of_g
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("of_p", ["float32", "float16", "bfloat16"])
 def test_a_gradient_that_has_no_place_in_the_type_that_is_computed_in_is_refused(of_p: str, kernel: str) -> None:
     p, q = np.ones(3, REAL[of_p]), np.ones(2, REAL[of_p])
