@@ -112,9 +112,9 @@ def torch_optimizer(params: Any) -> Any:
 
 
 def timm(params: Any) -> Any:
-    from benchmarks.peers.timm_lars import _lars
+    from benchmarks.peers.timm_lars import lars_class
 
-    return _lars()(params, lr=0.5, momentum=0.9, weight_decay=0.1, trust_coeff=0.1)
+    return lars_class()(params, lr=0.5, momentum=0.9, weight_decay=0.1, trust_coeff=0.1)
 
 
 @pytest.mark.parametrize("peer", [sgd, torch_optimizer, timm])
