@@ -89,3 +89,44 @@ def test_what_is_not_finite_is_refused_or_skipped_if_asked() -> None:
             optimizer.step()
         assert torch.equal(p, q) and p not in optimizer.state
         assert optimizer.skipped_steps == (nonfinite == "skip")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_masters_take_the_steps_that_half_precision_would_lose(dtype: torch.dtype) -> None:
+    start = torch.linspace(1, 2, 50)
+    full, with_master, without = (torch.nn.Parameter(start.to(kind)) for kind in (torch.float32, dtype, dtype))
+    with torch.no_grad():
+        full.copy_(with_master)
+    options: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.01}
+    optimizers = [LARS([p], **options) for p in (full, with_master, without)]
+    optimizers[1].param_groups[0]["master_weights"] = True
+    for _ in range(100):
+        for optimizer in optimizers:
+            (p,) = optimizer.param_groups[0]["params"]
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    master = optimizers[1].state[with_master]["master"]
+    assert master.dtype == torch.float32
+    torch.testing.assert_close(master, full.detach(), rtol=1e-6, atol=0)
+    assert torch.equal(with_master, master.to(dtype))
+    lost = (without.float() - full).abs().mean()
+    assert lost > 4 * (with_master.float() - full).abs().mean()
+
+
+def test_masters_go_and_come_with_the_option() -> None:
+    p = torch.nn.Parameter(torch.ones(4).bfloat16())
+    optimizer = LARS([p], lr=2.0**-12, master_weights=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (optimizer.state[p]["master"] == 1 - 2.0**-12).all() and (p == 1).all()
+    optimizer.param_groups[0]["master_weights"] = False
+    optimizer.step()
+    assert not optimizer.state[p]
+    optimizer.param_groups[0]["master_weights"] = True
+    optimizer.step()
+    assert (optimizer.state[p]["master"] == 1 - 2.0**-12).all()
+
+
+def test_a_recorded_step_has_no_masters() -> None:
+    with pytest.raises(ValueError, match="differentiable and master_weights exclude each other"):
+        LARS([torch.zeros(2)], lr=0.1, differentiable=True, master_weights=True)

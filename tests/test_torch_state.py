@@ -55,14 +55,17 @@ def through_a_file(state_dict: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", ["flash", "mxnet", "optax"])
-def test_a_run_goes_on_as_if_it_had_not_been_interrupted(dtype: torch.dtype, rule: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"rule": "mxnet"}, {"rule": "optax"}, {"master_weights": True}, {"momentum": 0}], ids=str
+)
+def test_a_run_goes_on_as_if_it_had_not_been_interrupted(dtype: torch.dtype, options: dict[str, Any]) -> None:
     def lr(t: int) -> float:
         return 0.5 / (1 + t)  # for rules that look at the last one
 
-    whole = LARS(parameters(dtype), **OPTIONS, rule=rule)
+    options = OPTIONS | options
+    whole = LARS(parameters(dtype), **options)
     advance(whole, 0, 6, lr)
-    first = LARS(parameters(dtype), **OPTIONS, rule=rule)
+    first = LARS(parameters(dtype), **options)
     advance(first, 0, 3, lr)
     second = LARS([torch.nn.Parameter(p.detach().clone()) for p in params_of(first)], lr=123.0)
     second.load_state_dict(through_a_file(first.state_dict()))
@@ -71,9 +74,9 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(dtype: torch.dtype, rul
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("rule", ["flash", "mxnet"])
-def test_copies_go_on_by_themselves(copied: Any, rule: str) -> None:
-    optimizer = LARS(parameters(), **OPTIONS, rule=rule, kernel="blocked")
+@pytest.mark.parametrize("options", [{}, {"rule": "mxnet"}, {"master_weights": True}], ids=str)
+def test_copies_go_on_by_themselves(copied: Any, options: dict[str, Any]) -> None:
+    optimizer = LARS(parameters(torch.bfloat16), **OPTIONS, **options, kernel="blocked")
     advance(optimizer, 0, 3, lambda t: 0.5 / (1 + t))
     twin = copied(optimizer)
     before = copy.deepcopy(params_of(twin))

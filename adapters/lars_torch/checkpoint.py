@@ -11,6 +11,7 @@ from lars_array.dtypes import COMPUTE, dtype_name
 from lars_array.hyper import DEFAULTS
 from lars_array.registry import resolve
 from lars_array.tape import INPUTS, record
+from lars_torch.engine import KEPT
 from lars_torch.hyper import check_group
 
 __all__ = ["load", "with_previous_lr"]
@@ -71,33 +72,31 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
         return  # torch says that better
     for group in saved:
         check_group(optimizer.defaults | group)
-    for p, v in _pairs(optimizer, state_dict):
+    for p, key, v in _kept(optimizer, state_dict):
         if not isinstance(v, torch.Tensor) or v.shape != p.shape or v.layout != torch.strided:
             found = tuple(v.shape) if isinstance(v, torch.Tensor) else v
-            raise ValueError(f"momentum_buffer must have the parameter's shape {tuple(p.shape)!r}; got {found!r}")
+            raise ValueError(f"{key} must have the parameter's shape {tuple(p.shape)!r}; got {found!r}")
         if v.is_complex() != p.is_complex() or not (v.is_floating_point() or v.is_complex()):
-            raise ValueError(f"momentum_buffer must be of a type like {p.dtype}, the parameter's; got {v.dtype}")
+            raise ValueError(f"{key} must be of a type like {p.dtype}, the parameter's; got {v.dtype}")
 
 
 def _restore(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
-    """Take over momentum buffers once more, since torch casts them to the parameters' type."""
-    for p, v in _pairs(optimizer, state_dict):
+    """Take over momentum buffers and masters once more, since torch casts them to the parameters' type."""
+    for p, key, v in _kept(optimizer, state_dict):
         kind = getattr(torch, COMPUTE[dtype_name(p.dtype)])
-        buffer = torch.empty_like(p, dtype=kind, requires_grad=False)
-        optimizer.state[p]["momentum_buffer"] = buffer.copy_(v.detach())
+        optimizer.state[p][key] = torch.empty_like(p, dtype=kind, requires_grad=False).copy_(v.detach())
     for p in list(optimizer.state):
         if isinstance(optimizer.state[p], dict) and optimizer.state[p].get("momentum_buffer", p) is None:
             del optimizer.state[p]  # torch's SGD says so that there is none
 
 
-def _pairs(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Tensor, Any]]:
-    """Return each parameter with the momentum buffer that a checkpoint has for it."""
+def _kept(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Tensor, str, Any]]:
+    """Return each parameter with what a checkpoint has kept for it, and what that is."""
     found = []
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
-        for p, key in zip(group["params"], saved["params"]):
-            v = state_dict["state"].get(key, {}).get("momentum_buffer")
-            if v is not None:
-                found.append((p, v))
+        for p, number in zip(group["params"], saved["params"]):
+            own = state_dict["state"].get(number, {})
+            found += [(p, key, own[key]) for key in KEPT if own.get(key) is not None]
     return found
 
 
@@ -126,8 +125,7 @@ def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str,
         keys = [members[name] for name in names]
         for key, name in zip(keys, group["names"]):
             own = state_dict["state"][name]
-            if own.get("momentum_buffer") is not None:
-                state[key] = {"momentum_buffer": torch.asarray(own["momentum_buffer"])}
+            state[key] = {what: torch.asarray(own[what]) for what in KEPT if own.get(what) is not None}
         options = {key: group[key] for key in ("lr", *DEFAULTS) if key in group}
         options["previous_lr"] = [float(state_dict["state"][name]["previous_lr"]) for name in group["names"]]
         groups.append({"params": keys, **options})

@@ -17,7 +17,10 @@ from lars_array.hyper import needs_buffer
 from lars_torch.hyper import hyper_of
 from lars_torch.views import borrowed, has_bfloat16, layout, library_for, view
 
-__all__ = ["Engine", "Member", "check_tensor", "library_of"]
+__all__ = ["KEPT", "Engine", "Member", "check_tensor", "library_of"]
+
+KEPT = ("momentum_buffer", "master")  # what the state may hold for a parameter, by the names that lars_array has for it
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Member(NamedTuple):
@@ -86,22 +89,21 @@ class Engine:
             inner.append({"params": named, **hyper_of(groups[k], None, device)})
         with self._place():
             self.inner = lars_array.LARS(inner, kernel=kernel)
-            self._buffers = [state.get(p, {}).get("momentum_buffer") for p in self.params]
+            self._kept = {key: self._in_state(key) for key in KEPT}
             self._attach(previous_lr)
 
     def _attach(self, previous_lr: Mapping[torch.Tensor, float]) -> None:
         found: dict[str, dict[str, Any]] = {}
-        for member, v in zip(self.members, self._buffers):
-            buffer = {} if v is None else {"momentum_buffer": self._array(v)}
-            found[member.name] = {"previous_lr": previous_lr.get(member.param, 0.0), **buffer}
+        for i, member in enumerate(self.members):
+            own = {key: self._array(kept[i]) for key, kept in self._kept.items() if kept[i] is not None}
+            found[member.name] = {"previous_lr": previous_lr.get(member.param, 0.0), **own}
         self.inner.attach_state(found)
 
     def is_current(self, state: Any, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether all memory lies where it did, and the state holds the buffers that steps write to."""
+        """Return whether all memory lies where it did, and the state holds the tensors that steps write to."""
         if state is not self.state or list(map(layout, tensors)) != self._layouts:
             return False
-        buffers = [state.get(p, {}).get("momentum_buffer") for p in self.params]
-        return all(map(is_, buffers, self._buffers))
+        return all(all(map(is_, self._in_state(key), self._kept[key])) for key in self._keys())
 
     def step(
         self, groups: Sequence[Mapping[str, Any]], grads: Sequence[torch.Tensor | None], grad_scale: Any, found_inf: Any
@@ -117,10 +119,10 @@ class Engine:
                 for own in self.inner.param_groups:
                     own.update({name: view(x) for name, x in own.items() if isinstance(x, torch.Tensor)})
             self.inner.step(arrays, found_inf=found_inf)
-            self._show_buffers()
+            self._show_new()
         del held  # until here
-        stepped = [pair for g, *pair in zip(grads, self.params, self._buffers) if g is not None]
-        return [x for pair in stepped for x in pair if x is not None]
+        written = (self.params, *(self._kept[key] for key in self._keys()))
+        return [x for g, *own in zip(grads, *written) if g is not None for x in own if x is not None]
 
     def previous_lr(self) -> dict[torch.Tensor, float]:
         """Return the learning rate of the last step of each parameter."""
@@ -150,15 +152,31 @@ class Engine:
             self._gradient_layouts[i] = None if lazy else now
         return list(self._gradients), held
 
-    def _show_buffers(self) -> None:
-        """Put buffers that the step has made into the optimizer's state, as tensors on the same memory."""
-        if all(v is not None for v in self._buffers) or not any(map(needs_buffer, self.inner.param_groups)):
+    def _keys(self) -> Sequence[str]:
+        return KEPT if any(own["master_weights"] for own in self.inner.param_groups) else KEPT[:1]
+
+    def _in_state(self, key: str) -> list[Any]:
+        return [self.state.get(p, {}).get(key) for p in self.params]
+
+    def _show_new(self) -> None:
+        """Put what the step has made into the optimizer's state, as tensors on the same memory."""
+        new = []
+        if any(map(needs_buffer, self.inner.param_groups)):
+            new += [("momentum_buffer", i) for i, v in enumerate(self._kept["momentum_buffer"]) if v is None]
+        if len(self._keys()) > 1:
+            halves = [i for i, p in enumerate(self.params) if p.dtype in HALF]
+            new += [("master", i) for i in halves if self._kept["master"][i] is None]
+        elif any(master is not None for master in self._kept["master"]):  # the option was taken back
+            for p in self.params:
+                self.state.get(p, {}).pop("master", None)
+            self._kept["master"] = [None] * len(self.params)
+        if not new:
             return
         views = self.inner.state_views(wait=False)
-        for i, member in enumerate(self.members):
-            v = views[member.name].get("momentum_buffer")
-            if v is not None and self._buffers[i] is None:
-                self._buffers[i] = self.state[member.param]["momentum_buffer"] = self._tensor(v)
+        for key, i in new:
+            made = views[self.members[i].name].get(key)
+            if made is not None:
+                self._kept[key][i] = self.state[self.params[i]][key] = self._tensor(made)
 
     def _array(self, tensor: torch.Tensor) -> Any:
         return tensor.detach() if self.library == "torch" else view(tensor)

@@ -12,7 +12,7 @@ from lars_array.hyper import DEFAULTS, check, complete
 
 __all__ = ["NAMES", "check_group", "hyper_of"]
 
-NAMES = ("lr", *(name for name in DEFAULTS if name != "master_weights"))  # which is not here yet
+NAMES = ("lr", *DEFAULTS)
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -69,6 +69,9 @@ class LARS(Optimizer):
         device that is not waited for: see `lars_array.LARS`.
     layer_axes : int
         How many leading axes of a parameter say which layer it is, as in `lars_array.LARS`; not to be changed later.
+    master_weights : bool
+        Whether float16 and bfloat16 parameters are rounded copies of float32 ones, which are stepped: "master" in the
+        state. What else is written into such a parameter between steps is lost.
     differentiable : bool
         Whether a step is recorded by autograd. Then steps run on torch's own functions.
     foreach, fused, capturable : bool, optional
@@ -83,7 +86,7 @@ class LARS(Optimizer):
         Hyper-parameters of each group, read at each step.
     state : dict
         By parameter ``{"momentum_buffer": Tensor}``, float32 for half precision; nothing before the first step or
-        without momentum.
+        without momentum. With `master_weights` "master" as well.
 
     Raises
     ------
@@ -135,6 +138,7 @@ class LARS(Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         layer_axes: int = 0,
+        master_weights: bool = False,
         differentiable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -159,9 +163,12 @@ class LARS(Optimizer):
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
             "layer_axes": layer_axes,
+            "master_weights": master_weights,
             "differentiable": differentiable,
         }
         check_group(defaults | ({"lr": 0.0} if lr is required else {}))
+        if differentiable and master_weights:
+            raise ValueError("differentiable and master_weights exclude each other; got True for both")
         self._kernel, self._number = kernel, compiled.number(self)
         self._forget()
         super().__init__(params, defaults)
