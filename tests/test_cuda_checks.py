@@ -96,7 +96,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     path = cuda_on_cpu.build(tmp_path, sanitized=True)
     chosen = "forwards or types or structures or half or depend"
     done = run_under_sanitizers(
-        path, "-m", "pytest", "-q", "-x", "test_cuda_logic.py", "-k", chosen, "-p", "no:cacheprovider"
+        path, "-m", "pytest", "-q", "-x", "test_cuda_logic.py", "-k", chosen, "-p", "no:cacheprovider", "-s"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout

@@ -77,8 +77,7 @@ class Kernel:
         if operand is not None:
             columns = [self.xp.zeros_like(operand[0]) if x is None else x for x in operand]
             weights = self.xp.stack([x[self._layers] if self._others else x for x in columns], axis=1)
-        rows = self._held["rows"]
-        self._set(rows=rows, decides=0, clips=0, third=int(weights is not None), third_is_clipped=0, weights=weights)
+        self._set(decides=0, clips=0, third=int(weights is not None), third_is_clipped=0, weights=weights)
         if self._layers:
             self._launch_sums(self._whole)
             self._launch_coefficients(self._whole)
@@ -152,6 +151,7 @@ class Kernel:
                 self._launch_sums(part)
             self._launch_coefficients(part)
             self._launch_apply(part, last=number == len(parts))
+        self._set(rows=self._held["rows"])
         return self._S, self._C, self._gamma
 
     # ------------------------------------------------------------------------------------------------------- launches
@@ -276,6 +276,7 @@ class Kernel:
             if len(rows):
                 rows["group"], rows["place"], rows["keeps"] = group_of, place, keeps
             self._held[name] = self._device.put(_filled(rows))
+        self._set(rows=self._held["rows"])
 
     def _understand(self, request: Request) -> bool:
         """Put rules and policies on the device, if they are not there, and return whether that could be done."""
