@@ -117,6 +117,35 @@ def several_types_at_once(place: Place) -> None:
         np.testing.assert_allclose(place.get(p), q, rtol=2e-3 if q.dtype == np.float16 else 1e-6)
 
 
+def half_precision_with_masters_and_wide_gradients(place: Place) -> None:
+    """float32 copies of float16 parameters; gradients of another type; and one too large for the parameter's type."""
+    for p_type, g_type, options in (
+        (np.float16, np.float16, {"master_weights": True}),
+        (np.float16, np.float32, {"master_weights": True, "rule": "optax"}),
+        (np.float16, np.float32, {}),
+        (np.float32, np.float64, {}),
+        (np.float64, np.float16, {}),
+    ):
+        here = model(0, p_type)
+        there = [place.put(p) for p in here]
+        ours = LARS(there, **HYPER, **options, nonfinite="skip")
+        theirs = LARS(here, **HYPER, **options, nonfinite="skip", kernel="portable")
+        for seed in (1, 2, 3):
+            ours.step([place.put(g) for g in model(seed, g_type)])
+            theirs.step(model(seed, g_type))
+        if g_type == np.float64:
+            large = model(4, g_type)
+            large[0][0, 0, 0, 0] = 1e100
+            ours.step([place.put(g) for g in large])
+            theirs.step(large)
+            ours.synchronize()
+            assert ours.skipped_steps == theirs.skipped_steps == 1
+        allowed = 2e-3 if p_type == np.float16 else 1e-6
+        for p, q in zip(there, here, strict=True):
+            worst = np.max(np.abs(place.get(p).astype("f8") - q.astype("f8")), initial=0)
+            assert worst <= allowed * np.max(np.abs(q), initial=1), (p_type, g_type)
+
+
 def gradients_may_move(place: Place) -> None:
     here = model(0)
     there = [place.put(p) for p in here]
@@ -244,6 +273,7 @@ BODIES = [
     runs_are_alike,
     other_types_agree_with_numpy,
     several_types_at_once,
+    half_precision_with_masters_and_wide_gradients,
     gradients_may_move,
     nothing_is_written_where_something_is_not_finite,
     hyper_parameters_may_lie_there,

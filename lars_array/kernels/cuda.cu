@@ -250,7 +250,7 @@ __device__ inline void decide(const Model& m, int index, const Sums& s, double (
     int place = INPUTS;
     for (int k = group.first_constant; k < group.last_constant; ++k) registers[place++][column] = m.constants[k];
     play(group, m.operations, registers, column, place);
-    bool ok = is_finite(s.p) && is_finite(s.g) && is_finite(s.third);
+    bool ok = is_finite(s.p) && is_finite(s.g) && is_finite(s.third) && s.g <= row.most;
     for (int i = 0; i < 6; ++i) {
         double c = registers[group.outputs[i]][column];
         m.C[6 * (i64)index + i] = c;

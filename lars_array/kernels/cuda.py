@@ -233,10 +233,12 @@ class Kernel:
         sizes = np.array(
             [self.params[i].size * (2 if _is_complex(self.params[i]) else 1) for i in self._layers], np.int64
         )
-        limits = [_LIMITS[COMPUTE[self._own_types[i]]] for i in self._layers]
         types = [elements[i] for i in self._layers]
+        limits = [_LIMITS[COMPUTE[p_type]] for p_type, _ in types]
+        narrowed = [g_type == "float64" and COMPUTE[p_type] == "float32" for p_type, g_type in types]
+        most = [limit**2 if concerned else np.inf for limit, concerned in zip(limits, narrowed)]
         joined = [] if self._others else self._joined
-        self._table = table = Table(sizes, places, types, limits, joined)
+        self._table = table = Table(sizes, places, types, limits, most, joined)
         self._order = [self._layers[k] for k in table.order.tolist()]
         self._whole = Part(0, len(self._layers), 0, len(table.pieces))
         width = sum(np.dtype(_WIDTHS[kind]).itemsize for kind in types[0]) if types else 0

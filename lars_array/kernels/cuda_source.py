@@ -51,9 +51,16 @@ def _structure(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype[Any]
 # Parameters that lie in one piece of memory, cut into pieces of a fixed length; gradients are in a table of their own.
 ARRAY = _structure(("p", "u8"), ("v", "u8"), ("master", "u8"), ("size", "i8"), ("piece", "i8"), ("row", "i4"))
 
-# A layer: pieces that are summed together. `limit` is lars_array.nonfinite.largest, `keeps` whether it has a buffer.
+# A layer: pieces that are summed together. `limit` and `most` are largest and most_squares of lars_array.nonfinite,
+# `keeps` is whether it has a buffer.
 ROW = _structure(
-    ("limit", "f8"), ("first_piece", "i4"), ("pieces", "i4"), ("group", "i4"), ("place", "i4"), ("keeps", "i4")
+    ("limit", "f8"),
+    ("most", "f8"),
+    ("first_piece", "i4"),
+    ("pieces", "i4"),
+    ("group", "i4"),
+    ("place", "i4"),
+    ("keeps", "i4"),
 )
 
 GROUP = _structure(

@@ -53,8 +53,8 @@ class Table:
         Addresses of parameters, momentum buffer or 0, and master weights or 0.
     types : sequence of tuple (str, str)
         Element types of parameters and gradient of each.
-    limits : array of shape (layers,)
-        From `lars_array.nonfinite.largest`.
+    limits, most : arrays of shape (layers,)
+        As `lars_array.nonfinite.largest` and `most_squares` have them; inf where the second says nothing.
     joined : sequence of sequences of int
         Arrays that are one layer, see `lars_array.rows`.
 
@@ -78,6 +78,7 @@ class Table:
         places: Any,
         types: Sequence[tuple[str, str]],
         limits: Any,
+        most: Any = np.inf,
         joined: Sequence[Sequence[int]] = (),
     ) -> None:
         kinds = sorted(set(types))
@@ -98,7 +99,7 @@ class Table:
         self.pieces["array"] = np.repeat(np.arange(len(sizes)), counts)
         self.pieces["index"] = np.arange(len(self.pieces)) - np.repeat(starts, counts)
         self.rows = np.zeros(len(sizes), ROW)
-        self.rows["limit"] = limits
+        self.rows["limit"], self.rows["most"] = limits, most
         self.rows["first_piece"][self.order], self.rows["pieces"][self.order] = starts, counts
         self.joined_rows: Any = self.rows
         if joined:
