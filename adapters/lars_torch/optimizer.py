@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -334,14 +335,14 @@ class LARS(Optimizer):
     def _forget(self) -> None:
         self._engines: list[Engine] = []
         self._without: list[torch.Tensor] = []  # parameters that have not had a gradient yet
-        self._sizes: list[int] = []  # of the groups when engines were made
+        self._lists: list[list[torch.Tensor]] = []  # of the groups when engines were made
         self._skipped = 0
         self._previous_lr: dict[torch.Tensor, float] = {}
 
     def _settle(self) -> None:
         """Learn what engines alone know, and have them made anew at the next step."""
         self._previous_lr, self._skipped = self._previous_lrs(), self.skipped_steps
-        self._engines, self._sizes = [], []
+        self._engines, self._lists = [], []
 
     def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         """Take a step; of the parameters that are given, with what stands in their place and their gradient."""
@@ -357,7 +358,7 @@ class LARS(Optimizer):
 
     def _current_engines(self, given: Any) -> list[Engine]:
         if not (
-            [len(group["params"]) for group in self.param_groups] == self._sizes
+            _are_same([group["params"] for group in self.param_groups], self._lists)
             and all(p.grad is None if given is None else p not in given for p in self._without)
             and all(engine.is_current(self.state, _memory(engine.params, given)) for engine in self._engines)
         ):
@@ -378,7 +379,8 @@ class LARS(Optimizer):
             engine = Engine(device, own, tensors, self.param_groups, self.state, self._previous_lr, self._kernel)
             self._engines.append(engine)
         self._without = [m.param for m in members if not any(m.param in engine.known for engine in self._engines)]
-        self._sizes = [len(group["params"]) for group in self.param_groups]
+        self._params = [member.param for member in members]
+        self._lists = [list(group["params"]) for group in self.param_groups]
 
     def _check_for_several(self, engines: list[Engine]) -> None:
         """Refuse before the first device steps what the second would, and what they would have to decide together."""
@@ -388,6 +390,12 @@ class LARS(Optimizer):
                 if group[name] != alone:
                     places = ", ".join(str(engine.device) for engine in engines)
                     raise ValueError(f"{name} needs all parameters on one device; got {group[name]!r} and {places}")
+
+
+def _are_same(groups: list[list[torch.Tensor]], others: list[list[torch.Tensor]]) -> bool:
+    """Return whether groups hold the same objects in the same places: some libraries put others there."""
+    pairs = zip(groups, others)
+    return list(map(len, groups)) == list(map(len, others)) and all(all(map(is_, *pair)) for pair in pairs)
 
 
 def _memory(params: Sequence[torch.Tensor], given: Any) -> Sequence[torch.Tensor]:
