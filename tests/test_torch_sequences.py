@@ -1,4 +1,4 @@
-"""Whatever users do to parameters, gradients, groups and state between steps: beside torch's SGD, which ours is here."""
+"""Whatever users do to parameters, gradients, groups and state between steps: beside torch's SGD."""
 
 from __future__ import annotations
 
