@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -245,6 +247,24 @@ def test_parts_that_stay_in_cache_change_no_bit(device: Any, monkeypatch: pytest
             fingerprint([[np.asarray(p) for p in params], optimizer.state_dict()["state"]["3"]["previous_lr"]])
         )
     assert results.count(results[0]) == 4
+
+
+def test_the_size_of_parts_is_a_number(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LARS_ARRAY_CUDA_CACHE", "half")
+    with pytest.raises(ValueError, match="LARS_ARRAY_CUDA_CACHE must be a number of bytes; got 'half'"):
+        LARS(numbers(0), **HYPER).step(numbers(1))
+
+
+@pytest.mark.parametrize("policy", ["propagate", "raise"])
+def test_gradients_are_not_kept(device: Any, policy: str) -> None:
+    optimizer = LARS(numbers(0), **HYPER, nonfinite=policy)
+    grads = numbers(1)
+    for _ in range(2):
+        optimizer.step(grads)
+    known = [weakref.ref(g) for g in grads]
+    del grads
+    gc.collect()
+    assert [g() for g in known] == [None] * len(known)
 
 
 @pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"nonfinite": "propagate", "max_grad_norm": 1.0}])

@@ -346,18 +346,18 @@ def test_an_array_of_more_than_two_to_the_31_elements() -> None:
         pytest.skip("no address space for it")
     with cuda_on_cpu.pretended() as device:
         kernel = cuda_on_cpu.Kernel([p], [None], np)
-        last = len(kernel._table.pieces) - 1
-        begin = last * int(kernel._table.arrays["piece"][0])
+        last = len(kernel._resident.table.pieces) - 1
+        begin = last * int(kernel._resident.table.arrays["piece"][0])
         assert 2**31 < begin < size
         p[begin:], g[begin:] = 3, 5
         wrapped = begin - 2**31  # where an index of 32 bits might lead
         p[begin - 1], p[wrapped] = 7, 7
         kernel._refresh([g])
-        kernel._C[...] = [[0, 0, 0, 0, 1, 0]]
-        device.launch(pair_name("sums", "float16", "float16"), 1, kernel._model, last)
+        kernel._resident.C[...] = [[0, 0, 0, 0, 1, 0]]
+        device.launch(pair_name("sums", "float16", "float16"), 1, kernel._resident.model, last)
         tail = size - begin
-        assert_same(np.asarray(kernel._held["partial"])[last], np.array([9.0, 25.0, 0.0]) * tail)
-        device.launch(pair_name("apply", "float16", "float16"), 1, kernel._model, last, 1, 0)
+        assert_same(np.asarray(kernel._resident._held["partial"])[last], np.array([9.0, 25.0, 0.0]) * tail)
+        device.launch(pair_name("apply", "float16", "float16"), 1, kernel._resident.model, last, 1, 0)
         assert_same(np.asarray(p[begin:]), np.full(tail, -2, np.float16))
         assert (p[begin - 1], p[wrapped]) == (7, 7)
 

@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import call, is_
 from typing import Any
+from weakref import ref
 
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from lars_array.dtypes import COMPUTE, dtype_name
+from lars_array.dtypes import dtype_name
 from lars_array.kernels import cuda_device, portable
-from lars_array.kernels.cuda_source import MODEL, WORDS, pair_name
-from lars_array.kernels.cuda_table import Part, Programs, Segment, Table, programs
+from lars_array.kernels.cuda_resident import Resident
+from lars_array.kernels.cuda_source import pair_name
+from lars_array.kernels.cuda_table import Part, Segment
 from lars_array.kernels.layout import common_order
 from lars_array.kernels.request import Request
-from lars_array.tape import record
 
 __all__ = ["Kernel"]
 
-_DTYPE, _STRIDES = attrgetter("dtype"), attrgetter("strides")
-
 # A complex number is two real ones.
 _REAL = {"complex64": "float32", "complex128": "float64"}
-
-# The largest number of the type that each is computed in, as lars_array.nonfinite.largest has it.
-_LIMITS = {"float32": float(np.finfo(np.float32).max), "float64": float(np.finfo(np.float64).max)}
 
 
 class Kernel:
@@ -44,20 +40,14 @@ class Kernel:
         self.params, self.buffers, self.xp = params, buffers, xp
         self.masters: Sequence[Any] = [None] * len(params) if masters is None else masters
         self._device = self.Device.on(params[0])
-        self._strides = [(p.strides, p.dtype) for p in params]
-        self._own_types = [_element(p) for p in params]
+        self._strides = [p.strides for p in params]
         self._dense = [self._is_dense(i) for i in range(len(params))]
-        self._all_alike: Any = None  # strides and types of gradients that were looked at last
-        self._seen: list[Any] = []  # those gradients
-        self._places: Any = None  # and their addresses
-        self._cached = int(os.environ.get("LARS_ARRAY_CUDA_CACHE") or 0)
-        self._model = np.zeros(1, MODEL)
+        self._cached = _cached_bytes()
         self._joined: Sequence[Sequence[int]] = []
-        self._sized: Any = None
-        self._asked: Any = None
-        self._layers: list[int] = []
-        self._others: list[int] = []
-        self._arrange([p.dtype for p in params], self._dense)
+        self._found = self._device.zeros((), np.float32)
+        self._seen: list[Any] = []  # the gradients of the last step, referred to weakly
+        self._layout: Any = None  # how they lay, and of what types they were
+        self._arrange(self._strides, [p.dtype for p in params])
 
     @staticmethod
     def unusable(params: Sequence[Any]) -> str | None:
@@ -73,18 +63,18 @@ class Kernel:
     def sums(self, grads: Sequence[Any], operand: Any = None) -> Any:
         """Return what `core.sums` does."""
         self._refresh(grads)
-        weights = None
+        resident, weights = self._resident, None
         if operand is not None:
             columns = [self.xp.zeros_like(operand[0]) if x is None else x for x in operand]
             weights = self.xp.stack([x[self._layers] if self._others else x for x in columns], axis=1)
-        self._set(decides=0, clips=0, third=int(weights is not None), third_is_clipped=0, weights=weights)
+        resident.set(decides=0, clips=0, third=int(weights is not None), third_is_clipped=0, weights=weights)
         if self._layers:
-            self._launch_sums(self._whole)
-            self._launch_coefficients(self._whole)
+            self._launch_sums(resident.whole)
+            self._launch_coefficients(resident.whole)
         if not self._others:
-            return self._S
+            return resident.S
         S = self._device.zeros((len(self.params), 3), np.float64)
-        S[self._layers] = self._S[: len(self._layers)]
+        S[self._layers] = resident.S[: len(self._layers)]
         mine = None if operand is None else [None if x is None else x[self._others] for x in operand]
         S[self._others] = self._portable.sums([grads[i] for i in self._others], mine)
         return S
@@ -93,10 +83,10 @@ class Kernel:
         """Do what `core.apply` does for each layer, in place, if `written` is None or true."""
         self._refresh(grads)
         if self._layers:
-            self._C[...] = C[self._layers, :] if self._others else C
-            self._set(decides=0, written=written)
-            self._launch_apply(self._whole, last=False)
-            self._set(written=None)
+            self._resident.C[...] = C[self._layers, :] if self._others else C
+            self._resident.set(decides=0, written=written)
+            self._launch_apply(self._resident.whole, last=False)
+            self._resident.set(written=None)
         if self._others:
             self._portable.apply([grads[i] for i in self._others], C[self._others], written)
 
@@ -114,20 +104,21 @@ class Kernel:
         -------
         tuple (S, C, gamma) or None
             Sums, coefficients and gradient factors, arrays that the next step writes to again. None, and nothing was
-            done, where layers don't lie densely, or a rule can't be put on tape.
+            done, where layers don't lie densely, a rule can't be put on tape, or parts of a layer are of several types.
         """
         if request.joined != self._joined:
-            self._joined, self._sized, self._all_alike, self._seen = request.joined, None, None, []
+            self._joined, self._layout, self._seen = request.joined, None, []
         self._refresh(grads)
-        if self._others or self._table.joined_rows is None or not self._understand(request):
+        resident = self._resident
+        if self._others or not resident.understand(request):
             return None
         found_inf = request.found_inf
         if found_inf is not None and found_inf.dtype != np.float32:
             self._found[...] = found_inf  # into memory that stays, in case this goes into a graph
             found_inf = self._found
         third = int(any(rule.norm_of != "gradient" for rule in request.rules))
-        self._set(
-            rows=self._held["joined_rows"],
+        resident.set_rows(joined=True)
+        resident.set(
             hyper=request.hyper,
             first=request.first,
             previous_lr=request.previous_lr,
@@ -140,44 +131,40 @@ class Kernel:
             third_is_clipped=0,
         )
         in_parts = set(request.policies) == {"propagate"} and not request.clips
-        parts = self._parts if in_parts else [self._whole]
+        parts = resident.parts if in_parts else [resident.whole]
         for number, part in enumerate(parts, 1):
             self._launch_sums(part)
             if request.clips:
-                self._device.launch("gradient_norm", 1, self._model)
+                self._device.launch("gradient_norm", 1, resident.model)
             if request.clips and third:
                 # A second look at memory: the third sum is over clipped gradients.
-                self._set(third=1, third_is_clipped=1)
+                resident.set(third=1, third_is_clipped=1)
                 self._launch_sums(part)
             self._launch_coefficients(part)
             self._launch_apply(part, last=number == len(parts))
-        self._set(rows=self._held["rows"])
-        return self._S, self._C, self._gamma
-
-    # ------------------------------------------------------------------------------------------------------- launches
+        resident.set_rows(joined=False)
+        return resident.S, resident.C, resident.gamma
 
     def _launch_sums(self, part: Part) -> None:
         for types, first, count in self._segments_of(part):
-            self._device.launch(pair_name("sums", *types), max(count, 1), self._model, first)
+            self._device.launch(pair_name("sums", *types), max(count, 1), self._resident.model, first)
 
     def _launch_coefficients(self, part: Part) -> None:
         blocks = -(-(part.last_row - part.first_row) // self._device.rows)
-        self._device.launch("coefficients", blocks, self._model, part.first_row, part.last_row)
+        self._device.launch("coefficients", blocks, self._resident.model, part.first_row, part.last_row)
 
     def _launch_apply(self, part: Part, *, last: bool) -> None:
         segments = self._segments_of(part)
         for number, (types, first, count) in enumerate(reversed(segments), 1):
             final = int(last and number == len(segments))
-            self._device.launch(pair_name("apply", *types), max(count, 1), self._model, first, count, final)
+            self._device.launch(pair_name("apply", *types), max(count, 1), self._resident.model, first, count, final)
 
     def _segments_of(self, part: Part) -> list[Segment]:
         """Return what to launch for: nothing for no pieces, but once in any case."""
-        segments = self._table.segments
-        if part is not self._whole:
+        segments = self._resident.table.segments
+        if part != self._resident.whole:
             return [Segment(segments[0].types, part.first, part.pieces)]
         return [segment for segment in segments if segment.pieces] or segments[:1]
-
-    # --------------------------------------------------------------------------------------------------------- tables
 
     def _is_dense(self, i: int, g: Any = None) -> bool:
         arrays = [x for x in (self.params[i], g, self.buffers[i], self.masters[i]) if x is not None]
@@ -185,146 +172,51 @@ class Kernel:
 
     def _refresh(self, grads: Sequence[Any]) -> None:
         """Have the tables speak of these gradients."""
-        same = len(grads) == len(self._seen) and all(map(_is, grads, self._seen))
-        if same and not self._device.is_capturing():
+        capturing = self._device.is_capturing()
+        same = len(grads) == len(self._seen) and all(map(is_, grads, map(call, self._seen)))
+        if same and not capturing:
             return  # arrays of CuPy stay where they are
-        self._seen = [*grads]
-        looks = [(g.strides, g.dtype) for g in grads]
-        if looks != self._all_alike:
-            dense = self._dense
-            if [strides for strides, _ in looks] != [strides for strides, _ in self._strides]:
-                dense = [self._is_dense(i, g) for i, g in enumerate(grads)]
-            self._arrange([g.dtype for g in grads], dense)
-            self._all_alike = looks
-        mine = [grads[i] for i in self._order]
-        places = self._device.addresses(mine)
+        self._seen = list(map(ref, grads))
+        layout = [g.strides for g in grads], [g.dtype for g in grads]
+        if layout != self._layout:
+            self._arrange(*layout, grads)
         # A graph must bring its own addresses, or it would find those of the last step before it is replayed.
-        if self._device.is_capturing() or not np.array_equal(places, self._places):
-            self._poke(places)
+        self._resident.set_gradients(self._device.addresses([grads[i] for i in self._order]), always=capturing)
 
-    def _poke(self, places: Any) -> None:
-        self._places = places
-        words = np.zeros(1, WORDS)
-        room = words["at"].shape[1]
-        address = self._device.addresses([self._grads])[0]
-        for first in range(0, len(places), room):
-            some = places[first : first + room]
-            words["first"], words["count"] = first, len(some)
-            words["at"][0, : len(some)] = some
-            self._device.launch("poke", 1, address, words)
+    def _arrange(self, strides: Sequence[Any], dtypes: Sequence[Any], grads: Sequence[Any] | None = None) -> None:
+        """Make the tables for gradients that lie so and are of these types."""
+        self._layout = strides, dtypes
+        dense = self._dense
+        if grads is not None and strides != self._strides:
+            dense = [self._is_dense(i, g) for i, g in enumerate(grads)]
+        self._layers, self._others = ([i for i, yes in enumerate(dense) if yes is which] for which in (True, False))
 
-    def _arrange(self, gradient_types: Sequence[Any], dense: Sequence[bool]) -> None:
-        """Make the tables anew: other types of gradients, or others that lie densely."""
-        elements = [(own, _element_of(dtype)) for own, dtype in zip(self._own_types, gradient_types, strict=True)]
-        if (elements, dense) == self._sized:
-            return
-        self._sized = elements, dense
-        self._layers = [i for i, yes in enumerate(dense) if yes]
-        self._others = [i for i, yes in enumerate(dense) if not yes]
-        given = self.params, self.buffers, self.masters
-        params, buffers, masters = ([x[i] for i in self._others] for x in given)
+        def chosen(index: Sequence[int]) -> list[list[Any]]:
+            return [[x[i] for i in index] for x in (self.params, self.buffers, self.masters)]
+
+        params, buffers, masters = chosen(self._others)
         self._portable = portable.Kernel(params, buffers, self.xp, masters)
-        rows = max(len(self._layers), 1)
-        device = self._device
-        places = np.zeros((len(self._layers), 3), np.uint64)
-        for column, arrays in enumerate((self.params, self.buffers, self.masters)):
-            there = [row for row, i in enumerate(self._layers) if arrays[i] is not None]
-            places[there, column] = device.addresses([arrays[self._layers[row]] for row in there])
-        sizes = np.array(
-            [self.params[i].size * (2 if _is_complex(self.params[i]) else 1) for i in self._layers], np.int64
+        params, buffers, masters = chosen(self._layers)
+        self._resident = Resident(
+            self._device,
+            params,
+            buffers,
+            masters,
+            [p.size * (2 if dtype_name(p.dtype) in _REAL else 1) for p in params],
+            [(_element(self.params[i].dtype), _element(dtypes[i])) for i in self._layers],
+            joined=[] if self._others else self._joined,
+            cached=self._cached,
         )
-        types = [elements[i] for i in self._layers]
-        limits = [_LIMITS[COMPUTE[p_type]] for p_type, _ in types]
-        narrowed = [g_type == "float64" and COMPUTE[p_type] == "float32" for p_type, g_type in types]
-        most = [limit**2 if concerned else np.inf for limit, concerned in zip(limits, narrowed)]
-        joined = [] if self._others else self._joined
-        self._table = table = Table(sizes, places, types, limits, most, joined)
-        self._order = [self._layers[k] for k in table.order.tolist()]
-        self._whole = Part(0, len(self._layers), 0, len(table.pieces))
-        width = sum(np.dtype(_WIDTHS[kind]).itemsize for kind in types[0]) if types else 0
-        self._parts = table.parts(self._cached, width)
-        if len(self._parts) == 1:
-            self._parts = [self._whole]
-        device.prepare({segment.types for segment in table.segments})
-
-        self._S, self._C = device.zeros((rows, 3), np.float64), device.zeros((rows, 6), np.float64)
-        self._gamma = device.zeros(rows, np.float64)
-        self._grads = device.zeros(rows, np.uint64)
-        self._places = None
-        self._verdict = device.zeros(2, np.int32)
-        self._found = device.zeros((), np.float32)
-        self._held = {
-            "arrays": device.put(_filled(table.arrays)),
-            "pieces": device.put(_filled(table.pieces)),
-            "partial": device.zeros((max(len(table.pieces), 1), 3), np.float64),
-            "norm": device.zeros(1, np.float64),
-            "grads": self._grads,
-            "S": self._S,
-            "C": self._C,
-            "gamma": self._gamma,
-            "bad": self._verdict[:1],
-            "refusing": self._verdict[1:],
-        }
-        self._model[...] = np.zeros(1, MODEL)
-        self._set(**self._held, row_count=len(self._layers), piece_count=len(table.pieces))
-        self._asked = None
-        self._put_rows([0] * rows, [0] * rows, [False] * rows)
-
-    def _put_rows(self, group_of: Sequence[int], place: Sequence[int], keeps: Sequence[bool]) -> None:
-        for name in ("rows", "joined_rows"):
-            rows = getattr(self._table, name)
-            if rows is None:
-                continue
-            if len(rows):
-                rows["group"], rows["place"], rows["keeps"] = group_of, place, keeps
-            self._held[name] = self._device.put(_filled(rows))
-        self._set(rows=self._held["rows"])
-
-    def _understand(self, request: Request) -> bool:
-        """Put rules and policies on the device, if they are not there, and return whether that could be done."""
-        of_layers = request.group_of, request.place, request.keeps
-        of_groups = [(id(rule.function), rule.norm_of) for rule in request.rules], [*request.policies]
-        if self._asked is not None and self._asked[1] == of_groups and all(map(_is, self._asked[0], of_layers)):
-            return self._programs is not None
-        tapes = [record(rule) for rule in request.rules]
-        self._programs: Programs | None = programs(request.rules, tapes, request.policies)
-        self._asked = of_layers, of_groups, [*request.rules]
-        if self._programs is None:
-            return False
-        self._put_rows(*of_layers)
-        for name, table in zip(("groups", "operations", "constants"), self._programs, strict=True):
-            self._held[name] = self._device.put(_filled(table))
-        self._set(**{name: self._held[name] for name in ("groups", "operations", "constants")})
-        return True
-
-    def _set(self, **fields: Any) -> None:
-        """Set fields of the model: numbers, or arrays by their address; None is 0."""
-        pointers = {name: x for name, x in fields.items() if not (x is None or isinstance(x, int))}
-        addresses = dict(zip(pointers, self._device.addresses(list(pointers.values())), strict=True))
-        for name, value in fields.items():
-            self._model[name] = addresses.get(name, 0 if value is None else value)
+        self._order = [self._layers[k] for k in self._resident.table.order.tolist()]
 
 
-_WIDTHS = {"float64": "f8", "float32": "f4", "float16": "f2", "bfloat16": "u2"}
-
-
-def _element_of(dtype: Any) -> str:
+def _element(dtype: Any) -> str:
     name = dtype_name(dtype)
     return _REAL.get(name, name)
 
 
-def _element(x: Any) -> str:
-    return _element_of(x.dtype)
-
-
-def _is_complex(x: Any) -> bool:
-    return dtype_name(x.dtype) in _REAL
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
-
-
-def _filled(table: Any) -> Any:
-    """Return a table that is not empty: there must be an address."""
-    return table if table.size else np.zeros((1, *table.shape[1:]), table.dtype)
+def _cached_bytes() -> int:
+    given = os.environ.get("LARS_ARRAY_CUDA_CACHE") or "0"
+    if not given.isdecimal():
+        raise ValueError(f"LARS_ARRAY_CUDA_CACHE must be a number of bytes; got {given!r}")
+    return int(given)
