@@ -9,7 +9,7 @@ import numpy as np
 
 from lars_array.dtypes import compute_dtype
 
-__all__ = ["new_buffers"]
+__all__ = ["aligned_zeros", "new_buffers"]
 
 ALIGNMENT = 64  # bytes: a line of cache, and what other libraries ask of memory that they are to take over
 
@@ -39,7 +39,7 @@ def new_buffers(params: Sequence[Any], xp: Any) -> list[Any]:
     for kind, layers in dense.items():
         step = ALIGNMENT // np.dtype(kind).itemsize
         starts = np.cumsum([0, *(-(-params[i].size // step) * step for i in layers)]).tolist()
-        together = _aligned_zeros(starts[-1], np.dtype(kind))
+        together = aligned_zeros(starts[-1], np.dtype(kind))
         for i, start in zip(layers, starts):
             p = params[i]
             flat = together[start : start + p.size]
@@ -47,7 +47,8 @@ def new_buffers(params: Sequence[Any], xp: Any) -> list[Any]:
     return buffers
 
 
-def _aligned_zeros(size: int, kind: Any) -> Any:
+def aligned_zeros(size: int, kind: Any) -> Any:
+    """Return a NumPy array of `size` zeros of the dtype `kind` that begins where a line of cache does."""
     bytes_ = np.zeros(size * kind.itemsize + ALIGNMENT, np.uint8)
     offset = -bytes_.__array_interface__["data"][0] % ALIGNMENT
     return bytes_[offset : offset + size * kind.itemsize].view(kind)

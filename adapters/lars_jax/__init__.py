@@ -1,5 +1,7 @@
 """LARS for JAX: `lars_array` under jit as a gradient transformation, and eagerly over DLPack."""
 
+from lars_jax.checkpoint import from_state_dict, to_state_dict
+from lars_jax.optimizer import LARS
 from lars_jax.transformation import LarsState, lars
 
-__all__ = ["LarsState", "lars"]
+__all__ = ["LARS", "LarsState", "from_state_dict", "lars", "to_state_dict"]

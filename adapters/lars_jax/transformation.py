@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lars_array.arrays import check_buffer, check_gradient, check_parameter
 from lars_array.core import displacement, plan, prepare, sums
 from lars_array.dtypes import accumulation_dtype, compute_dtype
-from lars_array.hyper import at_step, needs_buffer
+from lars_array.hyper import DEFAULTS, at_step, needs_buffer
 from lars_array.nonfinite import finite, largest
 from lars_array.presets import PRESETS
 from lars_array.registry import Rule
 from lars_array.rows import LayerOf, joined_rows, labels_of, row_labels, stacks_of
 from lars_jax.collective import mapped_axes, summed_over
-from lars_jax.trees import leaves_as, named_leaves, spread
+from lars_jax.trees import is_bool, is_count, leaves_as, named_leaves, spread
 
-__all__ = ["LarsState", "lars"]
+__all__ = ["LarsState", "Said", "groups_of", "lars", "said_by"]
 
 
 class LarsState(NamedTuple):
@@ -147,19 +147,8 @@ def lars(
     7.489
     4.731
     """
-    if eps is None:
-        eps = PRESETS.get(rule, {}).get("eps", 1e-8) if isinstance(rule, str) else 1e-8
-    given = {"lr": learning_rate, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-    given |= {"nesterov": nesterov, "trust_coefficient": trust_coefficient, "eps": eps, "rule": rule}
-    given |= {"trust_clip": trust_clip, "trust_bounds": trust_bounds, "always_adapt": always_adapt}
-    given |= {"maximize": maximize, "rescale_grad": rescale_grad, "max_grad_norm": max_grad_norm}
-    given |= {"nonfinite": nonfinite}
-    if nonfinite == "raise":
-        raise ValueError("nonfinite must be 'propagate' or 'skip', since a traced step can't raise; got 'raise'")
-    for name in ("weight_decay_mask", "trust_ratio_mask"):
-        if locals()[name] is None:
-            raise TypeError(f"{name} must be a bool, a pytree of bool, or a function; got None")
-    at_step({name: 0.0 if callable(x) and name != "rule" else x for name, x in given.items()}, 0)
+    said = _said(locals())
+    given = said.given
     keeps = needs_buffer(given)
 
     def init(params: Any) -> LarsState:
@@ -189,12 +178,11 @@ def lars(
             return updates, state._replace(count=optax.safe_increment(state.count))
 
         numbers = {name: x(state.count) if callable(x) and name != "rule" else x for name, x in given.items()}
-        groups, group_of = _groups(at_step(numbers, state.count), params, weight_decay_mask, trust_ratio_mask)
-        axes = spread("layer_axes", layer_axes or 0, params, _is_count, "integers of at least 0")
+        groups, group_of = groups_of(at_step(numbers, state.count), params, said)
         labels = labels_of(layer_of, names)
         lists: Any = (leaves, grads, trace)
         ps, gs, vs = ([x[i] for i in index] for x in lists)
-        stacks = stacks_of([names[i] for i in index], ps, [axes[i] for i in index])
+        stacks = stacks_of([names[i] for i in index], ps, [groups[group_of[i]]["layer_axes"] for i in index])
         joined = joined_rows(row_labels([labels[i] for i in index], stacks))
         owner = [k for k, stack in enumerate(stacks) for _ in range(stack.rows)]
         over = mapped_axes(axis_name, params)
@@ -238,28 +226,50 @@ def lars(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _groups(
-    options: Mapping[str, Any], params: Any, decay_mask: Any, ratio_mask: Any
-) -> tuple[list[dict[str, Any]], list[int]]:
+class Said(NamedTuple):
+    """What `lars` was called with: hyper-parameters as `lars_array` names them, and what is said of each leaf."""
+
+    given: dict[str, Any]
+    weight_decay_mask: Any
+    trust_ratio_mask: Any
+    layer_axes: Any
+
+
+def said_by(*arguments: Any, **options: Any) -> Said:
+    """Return what `lars` would be told by a call with these arguments."""
+    bound = inspect.signature(lars).bind(*arguments, **options)
+    bound.apply_defaults()
+    return _said(bound.arguments)
+
+
+def _said(arguments: Mapping[str, Any]) -> Said:
+    given = {name: arguments[name] for name in DEFAULTS if name in arguments} | {"lr": arguments["learning_rate"]}
+    rule = given["rule"]
+    if given["eps"] is None:
+        given["eps"] = PRESETS.get(rule, {}).get("eps", DEFAULTS["eps"]) if isinstance(rule, str) else DEFAULTS["eps"]
+    if given["nonfinite"] == "raise":
+        raise ValueError("nonfinite must be 'propagate' or 'skip', since a traced step can't raise; got 'raise'")
+    for name in ("weight_decay_mask", "trust_ratio_mask"):
+        if arguments[name] is None:
+            raise TypeError(f"{name} must be a bool, a pytree of bool, or a function; got None")
+    del given["layer_axes"]
+    at_step({name: 0.0 if callable(x) and name != "rule" else x for name, x in given.items()}, 0)
+    axes = 0 if arguments["layer_axes"] is None else arguments["layer_axes"]
+    return Said(given, arguments["weight_decay_mask"], arguments["trust_ratio_mask"], axes)
+
+
+def groups_of(options: Mapping[str, Any], params: Any, said: Said) -> tuple[list[dict[str, Any]], list[int]]:
     """Return groups of hyper-parameters, and the group of each leaf."""
-    masks = (("weight_decay_mask", decay_mask), ("trust_ratio_mask", ratio_mask))
-    decayed, adapted = (spread(name, mask, params, _is_bool, "True or False") for name, mask in masks)
-    kinds = list(dict.fromkeys(zip(decayed, adapted)))
+    decayed = spread("weight_decay_mask", said.weight_decay_mask, params, is_bool, "True or False")
+    adapted = spread("trust_ratio_mask", said.trust_ratio_mask, params, is_bool, "True or False")
+    axes = spread("layer_axes", said.layer_axes, params, is_count, "integers of at least 0")
+    of_leaves = list(zip(map(bool, decayed), map(bool, adapted), axes))
+    kinds = list(dict.fromkeys(of_leaves))
     groups = []
-    for decays, adapts in kinds:
-        group = dict(options)
-        if not decays and not _is_zero(group["weight_decay"]):
-            group |= {"weight_decay": 0.0, "always_adapt": True}
-        groups.append(group | {"adapt": bool(adapts)})
-    return groups, [kinds.index(kind) for kind in zip(decayed, adapted)]
-
-
-def _is_bool(x: Any) -> bool:
-    return isinstance(x, bool | np.bool_)
-
-
-def _is_count(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    for decays, adapts, count in kinds:
+        excluded = {} if decays or _is_zero(options["weight_decay"]) else {"weight_decay": 0.0, "always_adapt": True}
+        groups.append({**options, "adapt": adapts, "layer_axes": count, **excluded})
+    return groups, [kinds.index(kind) for kind in of_leaves]
 
 
 def _is_zero(x: Any) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
-__all__ = ["leaves_as", "named_leaves", "spread"]
+__all__ = ["is_bool", "is_count", "leaves_as", "named_leaves", "spread"]
 
 
 def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
@@ -35,6 +36,16 @@ def leaves_as(structure: Any, tree: Any, what: str) -> list[Any]:
         return list(structure.flatten_up_to(tree))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{what} must have the structure of the parameters; {error}") from None
+
+
+def is_bool(x: Any) -> bool:
+    """Return whether `x` is True or False."""
+    return isinstance(x, bool | np.bool_)
+
+
+def is_count(x: Any) -> bool:
+    """Return whether `x` is an integer of at least 0."""
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
 def spread(option: str, value: Any, params: Any, kind: Callable[[Any], bool], wanted: str) -> list[Any]:

@@ -1,0 +1,136 @@
+"""States of `lars_array.LARS`, of its eager twin here, and of `lars_jax.lars`, one made of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lars_array.checkpoint import read_checkpoint
+from lars_array.dtypes import accumulation_dtype, compute_dtype
+from lars_array.hyper import complete, needs_buffer
+from lars_jax.transformation import LarsState, groups_of, said_by
+from lars_jax.trees import leaves_as, named_leaves
+
+__all__ = ["from_state_dict", "regrouped", "to_state_dict"]
+
+
+def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Return the state of `lars` as `lars_array.LARS.load_state_dict` takes it.
+
+    Parameters
+    ----------
+    state : LarsState, or pytree that holds one
+        From ``init`` or ``update``; alone, or in the state of ``optax.chain`` say.
+    params : pytree
+        The parameters.
+    learning_rate, *arguments, **options
+        The arguments that `lars` was called with: a state of optax does not hold them.
+
+    Returns
+    -------
+    dict
+        By the names of the leaves, their paths with dots; arrays are NumPy's. Leaves that are treated alike by masks
+        and `layer_axes` are a group.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there is no such state or it does not fit the parameters, or as `lars` does.
+    """
+    found = _found(state)
+    names, leaves, structure = named_leaves(params)
+    trace: list[Any] = [None] * len(leaves)
+    if found.trace is not None:
+        trace = leaves_as(structure, found.trace, "the trace of state")
+    if found.first.shape != (len(names),):
+        raise ValueError(f"state must be of as many leaves as the parameters, {len(names)}; got {found.first.shape[0]}")
+    said = said_by(learning_rate, *arguments, **options)
+    groups, group_of = groups_of(said.given, params, said)
+    named = [[name for name, k in zip(names, group_of) if k == number] for number in range(len(groups))]
+    of_names = {}
+    for name, v, first, previous_lr in zip(names, trace, found.first.tolist(), found.previous_lr.tolist()):
+        buffer = {} if v is None or first else {"momentum_buffer": np.array(v)}
+        of_names[name] = {"previous_lr": previous_lr, **buffer}
+    param_groups = [complete(group) | {"names": own} for group, own in zip(groups, named)]
+    return {"steps": int(found.count), "skipped_steps": 0, "param_groups": param_groups, "state": of_names}
+
+
+def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
+    """Return the state of `lars` from one of `lars_array.LARS`, of torch's optimizer in that form, or of `LARS` here.
+
+    Parameters
+    ----------
+    state_dict : mapping
+        From ``state_dict``; not modified. Its hyper-parameters are not looked at: `lars` is given them.
+    params : pytree
+        The parameters, the names of whose leaves are those in `state_dict`.
+
+    Returns
+    -------
+    LarsState
+        Buffers are copies; of zeros where there was none; none at all where the momentum is 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the state does not fit the parameters.
+    """
+    names, leaves, structure = named_leaves(params)
+    read = read_checkpoint(regrouped(state_dict, [names]), [names], [np.asarray(p) for p in leaves])
+    if any(master is not None for master in read.masters):
+        raise ValueError("state_dict must not hold master weights, which lars does not keep")
+    kinds = [compute_dtype(p, jnp) for p in leaves]
+    buffers = [
+        jnp.zeros(p.shape, kind) if v is None else jnp.array(v, dtype=kind)
+        for p, v, kind in zip(leaves, read.buffers, kinds)
+    ]
+    return LarsState(
+        count=jnp.asarray(read.steps, jnp.int32),
+        trace=structure.unflatten(buffers) if any(map(needs_buffer, read.groups)) else None,
+        first=jnp.asarray([v is None for v in read.buffers], jnp.bool),
+        previous_lr=jnp.asarray(read.previous_lr, accumulation_dtype(jnp)),
+    )
+
+
+def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return a state dict with its names in other groups, each with the options of the group where its names were.
+
+    Raises
+    ------
+    ValueError
+        If names that are to be in one group come from groups that say different things, or are missing.
+    TypeError
+        If `state_dict` is none.
+    """
+    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
+        raise TypeError(f"state_dict must be what state_dict() returned; got {state_dict!r}")
+    options: dict[str, dict[str, Any]] = {}
+    for group in state_dict["param_groups"]:
+        own = {key: x for key, x in group.items() if key != "names"} | {"layer_axes": 0}  # parameters are what they are
+        options |= dict.fromkeys(group["names"], own)
+    wanted = [name for names in names_of_groups for name in names]
+    if options.keys() != set(wanted):
+        raise ValueError(f"state_dict must be of parameters named {sorted(wanted)!r}; got {sorted(options)!r}")
+    groups = []
+    for names in names_of_groups:
+        for name in names:
+            if options[name] != options[names[0]]:
+                differing = {key for key in options[name] if options[name][key] != options[names[0]].get(key)}
+                raise ValueError(
+                    f"state_dict must say the same of {names[0]!r} and {name!r}, which are in one group here; "
+                    f"their {min(differing, default='options')} differs"
+                )
+        groups.append(options[names[0]] | {"names": list(names)})
+    return {**state_dict, "param_groups": groups}
+
+
+def _found(state: Any) -> LarsState:
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LarsState))
+    found = [x for x in leaves if isinstance(x, LarsState)]
+    if len(found) != 1:
+        raise ValueError(f"state must hold one state of lars; it holds {len(found)}")
+    return found[0]
