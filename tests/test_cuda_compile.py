@@ -42,6 +42,8 @@ def compiled(code: str, architecture: int) -> tuple[bytes, str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_compiled(architecture: int) -> None:
+    if architecture < 75 and not isinstance(nvrtc(), str) and nvrtc().getVersion() >= (13, 0):
+        pytest.skip("CUDA 13 has given it up")
     binary, log = compiled(source(PAIRS), architecture)
     log = re.sub("nvrtc: warning: Architectures prior to .* are deprecated.*\n", "", log)
     assert log.strip("\0\n ") == "", "a warning is an error"

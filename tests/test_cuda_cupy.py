@@ -192,6 +192,16 @@ def test_memory_of_a_device_is_told_apart_by_address(cupy: Any, monkeypatch: pyt
         check_writable("a", Elsewhere(np.lib.stride_tricks.as_strided(memory, (3, 3), (4, 4))))
 
 
+def test_who_can_not_use_it_is_told_why(cupy: Any) -> None:
+    cupy.cuda.is_available = lambda: False
+    cupy.cuda.runtime.is_hip = False
+    assert cuda_device.problem() == "there is no CUDA device"
+    cupy.cuda.runtime.is_hip = True
+    assert cuda_device.problem() == "it is CUDA, and this CuPy is for ROCm"
+    cupy.cuda.is_available, cupy.cuda.runtime.is_hip = lambda: True, False
+    assert cuda_device.problem() is None
+
+
 def test_cupy_has_what_is_asked_of_it() -> None:
     cupy = pytest.importorskip("cupy")
     from cupy.cuda import compiler, runtime
@@ -199,6 +209,7 @@ def test_cupy_has_what_is_asked_of_it() -> None:
     signature = inspect.signature(compiler.compile_using_nvrtc)
     signature.bind("source", OPTIONS, filename="lars_array.cu")
     assert callable(runtime.memcpyAsync) and isinstance(runtime.memcpyDeviceToHost, int)
+    assert isinstance(runtime.is_hip, bool)
     for name in ("Device", "Module", "Event", "get_current_stream", "get_elapsed_time"):
         assert hasattr(cupy.cuda, name), name
     assert {"load", "get_function"} <= set(dir(cupy.cuda.Module))
