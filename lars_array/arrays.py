@@ -31,6 +31,8 @@ def is_array(x: Any) -> bool:
 
 def is_distant(x: Any) -> bool:
     """Return whether `x` lies on a device: to read a value of it is to wait for all that the device has to do."""
+    if is_cupy_array(x):
+        return True
     if isinstance(x, np.ndarray) or is_jax_array(x):  # JAX's arrays are not written to, nor read by anything in place
         return False
     return "cpu" not in str(device(x)).lower()

@@ -189,4 +189,4 @@ class Fit:
 
     def _are_in_one_place(self, grads: Sequence[Any]) -> bool:
         place = self.params[0].device
-        return all(map(place.__eq__, map(_DEVICE, grads)))
+        return all(found == place for found in map(_DEVICE, grads))

@@ -16,9 +16,11 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 from assertions import assert_same
+from cuda_bodies import BODIES, Place
 
+import lars_array.hyper
 import lars_array.memory
-from lars_array import core
+from lars_array import core, kernels
 from lars_array.hyper import at_step, complete
 from lars_array.hyper_table import HyperTable
 from lars_array.kernels import cuda, cuda_device
@@ -49,6 +51,9 @@ class FakeDevice:
 
     def __init__(self, number: int) -> None:
         self.id = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FakeDevice) and other.id == self.id
 
     def __enter__(self) -> None:
         FakeDevice.inside += 1
@@ -97,6 +102,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     fake.cuda.__dict__.update(Device=FakeDevice, Module=FakeModule, get_current_stream=lambda: stream, runtime=runtime)
     fake.cuda.compiler = ModuleType("cupy.cuda.compiler")
     fake.cuda.compiler.compile_using_nvrtc = compile_using_nvrtc
+    fake.cuda.is_available, runtime.is_hip = lambda: True, False
     fake.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Array)
     fake.asarray = lambda x: np.array(x).view(Array)
     fake.compiled = compiled
@@ -153,6 +159,50 @@ def test_kernels_are_compiled_once_and_launched_with_what_they_take(cupy: Any, t
     cuda.Kernel(params, buffers, np)
     assert len(cupy.compiled) == 1
     assert cuda_device.Device.on(params[0]).cache_bytes == 50 << 20
+    assert FakeDevice.inside == 0
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernels with as many threads as on a device."""
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda"), THREADS=THREADS, ROWS=ROWS)
+
+
+def buffers_like(params: Any, xp: Any) -> Any:
+    if any(isinstance(p, Array) for p in params):
+        assert FakeDevice.inside, "CuPy makes arrays on the current device"
+    return [np.zeros_like(p, dtype=np.float32 if p.dtype == np.float16 else p.dtype) for p in params]
+
+
+# All but one that takes long, and one in which NumPy makes arrays that are no stand-ins.
+MOST = [body for body in BODIES if body.__name__ not in ("ten_thousand_small_arrays", "slices_and_parts_of_layers")]
+
+
+@needs_compiler
+@pytest.mark.parametrize("body", MOST, ids=lambda body: body.__name__)
+def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of lars_array that knows CuPy by name, but with arrays in the host's memory."""
+    FakeModule.library = cuda_on_cpu.Device(library)
+    cupy.ndarray = Array
+
+    def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:
+        if not isinstance(like, Array):
+            return np.asarray(values, dtype)
+        assert FakeDevice.inside, "CuPy makes arrays on the current device"
+        return array(np.asarray(values, dtype))
+
+    for module in ("distant", "hyper_table", "nonfinite", "rows"):
+        monkeypatch.setattr(f"lars_array.{module}.asarray", asarray)
+    for module in ("layers", "checkpoint", "stacks"):
+        monkeypatch.setattr(f"lars_array.{module}.new_buffers", buffers_like)
+    known = lars_array.hyper._known
+    monkeypatch.setattr("lars_array.hyper._known", lambda x: None if isinstance(x, Array) else known(x))
+    pick = kernels.pick
+    monkeypatch.setattr(
+        kernels, "pick", lambda params, name: cuda.Kernel if isinstance(params[0], Array) else pick(params, name)
+    )
+    body(Place(array, np.asarray))
+    assert cupy.compiled
     assert FakeDevice.inside == 0
 
 
