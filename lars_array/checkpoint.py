@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lars_array.arrays import check_buffer, check_master
 from lars_array.buffers import new_buffers
 from lars_array.hyper import DEFAULTS, at_step, complete
+from lars_array.roster import KEPT
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
@@ -23,9 +23,7 @@ class Checkpoint(NamedTuple):
     steps: int
     skipped_steps: int
     groups: list[dict[str, Any]]
-    buffers: list[Any]
-    masters: list[Any]
-    previous_lr: list[float]
+    state: dict[str, dict[str, Any]]
 
 
 def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], params: Sequence[Any]) -> Checkpoint:
@@ -72,20 +70,20 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
 
     flat = [name for group in names for name in group]
     _check_keys("state of state_dict", state_dict["state"], set(flat))
-    buffers, masters, previous_lr = [], [], []
+    read: dict[str, dict[str, Any]] = {}
     for name, p in zip(flat, params, strict=True):
-        state = state_dict["state"][name]
-        optional = {"momentum_buffer", "master"}
-        _check_keys(f"the state of {name!r}", state, {"previous_lr"}, optional=optional)
-        buffers.append(state.get("momentum_buffer"))
-        masters.append(state.get("master"))
-        if buffers[-1] is not None:
-            check_buffer(name, buffers[-1], p)
-        if masters[-1] is not None:
-            check_master(name, masters[-1], p)
-        previous_lr.append(_previous_lr(name, state["previous_lr"]))
-    kept = _copied(buffers, params), _copied(masters, params)
-    return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, *kept, previous_lr)
+        own = state_dict["state"][name]
+        _check_keys(f"the state of {name!r}", own, {"previous_lr"}, optional=set(KEPT))
+        for key, check in KEPT.items():
+            if own.get(key) is not None:
+                check(name, own[key], p)
+        read[name] = {"previous_lr": _previous_lr(name, own["previous_lr"])}
+    for key in KEPT:
+        given = [(name, p) for name, p in zip(flat, params) if state_dict["state"][name].get(key) is not None]
+        for (name, _), mine in zip(given, new_buffers([p for _, p in given], array_namespace(*params))):
+            mine[...] = state_dict["state"][name][key]
+            read[name][key] = mine
+    return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, read)
 
 
 def _check_keys(
@@ -115,12 +113,3 @@ def _previous_lr(name: str, value: Any) -> float:
     if not 0 <= float(value) < inf:
         raise ValueError(f"previous_lr of {name!r} must be finite and at least 0; got {value!r}")
     return float(value)
-
-
-def _copied(buffers: Sequence[Any], params: Sequence[Any]) -> list[Any]:
-    copies = list(buffers)
-    given = [i for i, v in enumerate(buffers) if v is not None]
-    for i, mine in zip(given, new_buffers([params[i] for i in given], array_namespace(*params))):
-        mine[...] = buffers[i]
-        copies[i] = mine
-    return copies

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
-from lars_array import kernels
-from lars_array.arrays import at_home, check_buffer, check_master, is_array, is_distant, listed
+from lars_array.arrays import at_home, is_array, is_distant, listed
 from lars_array.checkpoint import read_checkpoint
-from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.gradients import given_order, match_gradients
 from lars_array.hyper import DEFAULTS, at_step, complete
-from lars_array.layers import Layers, Taken
-from lars_array.memory import Spans, check_writable
 from lars_array.parameters import read_parameters
 from lars_array.registry import Rule
-from lars_array.rows import LayerOf, Stack, labels_of, row_labels, stack_of
-from lars_array.stacks import sliced_gradients, whole
+from lars_array.roster import KEPT, Roster
+from lars_array.rows import LayerOf
+from lars_array.stepper import Stepper
 from lars_array.telemetry import Norms, trust_ratios
 
 __all__ = ["LARS", "required"]
@@ -192,29 +189,9 @@ class LARS:
         self.steps = 0
         self.skipped_steps = 0
         self.param_groups: list[dict[str, Any]] = []
-        self._layer_of = layer_of
-        self._stacks: list[Stack] = []
-        self._given: list[str] = []  # the parameters' names
-        self._axes: list[int] = []
-        self._wholes: dict[int, Any] = {}
-        self._whole_masters: dict[int, Any] = {}
-        self._stacked = False  # whether rows are others than the parameters
-        # Of each row, which is a parameter or a slice of one:
-        self._names: list[str] = []
-        self._params: list[Any] = []
-        self._group_of: list[int] = []
-        self._labels: list[Hashable] = []
-        self._buffers: list[Any] = []
-        self._masters: list[Any] = []
-        self._previous_lr = np.zeros(0)
-        self._all: Sequence[int] = range(0)
+        self._axes: list[int] = []  # of each group, and not to be changed
         self._order: list[int] | None = None
-        self._last: Taken | None = None
-        self._layers: Layers | None = None
-        self._kernel_name = kernel
-        self._kernel: Any = None
-        self._spans: Spans | None = None
-        self._whereabouts: Whereabouts | None = None
+        self._stepper = Stepper(Roster(layer_of), kernel)
         self._add(params)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -272,19 +249,16 @@ class LARS:
             loss, grads = _loss_and_gradients(closure())
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
-        gradients = match_gradients(grads, self._given, self._order)
-        if self._stacked:
-            gradients = sliced_gradients(self._stacks, gradients)
-        index = self._all
+        roster = self._stepper.roster
+        gradients = roster.gradients(match_gradients(grads, roster.given, self._order))
+        index: Sequence[int] = range(len(gradients))
         if set(map(type, gradients)) != {np.ndarray}:
             found = [i for i, g in enumerate(gradients) if g is not None]
             gradients = [_detached(gradients[i]) for i in found]
             index = found if len(found) < len(index) else index
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
         self._check_axes(groups)
-        with at_home(self._params[0]):
-            taken = self._advance(index, gradients, groups, found_inf)
-        if taken:
+        if self._stepper.step(index, gradients, groups, found_inf):
             self.steps += 1
         else:
             self.skipped_steps += 1
@@ -312,12 +286,12 @@ class LARS:
             By name of parameter, of those that had a gradient; of a stacked one by slice, "w[0]"; of one that is part
             of a layer, the norms of the layer. Empty before the first step.
         """
-        if self._last is None:
+        last = self._stepper.last
+        if last is None:
             return {}
-        with at_home(self._params[0]):
-            p_squares, g_squares = (listed(self._last.planned().S[:, i]) for i in (0, 1))
-        norms = [Norms(p**0.5, g**0.5) for p, g in zip(p_squares, g_squares)]
-        return dict(zip(self._last.names, norms))
+        with at_home(self._stepper.roster.params[0]):
+            p_squares, g_squares = (listed(last.planned().S[:, i]) for i in (0, 1))
+        return dict(zip(last.names, [Norms(p**0.5, g**0.5) for p, g in zip(p_squares, g_squares)]))
 
     def trust_ratios(self) -> dict[str, float]:
         """Return the trust ratios that the last step was taken with; see `norms`.
@@ -328,10 +302,11 @@ class LARS:
             By name of parameter, of those that had a gradient; 1.0 where a layer was not adapted. Empty before the
             first step.
         """
-        if self._last is None:
+        last = self._stepper.last
+        if last is None:
             return {}
-        with at_home(self._params[0]):
-            return dict(zip(self._last.names, listed(trust_ratios(self._last))))
+        with at_home(self._stepper.roster.params[0]):
+            return dict(zip(last.names, listed(trust_ratios(last))))
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that a step depends on beside the parameters.
@@ -350,7 +325,7 @@ class LARS:
         self.synchronize()
         state = self.state_views()
         for own in state.values():
-            for key in own.keys() & {"momentum_buffer", "master"}:
+            for key in own.keys() & KEPT:
                 with at_home(own[key]):
                     own[key] = array_namespace(own[key]).asarray(own[key], copy=True)
         groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
@@ -369,18 +344,13 @@ class LARS:
         ValueError, TypeError
             If it does not fit these parameters; then nothing was changed.
         """
-        with at_home(self._params[0]):
-            params = [stack.param for stack in self._stacks]
-            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], params)
+        roster = self._stepper.roster
+        with at_home(roster.arrays[0]):
+            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], roster.arrays)
+        self._stepper.attach(read.state)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options | {"layer_axes": group["layer_axes"]})
-        self._buffers, self._previous_lr = self._of_rows(read.buffers), np.array(self._of_rows(read.previous_lr))
-        self._masters = self._of_rows(read.masters)
-        stacked = [i for i, stack in enumerate(self._stacks) if stack.lead]
-        self._wholes = {i: read.buffers[i] for i in stacked if read.buffers[i] is not None}
-        self._whole_masters = {i: read.masters[i] for i in stacked if read.masters[i] is not None}
-        self._layers = self._spans = self._whereabouts = None
 
     def state_views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
         """Return the "state" of `state_dict` with the buffers and masters themselves, not copies of them.
@@ -395,15 +365,10 @@ class LARS:
         dict
             By name of parameter; see `attach_state`.
         """
-        buffers, previous_lrs = self._whereabouts_of_all() if wait else (self._buffers, [])
-        state: dict[str, dict[str, Any]] = {}
-        masters = self._of_params(self._masters, self._whole_masters)
-        arrays = zip(self._given, self._stacks, self._of_params(buffers, self._wholes), masters, strict=True)
-        for name, stack, v, master in arrays:
-            state[name] = {"previous_lr": previous_lrs[stack.start]} if wait else {}
-            state[name] |= {} if v is None else {"momentum_buffer": v}
-            state[name] |= {} if master is None else {"master": master}
-        return state
+        roster = self._stepper.roster
+        if not wait:
+            return roster.views(roster.buffers.rows, None)
+        return roster.views(*self._stepper.standing())
 
     def attach_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what `state_views` returned, without copying: from then on steps write into these arrays.
@@ -419,28 +384,7 @@ class LARS:
             If a name is unknown, or an array does not fit its parameter; then nothing was changed.
         """
         self.synchronize()
-        buffers, previous_lr = self._whereabouts_of_all()
-        buffers, wholes = list(buffers), dict(self._wholes)
-        masters, whole_masters = list(self._masters), dict(self._whole_masters)
-        place = {name: i for i, name in enumerate(self._given)}
-        for name, own in state.items():
-            if name not in place:
-                raise ValueError(f"state must be of parameters named {self._given!r}; got the name {name!r}")
-            stack, v, master = self._stacks[place[name]], own.get("momentum_buffer"), own.get("master")
-            if v is not None:
-                check_buffer(name, v, stack.param)
-                check_writable(f"momentum_buffer of {name}", v)
-            if master is not None:
-                check_master(name, master, stack.param)
-                check_writable(f"master of {name}", master)
-            rows = slice(stack.start, stack.start + stack.rows)
-            buffers[rows], wholes[place[name]] = stack.slices(v), v
-            masters[rows], whole_masters[place[name]] = stack.slices(master), master
-            previous_lr[rows] = [float(own.get("previous_lr", 0.0))] * stack.rows
-        Spans(self._names, self._params, buffers, masters)
-        self._buffers, self._previous_lr, self._wholes = buffers, np.array(previous_lr), wholes
-        self._masters, self._whole_masters = masters, whole_masters
-        self._layers = self._spans = self._whereabouts = None
+        self._stepper.attach(state)
 
     def __repr__(self) -> str:
         lines = []
@@ -452,62 +396,28 @@ class LARS:
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        buffers, previous_lr = self._whereabouts_of_all()
-        known: dict[str, Any] = {"_buffers": buffers, "_previous_lr": np.array(previous_lr)}
-        known |= {"_wholes": {}, "_whole_masters": {}}
-        if self._last is not None:
-            known["_last"] = self._last._replace(plan=self._last.planned())
-        # Layers and spans hold addresses, and a kernel is what is fastest here: none of them may travel.
-        return self.__dict__ | known | {"_kernel": None, "_layers": None, "_spans": None, "_whereabouts": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._stacked:  # slices are no longer views of what they were cut from
-            self._params = [part for stack in self._stacks for part in stack.slices(stack.param)]
-            self._rehome()
-        self._kernel = kernels.pick(self._params, self._kernel_name)
+        return self.__dict__
 
     def _add(self, params: Any) -> None:
-        layout = read_parameters(params, start=len(self._stacks))
-        groups, group_of, given, stacks = [], list(self._group_of), list(self._given), list(self._stacks)
-        names, arrays = list(self._names), list(self._params)
-        for number, group in enumerate(layout.groups, len(self.param_groups)):
+        roster, number = self._stepper.roster, len(self.param_groups)
+        layout = read_parameters(params, start=len(roster.given))
+        groups: list[dict[str, Any]] = []
+        for group in layout.groups:
             options = complete(self.defaults | group.overrides)
             if options["lr"] is required:
+                which = number + len(groups)
                 raise ValueError(
-                    f"parameter group {number} didn't specify a value of required optimization parameter lr"
+                    f"parameter group {which} didn't specify a value of required optimization parameter lr"
                 )
             _at_step(options, self.steps)
             groups.append({"params": group.arrays, "names": group.names, **options})
-            given += group.names
-            for name, p in zip(group.names, group.arrays):
-                stacks.append(stack_of(name, p, options["layer_axes"], len(names)))
-                names += stacks[-1].names()
-                arrays += stacks[-1].slices(p)
-                group_of += [number] * stacks[-1].rows
-        repeated = set(self._given) & set(given[len(self._given) :])
-        if repeated:
-            raise ValueError(f"names of parameters must differ; got {min(repeated)!r} twice")
-        for name, p in zip(names, arrays):
-            check_writable(name, p)
-            _check_same_place(p, arrays[0], name, names[0])
-        labels = row_labels(labels_of(self._layer_of, given), stacks)
-        Spans(names, arrays)
-        self._kernel = kernels.pick(arrays, self._kernel_name)
-
+        axes = [group["layer_axes"] for group in groups]
+        longer = roster.joined_by(layout.groups, axes, number)
         self.synchronize()
-        self._settle()
-        added = len(names) - len(self._names)
+        self._stepper.extend(longer)
         self.param_groups += groups
-        self._axes += [group["layer_axes"] for group in groups]
-        self._names, self._params, self._group_of, self._labels = names, arrays, group_of, labels
-        self._given, self._stacks, self._stacked = given, stacks, len(stacks) < len(names)
-        self._buffers += [None] * added
-        self._masters += [None] * added
-        self._previous_lr = np.concatenate([self._previous_lr, np.zeros(added)])
-        self._all = range(len(names))
-        self._order = given_order(given)
-        self._layers = self._spans = None
+        self._axes += axes
+        self._order = given_order(longer.given)
 
     def _check_axes(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for number, (group, known) in enumerate(zip(groups, self._axes)):
@@ -515,98 +425,14 @@ class LARS:
                 rule = f"layer_axes of parameter group {number} must stay what it was, {known!r}"
                 raise ValueError(f"{rule}; got {group['layer_axes']!r}")
 
-    def _of_rows(self, values: Sequence[Any]) -> list[Any]:
-        """Return what stands for each row from what stands for each parameter: slices of arrays, numbers repeated."""
-        pairs = zip(self._stacks, values, strict=True)
-        return [x for stack, y in pairs for x in ([y] * stack.rows if isinstance(y, float) else stack.slices(y))]
-
-    def _of_params(self, values: Sequence[Any], wholes: Mapping[int, Any]) -> list[Any]:
-        """Return the momentum buffers, or the masters, of parameters from those of rows."""
-        if not self._stacked:
-            return list(values)
-        firsts = [values[stack.start] for stack in self._stacks]
-        return [None if v is None else wholes.get(i, v) for i, v in enumerate(firsts)]
-
-    def _rehome(self) -> None:
-        """Put buffers and masters of slices that lie anywhere into one array for each parameter."""
-        for arrays, wholes in ((self._buffers, self._wholes), (self._masters, self._whole_masters)):
-            for i, stack in enumerate(self._stacks):
-                rows = slice(stack.start, stack.start + stack.rows)
-                if arrays[stack.start] is None:
-                    wholes.pop(i, None)
-                elif stack.lead and wholes.get(i) is None:
-                    wholes[i] = whole(stack, arrays[rows])
-                    arrays[rows] = stack.slices(wholes[i])
-        self._layers = self._spans = None
-
     def _hear(self, *, wait: bool = False) -> None:
         """Count as what they were the steps of which the device has sent news, and raise if one was refused."""
-        if self._whereabouts is None:
-            return
-        before, now = self._whereabouts.news(wait=wait)
+        before, now, replayed = self._stepper.news(wait=wait)
         skipped, not_taken = now.skipped - before.skipped, now.refused - before.refused
         self.skipped_steps += skipped
-        self.steps -= skipped + not_taken
-        if wait:
-            self.steps += self._whereabouts.replayed()
+        self.steps += replayed - skipped - not_taken
         if not_taken:
-            raise refused(now, self._names)
-
-    def _whereabouts_of_all(self) -> tuple[list[Any], list[float]]:
-        """Return the momentum buffers that are used, and the last learning rates."""
-        if self._whereabouts is None:
-            return self._buffers, self._previous_lr.tolist()
-        with at_home(self._params[0]):
-            self._bring_together()
-            unused, previous_lr = listed(self._whereabouts.first), listed(self._whereabouts.previous_lr)
-        return [None if nothing else v for v, nothing in zip(self._buffers, unused)], previous_lr
-
-    def _bring_together(self) -> None:
-        """Put where the layers of the last step stand beside where the others do."""
-        if isinstance(self._layers, DistantLayers) and self._whereabouts is not None:
-            self._whereabouts.merge(self._layers.index, self._layers.first, self._layers.previous_lr)
-
-    def _settle(self) -> None:
-        """Bring home what only the device knows, and let the next step begin anew from there."""
-        self._buffers, previous_lr = self._whereabouts_of_all()
-        self._previous_lr = np.array(previous_lr)
-        self._layers = self._spans = self._whereabouts = None
-
-    def _advance(self, index: Sequence[int], grads: list[Any], groups: list[dict[str, Any]], found_inf: Any) -> bool:
-        """Take the step with the parameters at `index`, and return True; or return False and change nothing."""
-        if not index:
-            return True
-        if self._spans is None:
-            self._spans = Spans(self._names, self._params, self._buffers, self._masters)
-        if self._layers is None or self._layers.index != index:
-            self._bring_together()
-            lists: Any = (self._names, self._params, self._buffers, self._masters)
-            lists += (self._group_of, self._previous_lr.tolist(), self._labels)
-            if index != self._all:
-                lists = ([x[i] for i in index] for x in lists)
-            if is_distant(self._params[0]):
-                if self._whereabouts is None:
-                    self._whereabouts = Whereabouts(self._buffers, self._previous_lr, like=self._params[0])
-                self._layers = DistantLayers(index, *lists, kernel=self._kernel, whereabouts=self._whereabouts)
-            else:
-                self._layers = Layers(index, *lists, kernel=self._kernel)
-        layers = self._layers
-        layers.check(grads, self._spans)
-        step = layers.step(groups, grads, found_inf)
-        if step is None:
-            return False
-        self._last = step
-        if layers.has_new_state:
-            for i, v, master in zip(index, layers.buffers, layers.masters):
-                self._buffers[i], self._masters[i] = v, master
-            self._spans = None
-            if self._stacked:
-                self._bring_together()
-                self._rehome()
-        if self._whereabouts is not None:
-            return True
-        self._previous_lr[layers.place] = np.array([group["lr"] for group in groups])[layers.group]
-        return True
+            raise self._stepper.refused(now)
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -634,12 +460,3 @@ def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(f"closure must return the pair (loss, grads); got {returned!r}")
     return returned
-
-
-def _check_same_place(p: Any, other: Any, name: str, other_name: str) -> None:
-    if type(p) is not type(other) and array_namespace(p) is not array_namespace(other):
-        kinds = f"{type(p).__name__} and {type(other).__name__}"
-        raise TypeError(f"parameters must be arrays of one library; {name!r} and {other_name!r} are {kinds}")
-    if device(p) != device(other):
-        places = f"{device(p)!r} and {device(other)!r}"
-        raise ValueError(f"parameters must lie on one device; {name!r} and {other_name!r} lie on {places}")

@@ -159,7 +159,8 @@ def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
     device = Device(path or library(), order)
     pick, known = kernels.pick, hyper._known
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lars_array.optimizer, "is_distant", is_far)
+        for module in (lars_array.optimizer, lars_array.stepper):
+            patch.setattr(module, "is_distant", is_far)
         patch.setattr(hyper, "_known", lambda x: None if is_far(x) else known(x))
         patch.setattr(Kernel, "Device", device)
         patch.setattr(kernels, "pick", lambda params, name: Kernel if is_far(params[0]) else pick(params, name))

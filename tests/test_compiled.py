@@ -282,7 +282,7 @@ def test_a_gradient_in_a_buffer_or_parameter_is_refused() -> None:
     p, beside = whole[:4], whole[4:8]
     optimizer = LARS([p], lr=0.5, momentum=0.9, kernel="compiled")
     optimizer.step([beside])
-    for bad in (whole[3:7], whole[:4], p, optimizer._buffers[0]):
+    for bad in (whole[3:7], whole[:4], p, optimizer._stepper.roster.buffers.rows[0]):
         before = whole.copy()
         with pytest.raises(ValueError, match="must not share memory"):
             optimizer.step([bad])
@@ -352,7 +352,7 @@ p = np.arange(1.0, 4.0)
 optimizer = LARS([p], lr=0.5, momentum=0.9)
 for _ in range(2):
     optimizer.step([np.ones(3)])
-print(optimizer._kernel.__module__.rsplit(".")[-1], *p.tolist())
+print(optimizer._stepper._kernel.__module__.rsplit(".")[-1], *p.tolist())
 """
 
 

@@ -71,7 +71,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         place = array_api_strict.Device("device1")
         yield Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
         return
-    for module in (lars_array.memory, lars_array.optimizer):
+    for module in (lars_array.memory, lars_array.optimizer, lars_array.stepper):
         monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
     yield Device(lambda x: torch.tensor(x), NoWaiting)
 
@@ -244,7 +244,7 @@ def test_steps_of_a_graph_are_counted(device: Device) -> None:
     pair = Pair(device, nonfinite="skip")
     for seed in (1, 2, 3):
         pair.step(numbers(seed))
-    counts = pair.far._whereabouts.counts
+    counts = pair.far._stepper._whereabouts.counts
     counts[...] = counts + device.put(np.array([1, 1, 0, 0]))
     assert (pair.far.steps, pair.far.skipped_steps) == (3, 0)
     pair.far.synchronize()
@@ -310,7 +310,7 @@ def test_what_a_graph_has_seen_stays_where_it_is(device: Device) -> None:
     pair.step(numbers(1))
 
     def kept() -> list[Any]:
-        layers, place = pair.far._layers, pair.far._whereabouts
+        layers, place = pair.far._stepper._layers, pair.far._stepper._whereabouts
         return [layers, place, layers.first, layers.previous_lr, place.counts, layers._table.array, *layers.buffers]
 
     before = kept()

@@ -223,7 +223,7 @@ def test_coefficients_have_the_bits_of_numpys(cp: Any, place: Place) -> None:
         params, grads = [place.put(p) for p in model(0)], [place.put(g) for g in model(1)]
         optimizer = LARS(params, **HYPER, rule=rule, nonfinite="propagate")
         optimizer.step(grads)
-        taken = optimizer._last
+        taken = optimizer._stepper.last
         assert taken is not None
         S, gamma, C = (place.get(x) for x in taken.planned()[:3])
         group, count = at_step(complete(HYPER | {"rule": rule}), 0), len(params)

@@ -13,10 +13,10 @@ from lars_array.kernels import pick, threads
 def test_a_kernel_can_be_forced() -> None:
     p = np.ones(3)
     for name in KERNELS:
-        assert LARS([p], lr=0.1, kernel=name)._kernel.__module__ == f"lars_array.kernels.{name}"
-    assert LARS([p], lr=0.1)._kernel is pick([p], "compiled")
+        assert LARS([p], lr=0.1, kernel=name)._stepper._kernel.__module__ == f"lars_array.kernels.{name}"
+    assert LARS([p], lr=0.1)._stepper._kernel is pick([p], "compiled")
     strict = pytest.importorskip("array_api_strict").ones(3)
-    assert LARS([strict], lr=0.1)._kernel is pick([strict], "portable")
+    assert LARS([strict], lr=0.1)._stepper._kernel is pick([strict], "portable")
 
 
 @pytest.mark.parametrize("name", ["fast", "", "Blocked"])

@@ -141,7 +141,7 @@ def test_momentum_of_another_layout() -> None:
         strange = LARS({"w": other}, **EVERYTHING)
         plain.step({"w": first})
         strange.step({"w": first})
-        strange._buffers[0] = LAYOUTS[turned](strange._buffers[0])
+        strange._stepper.roster.buffers.rows[0] = LAYOUTS[turned](strange._stepper.roster.buffers.rows[0])
         plain.step({"w": second})
         strange.step({"w": second})
         assert_close(other, mine, tolerance("f4"), turned)

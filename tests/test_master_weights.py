@@ -152,7 +152,8 @@ def test_the_rounded_copy_costs_no_pass_over_memory(options: dict[str, Any], mon
     done = [np.bitwise_or.reduce(todo[:, 0]) for todo, *_ in calls]
     assert done == ([MEASURE | WRITE] if options else [MEASURE, WRITE])
     for _, _, _, _, places, *_ in calls:
-        for column, arrays in [(0, optimizer._masters), (1, gradients), (2, optimizer._buffers), (3, params)]:
+        roster = optimizer._stepper.roster
+        for column, arrays in [(0, roster.masters.rows), (1, gradients), (2, roster.buffers.rows), (3, params)]:
             assert places[:, column].tolist() == [x.__array_interface__["data"][0] for x in arrays]
 
 
@@ -225,10 +226,11 @@ def test_a_step_that_is_not_taken_makes_no_master_and_changes_none(nonfinite: st
     LARS({"p": fresh}, **MASTERS, kernel=kernel).step(good[:1])
     assert_same_bits(p, fresh)
     refused()
+    masters = optimizer._stepper.roster.masters.rows
     for message, grads in [
         ("the gradient of 'q' must have the parameter's shape (3,); got (4,)", [good[0], good[0]]),
-        ("the gradient of 'q' must not share memory with the master copy of 'p'", [good[0], optimizer._masters[0][1:]]),
-        ("the gradient of 'p' must not share memory with the master copy of 'q'", [optimizer._masters[1], good[1]]),
+        ("the gradient of 'q' must not share memory with the master copy of 'p'", [good[0], masters[0][1:]]),
+        ("the gradient of 'p' must not share memory with the master copy of 'q'", [masters[1], good[1]]),
     ]:
         if "master copy of 'q'" in message:
             grads = [np.lib.stride_tricks.as_strided(grads[0], (4,), (0,)), good[1]]
@@ -317,7 +319,7 @@ def test_training_goes_on_as_if_never_interrupted(way: Callable[..., Any], kerne
         optimizer.step(grads | {"late": None})
     assert [name for name, of in optimizer.state_dict()["state"].items() if "master" in of] == ["h", "b"]
     revived, theirs = way(optimizer, params)
-    revived._kernel = optimizer._kernel
+    revived._stepper._kernel = optimizer._stepper._kernel
     for grads in steps[2:]:
         before = fingerprint([params, optimizer])
         revived.step(grads)
@@ -424,7 +426,7 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = LARS({"w": near}, **MASTERS, nonfinite="skip")
     for g in steps:
         here.step([torch.tensor(g)])
-    for module in (lars_array.memory, lars_array.optimizer):
+    for module in (lars_array.memory, lars_array.optimizer, lars_array.stepper):
         monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
     there = LARS({"w": far}, **MASTERS, nonfinite="skip")
     for turn, g in enumerate(steps):

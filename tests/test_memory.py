@@ -157,7 +157,8 @@ def test_a_gradient_in_memory_that_is_written_to(xp: Any, whose: str, part: str)
     optimizer = LARS({"p": p, "q": q}, **HYPER)
     zeros = xp.zeros(3, dtype=xp.float64)
     optimizer.step([zeros, zeros])
-    owner = {"its own parameter": q, "another parameter": p, "a momentum buffer": optimizer._buffers[0]}[whose]
+    buffer = optimizer.state_views()["p"]["momentum_buffer"]
+    owner = {"its own parameter": q, "another parameter": p, "a momentum buffer": buffer}[whose]
     names = {"its own parameter": "parameter 'q'", "another parameter": "parameter 'p'"}
     name = names.get(whose, "the momentum buffer of 'p'")
     g = owner if part == "itself" else xp.reshape(owner, (3,))

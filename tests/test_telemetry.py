@@ -9,7 +9,7 @@ import pytest
 from assertions import assert_close, to_numpy
 
 from lars_array import LARS, Norms
-from lars_array import optimizer as optimizer_module
+from lars_array import roster as roster_module
 from lars_array.kernels import blocked
 
 # Norms: w 5, b 1; their gradients 0.5 and 0.25.
@@ -177,13 +177,13 @@ def test_a_step_takes_one_look_at_memory_and_one_write(
 
 def test_where_memory_lies_is_looked_up_only_after_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Any] = []
-    original = optimizer_module.Spans
+    original = roster_module.Spans
 
     def counted(names: Any, params: Any, buffers: Any = (), masters: Any = ()) -> Any:
         looks.append(len(params) + sum(x is not None for x in (*buffers, *masters)))
         return original(names, params, buffers, masters)
 
-    monkeypatch.setattr(optimizer_module, "Spans", counted)
+    monkeypatch.setattr(roster_module, "Spans", counted)
     optimizer = LARS([W.copy(), B.copy()], lr=0.5, momentum=0.9)
     looks.clear()
     for _ in range(4):
