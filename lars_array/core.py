@@ -281,11 +281,14 @@ class Prepared(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A step about to be taken: sums, factors of the gradients, coefficients, and what they were made with."""
+    """A step about to be taken: sums, factors of the gradients, coefficients, and what they were made with.
+
+    Of a step that was taken the coefficients, the most of it, are not kept.
+    """
 
     S: Array
     gamma: Array
-    C: Array
+    C: Array | None
     hyper: Hyper
     rules: Sequence[Rule]
 

@@ -146,7 +146,7 @@ class Layers:
                 self._kernel.apply(grads, taken.planned().C)
         self._take_over()
         self._go_on(groups)
-        return taken
+        return taken._replace(plan=taken.planned()._replace(C=None))  # whoever asks later does not need them
 
     def _make_room(self, keeps: list[tuple[bool, bool]]) -> None:
         """Have the kernel see buffers and masters where they are kept. New ones count once a step is taken.

@@ -81,18 +81,19 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
     """
     names, leaves, structure = named_leaves(params)
     read = read_checkpoint(regrouped(state_dict, [names]), [names], [np.asarray(p) for p in leaves])
-    if any(master is not None for master in read.masters):
+    state = [read.state[name] for name in names]
+    if any("master" in own for own in state):
         raise ValueError("state_dict must not hold master weights, which lars does not keep")
     kinds = [compute_dtype(p, jnp) for p in leaves]
+    known = [own.get("momentum_buffer") for own in state]
     buffers = [
-        jnp.zeros(p.shape, kind) if v is None else jnp.array(v, dtype=kind)
-        for p, v, kind in zip(leaves, read.buffers, kinds)
+        jnp.zeros(p.shape, kind) if v is None else jnp.array(v, dtype=kind) for p, v, kind in zip(leaves, known, kinds)
     ]
     return LarsState(
         count=jnp.asarray(read.steps, jnp.int32),
         trace=structure.unflatten(buffers) if any(map(needs_buffer, read.groups)) else None,
-        first=jnp.asarray([v is None for v in read.buffers], jnp.bool),
-        previous_lr=jnp.asarray(read.previous_lr, accumulation_dtype(jnp)),
+        first=jnp.asarray([v is None for v in known], jnp.bool),
+        previous_lr=jnp.asarray([own["previous_lr"] for own in state], accumulation_dtype(jnp)),
     )
 
 
