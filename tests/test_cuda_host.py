@@ -234,24 +234,24 @@ def test_a_rule_that_is_no_tape_is_called(device: Any) -> None:
 def test_parts_that_stay_in_cache_change_no_bit(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [700, 0, 900, 1, 5000, 300]
     results = []
-    for cached in ("", "0", "8000", "1"):
+    for cached in ("", "0", "8000", "auto", "1"):
         monkeypatch.setenv("LARS_ARRAY_CUDA_CACHE", cached)
         params = numbers(0, sizes)
         optimizer = LARS(params, **HYPER, nonfinite="propagate", rule="nvidia")
         for seed in (1, 2):
             optimizer.step(numbers(seed, sizes))
         launched = names(device)
-        parts = {"": 1, "0": 1, "8000": 4, "1": 6}[cached]
+        parts = {"": 1, "0": 1, "8000": 4, "auto": 4, "1": 6}[cached]
         assert [launched.count(name) for name in THREE] == [2 * parts] * 3
         results.append(
             fingerprint([[np.asarray(p) for p in params], optimizer.state_dict()["state"]["3"]["previous_lr"]])
         )
-    assert results.count(results[0]) == 4
+    assert results.count(results[0]) == 5
 
 
 def test_the_size_of_parts_is_a_number(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LARS_ARRAY_CUDA_CACHE", "half")
-    with pytest.raises(ValueError, match="LARS_ARRAY_CUDA_CACHE must be a number of bytes; got 'half'"):
+    with pytest.raises(ValueError, match="LARS_ARRAY_CUDA_CACHE must be a number of bytes, or 'auto'; got 'half'"):
         LARS(numbers(0), **HYPER).step(numbers(1))
 
 

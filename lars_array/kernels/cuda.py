@@ -42,7 +42,7 @@ class Kernel:
         self._device = self.Device.on(params[0])
         self._strides = [p.strides for p in params]
         self._dense = [self._is_dense(i) for i in range(len(params))]
-        self._cached = _cached_bytes()
+        self._cached = _cached_bytes(self._device)
         self._joined: Sequence[Sequence[int]] = []
         self._found = self._device.zeros((), np.float32)
         self._seen: list[Any] = []  # the gradients of the last step, referred to weakly
@@ -215,8 +215,11 @@ def _element(dtype: Any) -> str:
     return _REAL.get(name, name)
 
 
-def _cached_bytes() -> int:
+def _cached_bytes(device: Any) -> int:
+    """Return how many bytes of parameters and gradients shall stay in cache; 0 for no matter."""
     given = os.environ.get("LARS_ARRAY_CUDA_CACHE") or "0"
+    if given == "auto":
+        return int(device.cache_bytes) // 2
     if not given.isdecimal():
-        raise ValueError(f"LARS_ARRAY_CUDA_CACHE must be a number of bytes; got {given!r}")
+        raise ValueError(f"LARS_ARRAY_CUDA_CACHE must be a number of bytes, or 'auto'; got {given!r}")
     return int(given)
