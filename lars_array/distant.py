@@ -7,6 +7,7 @@ whether their buffers are used, is kept there too, since the host does not know.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +145,7 @@ class DistantLayers(Layers):
         self._keeps_of_layers: list[bool] = []
         self._group_of_layers = list(self.group_of)
 
-    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any], found_inf: Any = None) -> Taken:
+    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any], found_inf: Any = None) -> Taken | None:
         """Have the device take a step, if it finds that it may.
 
         Parameters
@@ -153,14 +154,18 @@ class DistantLayers(Layers):
             Complete and checked hyper-parameters of all groups; numbers, or arrays of shape () on the device.
         grads : sequence of arrays
             One a layer, checked.
-        found_inf : array of shape (), optional
-            On the device. Where it isn't zero the step is skipped.
+        found_inf : number or array of shape (), optional
+            Here or on the device. Where it isn't zero the step is skipped.
 
         Returns
         -------
-        Taken
-            What it is taken with, if it is.
+        Taken or None
+            What it is taken with, if it is. None where it is known here that it is skipped.
         """
+        if isinstance(found_inf, Real | np.generic) or type(found_inf) is np.ndarray:
+            if bool(found_inf):
+                return None
+            found_inf = None
         self._make_room([(needs_buffer(group), bool(group["master_weights"])) for group in groups])
         self._table.refresh(groups)
         self._read_policies(tuple(group["nonfinite"] for group in groups))

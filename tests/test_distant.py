@@ -239,6 +239,19 @@ def test_what_a_loss_scaler_has_found_skips_the_step(device: Device, policy: str
     assert pair.far.skipped_steps == pair.near.skipped_steps == 1
 
 
+@pytest.mark.parametrize("found", [True, 1.0, np.float32(1), np.array(1.0)])
+def test_what_was_found_may_be_known_here(device: Device, found: Any) -> None:
+    pair = Pair(device)
+    grads = {name: device.put(g) for name, g in numbers(1).items()}
+    before = fingerprint(pair.there)
+    pair.far.step(grads, found_inf=found)
+    assert fingerprint(pair.there) == before
+    with device.unread():
+        pair.far.step(grads, found_inf=type(found)(0) if not isinstance(found, np.ndarray) else np.array(0.0))
+    pair.far.synchronize()
+    assert (pair.far.steps, pair.far.skipped_steps) == (1, 1)
+
+
 def test_steps_of_a_graph_are_counted(device: Device) -> None:
     """The device counts them; here one is captured and not taken, and two are replayed."""
     pair = Pair(device, nonfinite="skip")
