@@ -13,7 +13,7 @@ import numpy as np
 from lars_array.buffers import aligned_zeros
 from lars_array.dtypes import dtype_name
 
-__all__ = ["Lent", "own_copy", "view"]
+__all__ = ["Lent", "own_copy", "room_for", "view"]
 
 _BFLOAT16 = 4  # DLPack's code, kDLBfloat
 _CODE_AT = 20  # bytes into a DLTensor: after the address, the device of two and the number of axes
@@ -22,7 +22,7 @@ _CODE_AT = 20  # bytes into a DLTensor: after the address, the device of two and
 def view(array: Any) -> Any:
     """Return a read-only NumPy view of a JAX array on a CPU, once it is computed."""
     found = np.asarray(array)
-    if isinstance(array, jax.Array) and found.size and found.ctypes.data != array.unsafe_buffer_pointer():
+    if isinstance(array, jax.Array) and found.size and _address(found) != array.unsafe_buffer_pointer():
         raise TypeError("the array can't be seen from NumPy without copying it")
     return found
 
@@ -30,9 +30,19 @@ def view(array: Any) -> Any:
 def own_copy(array: Any) -> Any:
     """Return a copy of an array in memory that JAX takes over as it is: aligned, dense and writable."""
     given = np.asarray(array)
-    mine = aligned_zeros(max(given.size, 1), given.dtype)[: given.size].reshape(given.shape)
+    mine = room_for(given)
     mine[...] = given
     return mine
+
+
+def room_for(array: Any) -> Any:
+    """Return memory such as `own_copy` returns, without the numbers."""
+    return aligned_zeros(max(array.size, 1), array.dtype)[: array.size].reshape(array.shape)
+
+
+def _address(array: Any) -> int:
+    place: int = array.__array_interface__["data"][0]
+    return place
 
 
 class Lent:
@@ -63,7 +73,7 @@ class Lent:
         self.array: Any = jnp.from_dlpack(_BFloat16(lent) if is_bfloat16 else lent, copy=False)
         if self.array.dtype != memory.dtype:
             raise TypeError(f"JAX makes {self.array.dtype!r} of {memory.dtype!r}; see jax_enable_x64")
-        if memory.size and self.array.unsafe_buffer_pointer() != memory.ctypes.data:
+        if memory.size and self.array.unsafe_buffer_pointer() != _address(memory):
             raise TypeError("JAX has copied memory that it was to take over")
 
     def forget(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 
 import lars_array
 from lars_array.arrays import check_gradient, check_parameter
+from lars_array.kernels.threads import thread_count, together
 from lars_array.registry import Rule
 from lars_array.rows import LayerOf
 from lars_array.telemetry import Norms
 from lars_jax.checkpoint import regrouped
-from lars_jax.memory import Lent, own_copy, view
+from lars_jax.memory import Lent, own_copy, room_for, view
 from lars_jax.transformation import Said, groups_of
 from lars_jax.trees import leaves_as, named_leaves
 
@@ -279,25 +281,35 @@ class LARS:
 
     def _shown(self) -> Any:
         """Return the parameters as a tree of JAX arrays: of our memory, or of copies of it."""
-        arrays = []
-        for known, p in zip(self._lent, self._memory):
-            if self._donate:
-                known[:] = [Lent(p)]
-                arrays.append(known[0].array)
-                continue
-            free = next((lent for lent in known if not lent.is_seen()), None)
-            memory = own_copy(p) if free is None else free.memory
-            if free is not None:
-                memory[...] = p
-                known.remove(free)
-            lent = Lent(memory)
-            known[:] = [*known[-1:], lent]  # what is older is its owner's business
-            arrays.append(lent.array)
-            lent.forget()
+        memory = self._memory if self._donate else self._rooms()
+        lent: list[Lent] = []
+        copies = iter([] if self._donate else list(zip(memory, self._memory, strict=True)))
+        here = threading.get_ident()
+
+        def work() -> None:
+            if threading.get_ident() == here:  # what JAX is set to is a thread's own
+                lent.extend(map(Lent, memory))
+            for target, source in copies:
+                np.copyto(target, source)
+
+        together(work, 1 if self._donate else thread_count(2))
         leaves: list[Any] = [self._others.get(i) for i in range(self._structure.num_leaves)]
-        for i, array in zip(self._places, arrays, strict=True):
-            leaves[i] = array
+        for i, known, one in zip(self._places, self._lent, lent, strict=True):
+            leaves[i] = one.array
+            known[:] = [one] if self._donate else [*known[-1:], one]  # what is older is its owner's business
+            if not self._donate:
+                one.forget()
         return self._structure.unflatten(leaves)
+
+    def _rooms(self) -> list[Any]:
+        """Return memory that nobody sees, for a copy of each parameter."""
+        rooms = []
+        for known, p in zip(self._lent, self._memory):
+            free = next((lent for lent in known if not lent.is_seen()), None)
+            rooms.append(room_for(p) if free is None else free.memory)
+            if free is not None:
+                known.remove(free)
+        return rooms
 
     def _take_back(self) -> None:
         """Delete what was lent. Memory that is looked at all the same is left to whoever does."""

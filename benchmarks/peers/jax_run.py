@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.contestant import Run
 
-__all__ = ["jax_run"]
+__all__ = ["jax_run", "moved"]
 
 
 def jax_run(
@@ -34,7 +34,7 @@ def jax_run(
     import jax
 
     with jax.default_device(jax.devices("cpu")[0]):
-        own_params, own_grads = _moved(params), _moved(grads)
+        own_params, own_grads = moved(params), moved(grads)
         held = (own_params, init(own_params))
     compiled = jax.jit(update, donate_argnums=(0, 1))
 
@@ -45,7 +45,7 @@ def jax_run(
     return Run(step, lambda: [np.asarray(p) for p in held[0]])
 
 
-def _moved(arrays: list[Any]) -> list[Any]:
+def moved(arrays: list[Any]) -> list[Any]:
     """Copy one array after the other, giving back the first before the next is made."""
     import jax.numpy as jnp
 
