@@ -27,8 +27,10 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
         From ``init`` or ``update``; alone, or in the state of ``optax.chain`` say.
     params : pytree
         The parameters.
-    learning_rate, *arguments, **options
-        The arguments that `lars` was called with: a state of optax does not hold them.
+    learning_rate : float, array of shape (), or schedule
+        As `lars` was given: a state of optax does not hold it.
+    *arguments, **options
+        The other arguments that `lars` was called with.
 
     Returns
     -------

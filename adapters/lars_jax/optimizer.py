@@ -39,11 +39,31 @@ class LARS:
         modified. Leaves that are no floating-point arrays are returned as they are.
     lr : float or callable
         Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules` and of optax.
-    momentum, dampening, weight_decay, nesterov, trust_coefficient, eps
+    momentum, dampening, weight_decay : float
         As in `lars_array.LARS`.
-    rule, trust_clip, trust_bounds, always_adapt, maximize, rescale_grad, max_grad_norm, nonfinite, master_weights
+    nesterov : bool
         As in `lars_array.LARS`.
-    weight_decay_mask, trust_ratio_mask, layer_axes, layer_of
+    trust_coefficient, eps : float
+        As in `lars_array.LARS`.
+    rule : str, callable or Rule
+        As in `lars_array.LARS`.
+    trust_clip : bool
+        As in `lars_array.LARS`.
+    trust_bounds : pair of float, optional
+        As in `lars_array.LARS`.
+    always_adapt, maximize : bool
+        As in `lars_array.LARS`.
+    rescale_grad, max_grad_norm : float
+        As in `lars_array.LARS`; the second may be None.
+    nonfinite : {"raise", "skip", "propagate"}
+        As in `lars_array.LARS`.
+    master_weights : bool
+        As in `lars_array.LARS`.
+    weight_decay_mask, trust_ratio_mask : bool, pytree of bool, or callable
+        As in `lars_jax.lars`.
+    layer_axes : int, pytree of int, or callable
+        As in `lars_jax.lars`.
+    layer_of : mapping or callable, optional
         As in `lars_jax.lars`.
     donate : bool
         Whether parameters are handed over: those given here and those that a step has returned are deleted by the next
@@ -236,11 +256,23 @@ class LARS:
         self._tree = self._shown()
 
     def norms(self) -> dict[str, Norms]:
-        """Return the norms that the last step was taken with; see `lars_array.LARS.norms`."""
+        """Return the norms that the last step was taken with; see `lars_array.LARS.norms`.
+
+        Returns
+        -------
+        dict of str to Norms
+            By name of leaf.
+        """
         return self._inner.norms()
 
     def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios that the last step was taken with; see `lars_array.LARS.trust_ratios`."""
+        """Return the trust ratios that the last step was taken with; see `lars_array.LARS.trust_ratios`.
+
+        Returns
+        -------
+        dict of str to float
+            By name of leaf.
+        """
         return self._inner.trust_ratios()
 
     def state_dict(self) -> dict[str, Any]:

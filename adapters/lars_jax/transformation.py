@@ -91,8 +91,14 @@ def lars(
         :math:`\epsilon`; by default that of the implementation that `rule` names, 1e-8 for flash and 0 for optax.
     rule : str, callable or Rule
         The variant of LARS, as in `lars_array.LARS`.
-    trust_clip, trust_bounds, always_adapt, maximize, rescale_grad, max_grad_norm
+    trust_clip : bool
         As in `lars_array.LARS`.
+    trust_bounds : pair of float, optional
+        As in `lars_array.LARS`.
+    always_adapt, maximize : bool
+        As in `lars_array.LARS`.
+    rescale_grad, max_grad_norm : float
+        As in `lars_array.LARS`; the second may be None.
     nonfinite : {"propagate", "skip"}
         What becomes of a step whose sums or coefficients are not finite: it is taken; or the updates are zeros and the
         state stays as it is.
