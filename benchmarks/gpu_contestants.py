@@ -105,7 +105,7 @@ def torch_optimizer(params: list[Any], grads: list[Any]) -> Run:
 
 def timm(params: list[Any], grads: list[Any], *, compiled: bool = False, foreach: bool = True) -> Run:
     """``timm.optim.Lars``."""
-    lars = timm_lars._lars()
+    lars = timm_lars.lars_class()
     if compiled and shutil.which("g++") is None and shutil.which("gcc") is None:
         raise UnavailableError("torch.compile needs a C compiler")
     options = timm_lars.OPTIONS | ({"foreach": True} if foreach else {})

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import cuda_on_cpu
+import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
@@ -162,3 +166,55 @@ def test_files_that_need_a_gpu_are_found_and_need_little_else() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*add_.*:UserWarning")
+@pytest.mark.parametrize(
+    "name", ["lars_torch", "torch_optimizer", "timm, foreach", "torch SGD, fused", "optax, jax.jit"]
+)
+def test_contestants_compute_what_they_claim(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where they are the same code."""
+    import jax
+
+    devices = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda kind=None: devices("cpu"))
+    monkeypatch.setattr(gpu_contestants, "torch_run", partial(gpu_contestants.torch_run, device="cpu"))
+    (contestant,) = (c for c in gpu_contestants.GPU if c.name == name)
+    case = gpu.measure("small", SMALL, [contestant], 1, NoGpu())
+    if name in case["skipped"]:
+        pytest.skip(case["skipped"][name])
+    assert not case["failed"]
+    assert case["contestants"][name]["error"] < 1e-4
+
+
+@pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
+@pytest.mark.parametrize("name", [c.name for c in gpu_contestants.GPU if "CuPy" in c.name])
+def test_ours_compute_what_they_claim(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a stand-in for CuPy, whose graphs are calls."""
+    module: Any = ModuleType("cupy")
+    captured: list[Any] = []
+
+    class Stream(contextlib.nullcontext):  # type: ignore[type-arg]
+        null = None
+
+        def __init__(self, non_blocking: bool = False) -> None:
+            super().__init__()
+
+        def begin_capture(self) -> None:
+            device.launches.clear()
+            device.launch = lambda *call: captured.append(call)  # type: ignore[method-assign]
+
+        def end_capture(self) -> Any:
+            del device.launch
+            return SimpleNamespace(launch=lambda stream: [device.launch(*call) for call in captured])
+
+    found = SimpleNamespace(attributes={"L2CacheSize": 20_000}, synchronize=lambda: None)
+    module.cuda = SimpleNamespace(Device=lambda: found, Stream=Stream)
+    module.array, module.asnumpy, module.ndarray = cuda_on_cpu.far, np.asarray, type(None)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    (contestant,) = (c for c in gpu_contestants.GPU if c.name == name)
+    with cuda_on_cpu.pretended() as device:
+        case = gpu.measure("small", SMALL, [contestant], 1, NoGpu())
+    assert not case["failed"] and not case["skipped"]
+    assert case["contestants"][name]["error"] < 1e-4
+    assert bool(captured) == ("graph" in name)

@@ -27,17 +27,19 @@ def nvrtc() -> Any:
     return nvrtc
 
 
-def compiled(code: str, architecture: int) -> tuple[bytes, str]:
-    """Return machine code, as CuPy has it made, and what the compiler says."""
+def compiled(code: str, architecture: int, *, assembly: bool = False) -> tuple[bytes, str]:
+    """Return machine code, as CuPy has it made, or assembly, and what the compiler says."""
     if isinstance(nvrtc(), str):
         pytest.skip(nvrtc())
-    options = [*OPTIONS, "--device-as-default-execution-space", f"-arch=sm_{architecture}"]
+    kind = "compute" if assembly else "sm"
+    options = [*OPTIONS, "--device-as-default-execution-space", f"-arch={kind}_{architecture}"]
     program = nvrtc().createProgram(code, "lars_array.cu", [], [])
     try:
         nvrtc().compileProgram(program, options)
     except nvrtc().NVRTCError as error:
         raise AssertionError(nvrtc().getProgramLog(program)) from error
-    return nvrtc().getCUBIN(program), nvrtc().getProgramLog(program)
+    binary = nvrtc().getPTX(program) if assembly else nvrtc().getCUBIN(program)
+    return binary, nvrtc().getProgramLog(program)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -66,3 +68,16 @@ def test_what_is_wrong_is_not_compiled(change: tuple[str, str]) -> None:
     assert code.count(change[0]) == 1
     with pytest.raises(AssertionError):
         compiled(code.replace(*change), 90)
+
+
+def test_memory_is_moved_in_vectors() -> None:
+    """16 bytes at once, for each array that is read or written; sums in float64; and nothing kept in local memory."""
+    text = compiled(source([("float32", "float32")]), 90, assembly=True)[0].decode()
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", text, re.DOTALL))
+    reads = {name: len(re.findall(r"ld\.(?:global\.)?v4\.f32", body)) for name, body in bodies.items()}
+    writes = {name: len(re.findall(r"st\.(?:global\.)?v4\.f32", body)) for name, body in bodies.items()}
+    assert reads["sums_float32_float32"] >= 2 and reads["apply_float32_float32"] >= 3
+    assert writes["sums_float32_float32"] == 0 and writes["apply_float32_float32"] >= 2
+    assert "fma.rn.f64" in bodies["sums_float32_float32"]
+    assert "fma" not in bodies["apply_float32_float32"], "each operation is rounded, as NumPy does"
+    assert ".local" not in text
