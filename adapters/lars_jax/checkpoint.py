@@ -82,7 +82,11 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
         If the state does not fit the parameters.
     """
     names, leaves, structure = named_leaves(params)
-    read = read_checkpoint(regrouped(state_dict, [names]), [names], [np.asarray(p) for p in leaves])
+    of_groups = _names_of_groups(state_dict)
+    given = [name for own in of_groups for name in own]
+    _check_names(given, names)
+    array_of = {name: np.asarray(p) for name, p in zip(names, leaves)}
+    read = read_checkpoint(regrouped(state_dict, of_groups), of_groups, [array_of[name] for name in given])
     state = [read.state[name] for name in names]
     if any("master" in own for own in state):
         raise ValueError("state_dict must not hold master weights, which lars does not keep")
@@ -109,15 +113,12 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
     TypeError
         If `state_dict` is none.
     """
-    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
-        raise TypeError(f"state_dict must be what state_dict() returned; got {state_dict!r}")
+    _names_of_groups(state_dict)
     options: dict[str, dict[str, Any]] = {}
     for group in state_dict["param_groups"]:
         own = {key: x for key, x in group.items() if key != "names"} | {"layer_axes": 0}  # parameters are what they are
         options |= dict.fromkeys(group["names"], own)
-    wanted = [name for names in names_of_groups for name in names]
-    if options.keys() != set(wanted):
-        raise ValueError(f"state_dict must be of parameters named {sorted(wanted)!r}; got {sorted(options)!r}")
+    _check_names(list(options), [name for names in names_of_groups for name in names])
     groups = []
     for names in names_of_groups:
         for name in names:
@@ -129,6 +130,20 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
                 )
         groups.append(options[names[0]] | {"names": list(names)})
     return {**state_dict, "param_groups": groups}
+
+
+def _names_of_groups(state_dict: Any) -> list[list[str]]:
+    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
+        raise TypeError(f"state_dict must be what state_dict() returned; got {state_dict!r}")
+    groups = state_dict["param_groups"]
+    if not all(isinstance(group, Mapping) and "names" in group for group in groups):
+        raise ValueError("state_dict must hold groups with the key 'names'")
+    return [list(group["names"]) for group in groups]
+
+
+def _check_names(given: Sequence[str], wanted: Sequence[str]) -> None:
+    if sorted(given) != sorted(wanted):
+        raise ValueError(f"state_dict must be of parameters named {sorted(wanted)!r}; got {sorted(given)!r}")
 
 
 def _found(state: Any) -> LarsState:
