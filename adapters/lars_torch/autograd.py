@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from lars_array import State, update
-from lars_array.dtypes import COMPUTE, dtype_name
 from lars_array.hyper import needs_buffer
 from lars_torch.engine import check_tensor
 from lars_torch.hyper import hyper_of
+from lars_torch.views import computed_in
 
 __all__ = ["step"]
 
@@ -60,4 +60,4 @@ def _state(optimizer: Any, tensors: dict[str, torch.Tensor]) -> State:
 
 
 def _zeros(p: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(p, dtype=getattr(torch, COMPUTE[dtype_name(p.dtype)]))
+    return torch.zeros_like(p, dtype=computed_in(p.dtype))

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from lars_array.dtypes import COMPUTE, dtype_name
 from lars_array.hyper import DEFAULTS
 from lars_array.registry import resolve
 from lars_array.tape import INPUTS, record
 from lars_torch.engine import KEPT
 from lars_torch.hyper import check_group
+from lars_torch.views import computed_in
 
 __all__ = ["load", "with_previous_lr"]
 
@@ -83,7 +83,7 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
 def _restore(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
     """Take over momentum buffers and masters once more, since torch casts them to the parameters' type."""
     for p, key, v in _kept(optimizer, state_dict):
-        kind = getattr(torch, COMPUTE[dtype_name(p.dtype)])
+        kind = computed_in(p.dtype)
         optimizer.state[p][key] = torch.empty_like(p, dtype=kind, requires_grad=False).copy_(v.detach())
     for p in list(optimizer.state):
         if isinstance(optimizer.state[p], dict) and optimizer.state[p].get("momentum_buffer", p) is None:

@@ -15,7 +15,7 @@ import lars_array
 from lars_array.arrays import check_gradient, check_parameter
 from lars_array.hyper import needs_buffer
 from lars_torch.hyper import hyper_of
-from lars_torch.views import borrowed, has_bfloat16, layout, library_for, view
+from lars_torch.views import borrowed, computed_in, has_bfloat16, layout, library_for, view
 
 __all__ = ["KEPT", "Engine", "Member", "check_tensor", "library_of"]
 
@@ -79,6 +79,7 @@ class Engine:
         self.known = frozenset(self.params)
         self.group_of = sorted({member.group for member in members})
         self.library = library_of(device, tensors)
+        self._cast_buffers()
         self._layouts = list(map(layout, tensors))
         self._gradients: list[Any] = [None] * len(members)
         self._gradient_layouts: list[Any] = [None] * len(members)
@@ -92,12 +93,23 @@ class Engine:
             self._kept = {key: self._in_state(key) for key in KEPT}
             self._attach(previous_lr)
 
+    def _cast_buffers(self) -> None:
+        """Have momentum buffers of the type that is computed in, where parameters were cast since they were made."""
+        for p, v in zip(self.params, self._in_state("momentum_buffer")):
+            kind = computed_in(p.dtype)
+            if v is not None and v.dtype != kind and v.is_complex() == kind.is_complex:
+                self.state[p]["momentum_buffer"] = v.to(kind)
+
     def _attach(self, previous_lr: Mapping[torch.Tensor, float]) -> None:
         found: dict[str, dict[str, Any]] = {}
         for i, member in enumerate(self.members):
             own = {key: self._array(kept[i]) for key, kept in self._kept.items() if kept[i] is not None}
             found[member.name] = {"previous_lr": previous_lr.get(member.param, 0.0), **own}
         self.inner.attach_state(found)
+
+    def unmoved(self) -> list[torch.Tensor]:
+        """Return the parameters whose own memory is what the engine was made for."""
+        return [p for p, known in zip(self.params, self._layouts) if layout(p) == known]
 
     def is_current(self, state: Any, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether all memory lies where it did, and the state holds the tensors that steps write to."""
@@ -140,16 +152,17 @@ class Engine:
             if g is None:
                 self._gradients[i] = self._gradient_layouts[i] = None
                 continue
-            known, now, lazy = self._gradient_layouts[i], layout(g), g.is_conj() or g.is_neg()
-            if now == known and not lazy:
+            now = layout(g) if type(g) is torch.Tensor and _is_plain(g) else None
+            known = self._gradient_layouts[i]
+            if now is not None and now == known:
                 continue
-            if known is not None and now[1:] == known[1:] and not lazy:  # as after each zero_grad
+            if now is not None and known is not None and now[1:] == known[1:]:  # moved, as after each zero_grad
                 self._gradients[i] = borrowed(self._gradients[i], now[0])
             else:
                 _check_gradient(self.members[i], g)
                 held[i] = g = g.detach().resolve_conj().resolve_neg()
                 self._gradients[i] = borrowed(view(g))
-            self._gradient_layouts[i] = None if lazy else now
+            self._gradient_layouts[i] = now
         return list(self._gradients), held
 
     def _keys(self) -> Sequence[str]:
@@ -209,18 +222,30 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
     ------
     TypeError
         For a sparse tensor, one of a subclass that is not plain memory, such as a DTensor, or another element type.
+    ValueError
+        If its storage was freed.
     """
-    if is_traceable_wrapper_subclass(p) or type(p).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        kind = type(p).__name__
-        raise TypeError(f"parameter {name!r} must be a plain tensor, LARS needs its whole norm; got a {kind}")
-    if p.layout != torch.strided:
-        raise TypeError(f"parameter {name!r} must be dense; got one of {p.layout}")
-    if p.is_conj() or p.is_neg():
+    _check_is_memory(f"parameter {name!r}", p)
+    if not _is_plain(p):
         raise TypeError(f"parameter {name!r} must not be a lazily conjugated or negated view")
+    if p.numel() and not p.data_ptr() and p.device.type != "meta":
+        raise ValueError(f"parameter {name!r} must have memory; its storage was freed")
     check_parameter(name, p)
 
 
 def _check_gradient(member: Member, g: torch.Tensor) -> None:
-    if g.layout != torch.strided:
-        raise TypeError(f"the gradient of {member.name!r} must be dense, LARS needs its norm; got one of {g.layout}")
+    _check_is_memory(f"the gradient of {member.name!r}", g)
     check_gradient(member.name, g, member.param)
+
+
+def _check_is_memory(what: str, tensor: torch.Tensor) -> None:
+    kind = type(tensor)
+    if is_traceable_wrapper_subclass(tensor) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"{what} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{what} must be dense, LARS needs its norm; got one of {tensor.layout}")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether the numbers in memory are those of the tensor."""
+    return tensor.layout is torch.strided and not (tensor.is_conj() or tensor.is_neg())

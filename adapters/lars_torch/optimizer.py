@@ -366,7 +366,7 @@ class LARS(Optimizer):
         return self._engines
 
     def _make_engines(self, given: Any) -> None:
-        had_one = {p for engine in self._engines for p in engine.params} | set(given or ())
+        had_one = {p for engine in self._engines for p in engine.unmoved()} | set(given or ())
         members = self._members()
         on: dict[torch.device, list[Member]] = {}
         for member in members:

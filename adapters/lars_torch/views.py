@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["borrowed", "layout", "library_for", "view"]
+from lars_array.dtypes import COMPUTE, dtype_name
+
+__all__ = ["borrowed", "computed_in", "layout", "library_for", "view"]
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that parameters of `dtype` are computed in, and that their momentum buffers have."""
+    kind: torch.dtype = getattr(torch, COMPUTE[dtype_name(dtype)])
+    return kind
 
 
 def layout(tensor: torch.Tensor) -> tuple[Any, ...]:

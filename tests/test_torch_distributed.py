@@ -1,0 +1,115 @@
+"""What torch builds around optimizers for several processes, in one: LARS without adaptation beside SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lars_torch import LARS
+
+distributed = pytest.importorskip("torch.distributed")
+if not distributed.is_available() or not distributed.is_gloo_available():
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's own, which differ from release to release
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield
+    distributed.destroy_process_group()
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)).double()
+
+
+def train(model: nn.Module, optimizer: Any) -> None:
+    x = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(8, 4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+def replicated(model: nn.Module, kind: Any, **options: Any) -> None:
+    """Train on gradients that are views into one bucket."""
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    train(parallel, kind(parallel.parameters(), **options))
+
+
+def sharded_state(model: nn.Module, kind: Any, **options: Any) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=kind, parameters_as_bucket_view=True, **options
+    )
+    train(model, optimizer)
+    optimizer.consolidate_state_dict()
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer)
+
+
+def in_backward(model: nn.Module, kind: Any, **options: Any) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    _apply_optimizer_in_backward(kind, model.parameters(), options)
+    for _ in range(3):
+        model(torch.ones(8, 4, dtype=torch.float64).cumsum(0)).square().sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", [replicated, sharded_state, in_backward])
+def test_it_steps_as_sgd_does(way: Callable[..., None]) -> None:
+    ours, theirs = network(), network()
+    way(ours, LARS, **OPTIONS, adapt=False)
+    way(theirs, torch.optim.SGD, **OPTIONS)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_distributed_checkpoint_changes_no_bit(flat: bool, tmp_path: Path) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    shape = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def optimizer_of(model: nn.Module, **options: Any) -> LARS:
+        groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.05}]
+        return LARS(groups, **OPTIONS | options)
+
+    model, resumed = network(), network(1)
+    optimizer, other = optimizer_of(model), optimizer_of(resumed, momentum=0.5)
+    train(model, optimizer)
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=shape)))
+    checkpoint.save(saved, checkpoint_id=tmp_path)
+    read = dict(zip(("model", "optimizer"), get_state_dict(resumed, other, options=shape)))
+    checkpoint.load(read, checkpoint_id=tmp_path)
+    states = {"model_state_dict": read["model"], "optim_state_dict": read["optimizer"]}
+    set_state_dict(resumed, other, **states, options=shape)
+    assert other.param_groups[1]["lr"] == 0.05 and other.param_groups[0]["momentum"] == 0.9
+    train(model, optimizer)
+    train(resumed, other)
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_parameters_that_are_in_several_processes_are_refused() -> None:
+    """The norm of a part is not that of the whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = LARS(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="must be a plain tensor, LARS needs its whole norm; got a DTensor"):
+        train(model, optimizer)
