@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -138,7 +139,9 @@ def library() -> Path:
     """Return the library of all kernels, built once a session; LARS_CUDA_ON_CPU names one that is there."""
     if given := os.environ.get("LARS_CUDA_ON_CPU"):
         return Path(given)
-    return build(Path(tempfile.mkdtemp(prefix="lars-array-cuda-")))
+    folder = tempfile.TemporaryDirectory(prefix="lars-array-cuda-")
+    atexit.register(folder.cleanup)
+    return build(Path(folder.name))
 
 
 class Kernel(cuda.Kernel):

@@ -100,7 +100,7 @@ def kernel_of(layers: list[Layer]) -> Any:
     return cuda_on_cpu.Kernel(p, v, np, masters)
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(models(), st.booleans(), st.integers(0, 99))
 def test_sums_are_those_of_float64(device: Any, layers: list[Layer], third: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ def test_sums_are_those_of_float64(device: Any, layers: list[Layer], third: bool
             assert abs(ours - np.sum(x**2)) <= 1e-14 * np.sum(size**2)
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(models(), st.integers(0, 99), st.sampled_from([None, True, False]))
 def test_apply_has_the_bits_of_core(device: Any, layers: list[Layer], seed: int, written: bool | None) -> None:
     C = np.random.default_rng(seed).standard_normal((len(layers), 6))
@@ -214,7 +214,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(OPTIONS, st.lists(st.sampled_from(["normal", "zero p", "zero g", "zero", "nan", "inf"]), min_size=1, max_size=9))
 @example({"lr": 0.1, "rule": "flash"}, ["normal"] * 20)  # more rows than a block has
 def test_coefficients_have_the_bits_of_the_rule(device: Any, options: dict[str, Any], kinds: list[str]) -> None:
