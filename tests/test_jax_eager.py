@@ -359,3 +359,40 @@ def test_states_that_do_not_fit() -> None:
     parts = lars_array.LARS([{"params": {"w": w}, "momentum": 0.5}, {"params": {"b.0": b}}], lr=0.1)
     with pytest.raises(ValueError, match="their momentum differs"):
         LARS(params, lr=0.1).load_state_dict(parts.state_dict())
+
+
+def test_a_state_is_read_from_other_groups() -> None:
+    params = draw(0)
+    optimizer = LARS(params, **OPTIONS, trust_ratio_mask={"w": True, "b": [False]}, layer_axes={"w": 1, "b": [0]})
+    params = optimizer.step(draw(1))
+    state = lars_jax.from_state_dict(optimizer.state_dict(), params)
+    buffers = optimizer.state_dict()["state"]
+    assert bits(state.trace) == [buffers[name]["momentum_buffer"].tobytes() for name in ("b.0", "w")]
+    plain = LARS(params, **OPTIONS)
+    with pytest.raises(ValueError, match="their adapt differs"):
+        plain.load_state_dict(optimizer.state_dict())
+    assert plain.state_dict()["state"]["w"] == {"previous_lr": 0.0}
+
+
+def test_torch_goes_on_from_a_state() -> None:
+    torch = pytest.importorskip("torch")
+    from lars_torch import LARS as TorchLARS
+
+    optimizer = LARS(draw(0), **OPTIONS)
+    params = optimizer.step(draw(1))
+    theirs = [torch.nn.Parameter(torch.tensor(np.array(p))) for p in jax.tree.leaves(params)]
+    other = TorchLARS(list(zip(("b.0", "w"), theirs, strict=True)), lr=0.5)
+    other.load_state_dict(optimizer.state_dict())
+    for p, g in zip(theirs, jax.tree.leaves(draw(2)), strict=True):
+        p.grad = torch.tensor(np.array(g))
+    other.step()
+    assert bits([p.detach().numpy() for p in theirs]) == bits(optimizer.step(draw(2)))
+
+
+def test_what_is_donated_to_something_else_is_not_lost(donate: bool) -> None:
+    optimizer, plain = LARS(draw(0), donate=donate, **OPTIONS), LARS(draw(0), **OPTIONS)
+    doubled = jax.jit(lambda params: jax.tree.map(lambda p: 2 * p, params), donate_argnums=0)(optimizer.params)
+    before = bits(doubled)
+    assert bits(optimizer.step(draw(1))) == bits(plain.step(draw(1)))
+    optimizer.step(draw(2))
+    assert bits(doubled) == before
