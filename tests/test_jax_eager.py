@@ -376,12 +376,12 @@ def test_a_state_is_read_from_other_groups() -> None:
 
 def test_torch_goes_on_from_a_state() -> None:
     torch = pytest.importorskip("torch")
-    from lars_torch import LARS as TorchLARS
+    import lars_torch
 
     optimizer = LARS(draw(0), **OPTIONS)
     params = optimizer.step(draw(1))
     theirs = [torch.nn.Parameter(torch.tensor(np.array(p))) for p in jax.tree.leaves(params)]
-    other = TorchLARS(list(zip(("b.0", "w"), theirs, strict=True)), lr=0.5)
+    other = lars_torch.LARS(list(zip(("b.0", "w"), theirs, strict=True)), lr=0.5)
     other.load_state_dict(optimizer.state_dict())
     for p, g in zip(theirs, jax.tree.leaves(draw(2)), strict=True):
         p.grad = torch.tensor(np.array(g))
