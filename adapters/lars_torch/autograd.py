@@ -34,7 +34,7 @@ def step(optimizer: Any) -> None:
             groups.append({"params": named, **hyper_of(group, grad_scale, device, recorded=True)})
     before = _state(optimizer, tensors)
     with torch.enable_grad():
-        after, state = update(groups, grads, before, nonfinite="propagate")
+        after, state = update(groups, grads, before, nonfinite="propagate", layer_of=optimizer._labels().get)
         for group in after:
             keeps = needs_buffer(group)
             for name, new in group["params"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
 from typing import Any, NamedTuple
@@ -57,6 +57,8 @@ class Engine:
         The learning rate of the last step of parameters that have taken one.
     kernel : str, optional
         As for `lars_array.LARS`.
+    layer_of : callable, optional
+        As for `lars_array.LARS`.
 
     Raises
     ------
@@ -73,6 +75,8 @@ class Engine:
         state: Any,
         previous_lr: Mapping[torch.Tensor, float],
         kernel: str | None,
+        *,
+        layer_of: Callable[[str], Any] | None = None,
     ) -> None:
         self.device, self.members, self.state = device, members, state
         self.params = [member.param for member in members]
@@ -89,7 +93,7 @@ class Engine:
             named = {name: self._array(tensor) for name, tensor in own}
             inner.append({"params": named, **hyper_of(groups[k], None, device)})
         with self._place():
-            self.inner = lars_array.LARS(inner, kernel=kernel)
+            self.inner = lars_array.LARS(inner, layer_of=layer_of, kernel=kernel)
             self._kept = {key: self._in_state(key) for key in KEPT}
             self._attach(previous_lr)
 

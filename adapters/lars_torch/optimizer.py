@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lars_array.optimizer import required
 from lars_array.registry import Rule
+from lars_array.rows import LayerOf, labels_of
 from lars_torch import autograd, checkpoint, compiled
 from lars_torch.engine import Engine, Member, check_tensor
 from lars_torch.hyper import check_group
@@ -70,6 +71,9 @@ class LARS(Optimizer):
         device that is not waited for: see `lars_array.LARS`.
     layer_axes : int
         How many leading axes of a parameter say which layer it is, as in `lars_array.LARS`; not to be changed later.
+    layer_of : mapping or callable, optional
+        Which layer a parameter is a part of, by its name or, without one, its position, "0" say; as in
+        `lars_array.LARS`. The parts of a layer must lie on one device.
     master_weights : bool
         Whether float16 and bfloat16 parameters are rounded copies of float32 ones, which are stepped: "master" in the
         state. What else is written into such a parameter between steps is lost.
@@ -144,6 +148,7 @@ class LARS(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        layer_of: LayerOf = None,
         kernel: str | None = None,
     ) -> None:
         defaults = {
@@ -170,9 +175,10 @@ class LARS(Optimizer):
         check_group(defaults | ({"lr": 0.0} if lr is required else {}))
         if differentiable and master_weights:
             raise ValueError("differentiable and master_weights exclude each other; got True for both")
-        self._kernel, self._number = kernel, compiled.number(self)
+        self._kernel, self._layer_of, self._number = kernel, layer_of, compiled.number(self)
         self._forget()
         super().__init__(params, defaults)
+        self._labels()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -295,12 +301,13 @@ class LARS(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         groups = checkpoint.with_previous_lr(self, state["param_groups"])
-        return {**state, "param_groups": groups, "_kernel": self._kernel}
+        return {**state, "param_groups": groups, "_kernel": self._kernel, "_layer_of": self._layer_of}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called for copies and pickles, and by load_state_dict for what it has read.
         super().__setstate__(state)
         self.__dict__.setdefault("_kernel", None)
+        self.__dict__.setdefault("_layer_of", None)
         if "_number" not in self.__dict__:  # graphs go on referring to one that was loaded into
             self._number = compiled.number(self)
         self._params = [p for group in self.param_groups for p in group["params"]]
@@ -320,6 +327,11 @@ class LARS(Optimizer):
             names = group.get("param_names") or [str(len(found) + i) for i in range(len(group["params"]))]
             found += [Member(p, k, name) for p, name in zip(group["params"], names)]
         return found
+
+    def _labels(self) -> dict[str, Hashable]:
+        """Return which layer each parameter is a part of."""
+        names = [member.name for member in self._members()]
+        return dict(zip(names, labels_of(self._layer_of, names), strict=True))
 
     def _previous_lrs(self) -> dict[torch.Tensor, float]:
         """Return the learning rate of the last step of each parameter that has taken one."""
@@ -373,11 +385,13 @@ class LARS(Optimizer):
             if member.param in had_one or (given is None and member.param.grad is not None):
                 check_tensor(member.name, member.param)
                 on.setdefault(member.param.device, []).append(member)
+        labels = self._labels()
+        _check_layers(labels, on)
         self._settle()
         for device, own in on.items():
             tensors = _memory([member.param for member in own], given)
-            engine = Engine(device, own, tensors, self.param_groups, self.state, self._previous_lr, self._kernel)
-            self._engines.append(engine)
+            known = self.param_groups, self.state, self._previous_lr, self._kernel
+            self._engines.append(Engine(device, own, tensors, *known, layer_of=labels.get))
         self._without = [m.param for m in members if not any(m.param in engine.known for engine in self._engines)]
         self._params = [member.param for member in members]
         self._lists = [list(group["params"]) for group in self.param_groups]
@@ -400,3 +414,14 @@ def _are_same(groups: list[list[torch.Tensor]], others: list[list[torch.Tensor]]
 
 def _memory(params: Sequence[torch.Tensor], given: Any) -> Sequence[torch.Tensor]:
     return params if given is None else [given[p][0] if p in given else p for p in params]
+
+
+def _check_layers(labels: Mapping[str, Hashable], on: Mapping[torch.device, Sequence[Member]]) -> None:
+    """Refuse layers that have parts on several devices."""
+    known: dict[Hashable, torch.device] = {}
+    for device, members in on.items():
+        for member in members:
+            label = labels[member.name]
+            if label is not None and known.setdefault(label, device) != device:
+                places = f"{known[label]} and {device}"
+                raise ValueError(f"the parts of layer {label!r} must lie on one device; got {places}")
