@@ -18,7 +18,7 @@ from lars_array.presets import PRESETS
 from lars_array.registry import Rule
 from lars_array.rows import LayerOf, joined_rows, labels_of, row_labels, stacks_of
 from lars_jax.collective import mapped_axes, summed_over
-from lars_jax.trees import is_bool, is_count, leaves_as, named_leaves, spread
+from lars_jax.trees import as_jax, is_bool, is_count, leaves_as, named_leaves, spread
 
 __all__ = ["LarsState", "Said", "groups_of", "lars", "said_by"]
 
@@ -159,6 +159,7 @@ def lars(
 
     def init(params: Any) -> LarsState:
         names, leaves, structure = named_leaves(params)
+        leaves = list(map(as_jax, leaves))
         for name, p in zip(names, leaves):
             check_parameter(name, p)
         trace = [jnp.zeros_like(p, dtype=compute_dtype(p, jnp)) for p in leaves]
@@ -176,7 +177,8 @@ def lars(
         if not isinstance(state, LarsState):
             raise TypeError(f"state must be what init or update of lars returned; got {type(state).__name__}")
         names, leaves, structure = named_leaves(params)
-        grads = leaves_as(structure, updates, "updates")
+        leaves = list(map(as_jax, leaves))
+        grads = list(map(as_jax, leaves_as(structure, updates, "updates")))
         trace = leaves_as(structure, state.trace, "the trace of state") if keeps else [None] * len(leaves)
         index = [i for i, g in enumerate(grads) if g is not None]
         _check(state, names, leaves, grads, trace)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["is_bool", "is_count", "leaves_as", "named_leaves", "spread"]
+__all__ = ["as_jax", "is_bool", "is_count", "leaves_as", "named_leaves", "spread"]
 
 
 def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
@@ -23,11 +25,20 @@ def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
     -------
     tuple (names, leaves, structure)
         A name is the path with dots, "encoder.0.kernel" say, which is how torch names parameters; of a leaf that is
-        the whole tree it is "0", its position, as `lars_array` names it.
+        the whole tree it is "0", its position, as `lars_array` names it. Where two would have the same name, by dots in
+        a key, they are named as JAX writes paths.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") or "0" for path, _ in paths]
+    if len(set(names)) < len(names):  # keys with dots of their own
+        alike = {name for name, count in Counter(names).items() if count > 1}
+        names = [jax.tree_util.keystr(path) if name in alike else name for name, (path, _) in zip(names, paths)]
     return names, [leaf for _, leaf in paths], structure
+
+
+def as_jax(leaf: Any) -> Any:
+    """Return a JAX array for one of NumPy, and anything else as it is."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def leaves_as(structure: Any, tree: Any, what: str) -> list[Any]:
