@@ -71,9 +71,6 @@ class LARS(Optimizer):
         device that is not waited for: see `lars_array.LARS`.
     layer_axes : int
         How many leading axes of a parameter say which layer it is, as in `lars_array.LARS`; not to be changed later.
-    layer_of : mapping or callable, optional
-        Which layer a parameter is a part of, by its name or, without one, its position, "0" say; as in
-        `lars_array.LARS`. The parts of a layer must lie on one device.
     master_weights : bool
         Whether float16 and bfloat16 parameters are rounded copies of float32 ones, which are stepped: "master" in the
         state. What else is written into such a parameter between steps is lost.
@@ -82,6 +79,9 @@ class LARS(Optimizer):
     foreach, fused, capturable : bool, optional
         Taken, and without effect: every step handles all tensors at once and each element once, and one on a CUDA
         device that is not the first can be captured in a graph; give the learning rate as a tensor there.
+    layer_of : mapping or callable, optional
+        Which layer a parameter is a part of, by its name or, without one, its position, "0" say; as in
+        `lars_array.LARS`. The parts of a layer must lie on one device.
     kernel : str, optional
         As for `lars_array.LARS`, "compiled" or "portable" say.
 
