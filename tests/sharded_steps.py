@@ -1,13 +1,13 @@
-"""Run by `test_jax_sharding` in a process of its own, where the CPU is eight devices: prints what was found as JSON."""
+"""Run by `test_jax_sharding` in a process of its own, where the CPU is eight devices: prints what was found as JSON.
+
+It sets nothing in JAX by itself, since whoever looks for examples in it imports it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from typing import Any
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lars_jax import LarsState, lars
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHAPES = {"matrix": (16, 8), "bias": (8,), "conv": (3, 3, 8, 16), "stack": (8, 4, 8), "odd": (3,)}
 FIRST = {"matrix": P("x"), "bias": P("x"), "conv": P(None, None, "x"), "stack": P("x"), "odd": P()}
