@@ -9,8 +9,8 @@ import torch
 
 from lars_array.hyper import DEFAULTS
 from lars_array.registry import resolve
+from lars_array.roster import KEPT
 from lars_array.tape import INPUTS, record
-from lars_torch.engine import KEPT
 from lars_torch.hyper import check_group
 from lars_torch.views import computed_in
 
@@ -117,7 +117,7 @@ def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str,
         names = list(group["names"])
         by_position = [str(position + i) for i in range(len(names))]
         position += len(names)
-        if not set(names) <= members.keys() and names != by_position and len(members) and not _has_names(optimizer):
+        if not set(names) <= members.keys() and not _has_names(optimizer):
             names = by_position  # torch's parameters have no names to compare: their order counts
         unknown = [name for name in names if name not in members]
         if unknown:

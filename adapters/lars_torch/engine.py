@@ -13,14 +13,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import lars_array
 from lars_array.arrays import check_gradient, check_parameter
+from lars_array.dtypes import is_half
 from lars_array.hyper import needs_buffer
+from lars_array.roster import KEPT
 from lars_torch.hyper import hyper_of
 from lars_torch.views import borrowed, computed_in, has_bfloat16, layout, library_for, view
 
-__all__ = ["KEPT", "Engine", "Member", "check_tensor", "library_of"]
-
-KEPT = ("momentum_buffer", "master")  # what the state may hold for a parameter, by the names that lars_array has for it
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["Engine", "Member", "check_tensor", "library_of"]
 
 
 class Member(NamedTuple):
@@ -31,9 +30,9 @@ class Member(NamedTuple):
     name: str
 
 
-def library_of(device: torch.device, tensors: Sequence[torch.Tensor], *, tensors_only: bool = False) -> str:
+def library_of(device: torch.device, tensors: Sequence[torch.Tensor]) -> str:
     """Return whose arrays these tensors, all on `device`, are stepped as: "numpy", "cupy" or "torch"."""
-    if tensors_only or (any(p.dtype == torch.bfloat16 for p in tensors) and not has_bfloat16()):
+    if any(p.dtype == torch.bfloat16 for p in tensors) and not has_bfloat16():
         return "torch"
     return library_for(device)
 
@@ -170,7 +169,8 @@ class Engine:
         return list(self._gradients), held
 
     def _keys(self) -> Sequence[str]:
-        return KEPT if any(own["master_weights"] for own in self.inner.param_groups) else KEPT[:1]
+        has_masters = any(own["master_weights"] for own in self.inner.param_groups)
+        return tuple(KEPT) if has_masters else ("momentum_buffer",)
 
     def _in_state(self, key: str) -> list[Any]:
         return [self.state.get(p, {}).get(key) for p in self.params]
@@ -181,7 +181,7 @@ class Engine:
         if any(map(needs_buffer, self.inner.param_groups)):
             new += [("momentum_buffer", i) for i, v in enumerate(self._kept["momentum_buffer"]) if v is None]
         if len(self._keys()) > 1:
-            halves = [i for i, p in enumerate(self.params) if p.dtype in HALF]
+            halves = [i for i, p in enumerate(self.params) if is_half(p)]
             new += [("master", i) for i in halves if self._kept["master"][i] is None]
         elif any(master is not None for master in self._kept["master"]):  # the option was taken back
             for p in self.params:
