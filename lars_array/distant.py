@@ -145,7 +145,13 @@ class DistantLayers(Layers):
         self._keeps_of_layers: list[bool] = []
         self._group_of_layers = list(self.group_of)
 
-    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any], found_inf: Any = None) -> Taken | None:
+    def step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        grads: Sequence[Any],
+        found_inf: Any = None,
+        out: Sequence[Any] | None = None,
+    ) -> Taken | None:
         """Have the device take a step, if it finds that it may.
 
         Parameters
@@ -156,6 +162,9 @@ class DistantLayers(Layers):
             One a layer, checked.
         found_inf : number or array of shape (), optional
             Here or on the device. Where it isn't zero the step is skipped.
+        out : sequence of arrays, optional
+            What the new parameters are written to, or the old ones where the step is not taken; checked. The parameters
+            are these from then on. None: in place.
 
         Returns
         -------
@@ -171,9 +180,9 @@ class DistantLayers(Layers):
         self._read_policies(tuple(group["nonfinite"] for group in groups))
         verdict = Verdict(self._strict, self._raises, found_inf, self._limit, self._most, self._place)
         with np.errstate(all="ignore"):  # what is not finite is reported by name
-            taken = self._enqueued(groups, grads, found_inf) or self._by_stages(groups, grads, verdict)
+            taken = self._enqueued(groups, grads, found_inf, out) or self._by_stages(groups, grads, verdict, out)
         self._whereabouts.post(news=self._strict is not None or found_inf is not None)
-        self._take_over()
+        self._take_over(out)
         return taken
 
     def _make_room(self, keeps: list[tuple[bool, bool]]) -> None:
@@ -182,7 +191,7 @@ class DistantLayers(Layers):
             self._kept = self._on_device(self._keeps_of_layers)
         super()._make_room(keeps)
 
-    def _enqueued(self, groups: Any, grads: Any, found_inf: Any) -> Taken | None:
+    def _enqueued(self, groups: Any, grads: Any, found_inf: Any, out: Any) -> Taken | None:
         """Have the kernel do all that it can do by itself."""
         if not hasattr(self._kernel, "enqueue"):
             return None
@@ -200,6 +209,7 @@ class DistantLayers(Layers):
             self.previous_lr,
             self._whereabouts.counts,
             found_inf,
+            out,
         )
         found = self._kernel.enqueue(grads, request)
         if found is None:
@@ -212,7 +222,7 @@ class DistantLayers(Layers):
 
         return Taken(self.names, planned, None)
 
-    def _by_stages(self, groups: Any, grads: Any, verdict: Any = None) -> Taken:
+    def _by_stages(self, groups: Any, grads: Any, verdict: Any = None, out: Any = None) -> Taken:
         hyper = self._table.vectors(self._group, self.first, self.previous_lr)
         prepared = prepare_from(hyper, groups, self.group_of, xp=self.xp)
 
@@ -221,7 +231,7 @@ class DistantLayers(Layers):
 
         planned = plan(prepared, measure, xp=self.xp, joined=self.joined)
         written = self._decide(planned, verdict)
-        self._kernel.apply(grads, planned.C, written)
+        self._kernel.apply(grads, planned.C, written, out)
         first, previous_lr = self.first & ~self._kept, hyper.lr
         if written is not None:
             first = self.xp.where(written, first, self.first)

@@ -14,7 +14,7 @@ from lars_array.dtypes import gradient_fits
 from lars_array.memory import Spans, check_writable, one_of_each
 from lars_array.parameters import Position, is_pair, listed
 
-__all__ = ["Fit", "given_order", "match_gradients"]
+__all__ = ["Fit", "given_order", "match", "match_gradients"]
 
 _DTYPE, _SHAPE, _DENSE = attrgetter("dtype"), attrgetter("shape"), attrgetter("flags.forc")
 _DEVICE = attrgetter("device")
@@ -55,30 +55,35 @@ def match_gradients(grads: Any, names: Sequence[str], order: Sequence[int] | Non
     TypeError
         If `grads` is neither a mapping nor an iterable of gradients.
     """
-    found = _matched(grads, names, order)
+    found = match(grads, names, order)
     if set(map(type, found)) == {np.ndarray}:
         return found
     return [np.asarray(g) if isinstance(g, np.generic) else g for g in found]
 
 
-def _matched(grads: Any, names: Sequence[str], order: Sequence[int] | None) -> list[Any]:
-    if not isinstance(grads, Mapping):
-        grads = listed(grads, "grads")
-        if not grads or not all(is_pair(item) for item in grads):
-            if len(grads) != len(names):
-                raise ValueError(f"grads must hold one entry for each of the {len(names)} parameters; got {len(grads)}")
-            return grads if order is None else [grads[place] for place in order]
-        if len({name for name, _ in grads}) < len(grads):
-            raise ValueError(f"grads must hold each name once; got {[name for name, _ in grads]!r}")
-        grads = dict(grads)
+def match(given: Any, names: Sequence[str], order: Sequence[int] | None, what: str = "grads") -> list[Any]:
+    """Do what `match_gradients` does, of anything that is given in the form of gradients; `what` it is called."""
+    if not isinstance(given, Mapping):
+        given = listed(given, what)
+        if not given or not all(is_pair(item) for item in given):
+            if len(given) != len(names):
+                raise ValueError(
+                    f"{what} must hold one entry for each of the {len(names)} parameters; got {len(given)}"
+                )
+            return given if order is None else [given[place] for place in order]
+        if len({name for name, _ in given}) < len(given):
+            raise ValueError(f"{what} must hold each name once; got {[name for name, _ in given]!r}")
+        given = dict(given)
     known = set(names)
-    unknown = [name for name in grads if name not in known]
-    missing = [name for name in names if name not in grads]
+    unknown = [name for name in given if name not in known]
+    missing = [name for name in names if name not in given]
     if unknown:
-        raise ValueError(f"grads must be named as the parameters are; got the unknown name {unknown[0]!r}")
+        raise ValueError(f"{what} must be named as the parameters are; got the unknown name {unknown[0]!r}")
     if missing:
-        raise ValueError(f"grads must hold every parameter, with None for one to be skipped; {missing[0]!r} is missing")
-    return [grads[name] for name in names]
+        raise ValueError(
+            f"{what} must hold every parameter, with None for one to be skipped; {missing[0]!r} is missing"
+        )
+    return [given[name] for name in names]
 
 
 class Fit:
@@ -104,15 +109,18 @@ class Fit:
         self.names, self.params, self.addresses = names, params, addresses
         self._kind, self._near = type(params[0]), type(params[0]) is np.ndarray
         self._seen: Sequence[Any] = []
+        self._seen_by: Any = None
+        self._seen_at: Any = None
+        self._room: Any = None  # where arrays begin that parameters may move to
         self._dtypes = self.dtypes = list(map(_DTYPE, params))
         if addresses is not None:
             self._shapes = one_of_each(map(_SHAPE, params))
-            self._strides = one_of_each(map(_STRIDES, params))
+            self._strides: list[Any] | None = one_of_each(map(_STRIDES, params))
             self._nbytes = one_of_each(map(_SIZE, params))
             self._lengths = np.array(self._nbytes)  # of the gradients
             self._places = addresses(params)
 
-    def check(self, grads: Sequence[Any], written: Spans) -> None:
+    def check(self, grads: Sequence[Any], written: Spans) -> Any:
         """Refuse gradients that don't fit, and parameters that are no longer what they were.
 
         Parameters
@@ -122,13 +130,19 @@ class Fit:
         written : Spans
             Everything that a step writes to.
 
+        Returns
+        -------
+        array of shape (arrays,) or None
+            Where the gradients begin, if they are dense.
+
         Raises
         ------
         ValueError, TypeError
             Naming the parameter.
         """
-        if self.addresses is not None and self._are_plain(grads, written, self.addresses):
-            return
+        starts = None if self.addresses is None else self._if_plain(grads, written, self.addresses)
+        if starts is not None:
+            return starts
         self._check_parameters()
         for name, p, g in zip(self.names, self.params, grads, strict=True):
             check_gradient(name, g, p)
@@ -138,6 +152,31 @@ class Fit:
             if owner is not None:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
         self._note(list(map(_DTYPE, grads)))
+        return None
+
+    def room(self, out: Sequence[Any], starts: Any) -> tuple[Any, Any] | None:
+        """Return where arrays that parameters are to move to begin and end, and where gradients do that `start` so.
+
+        Of shape (arrays, 2) each. None where it is not certain that the arrays fit.
+        """
+        self._room = None
+        if self.addresses is None or starts is None or set(map(type, out)) != {self._kind}:
+            return None
+        if not (
+            list(map(_DTYPE, out)) == self._dtypes
+            and list(map(_SHAPE, out)) == self._shapes
+            and all(map(_DENSE, out))
+            and (all(map(_WRITEABLE, out)) if self._near else self._are_in_one_place(out))
+        ):
+            return None
+        self._room = room = self.addresses(out)
+        return np.stack([room, room + self._nbytes], axis=1), np.stack([starts, starts + self._lengths], axis=1)
+
+    def move(self, params: Sequence[Any]) -> None:
+        """Know that the parameters are other arrays now, of the same shapes and types."""
+        self.params = params
+        if self.addresses is not None:
+            self._strides, self._places = None, self.addresses(params) if self._room is None else self._room
 
     def _note(self, dtypes: list[Any]) -> None:
         """Note which dtypes the gradients have, all of which fit."""
@@ -154,7 +193,8 @@ class Fit:
             return
         now = zip(self.params, self.addresses(self.params).tolist(), strict=True)
         found = [(p.dtype, p.shape, p.strides, place) for p, place in now]
-        known = zip(self._dtypes, self._shapes, self._strides, self._places.tolist(), strict=True)
+        strides = self._strides or list(map(_STRIDES, self.params))
+        known = zip(self._dtypes, self._shapes, strides, self._places.tolist(), strict=True)
         for name, then, today in zip(self.names, known, found, strict=True):
             if then != today:
                 raise ValueError(
@@ -162,16 +202,17 @@ class Fit:
                     f"{then[0]!r}, and now, or elsewhere, has {today[1]!r} and {today[0]!r}"
                 )
 
-    def _are_plain(self, grads: Sequence[Any], written: Spans, addresses: Callable[[Sequence[Any]], Any]) -> bool:
-        """Return whether all is well for certain, at a tenth of a microsecond for each question and array."""
-        if not self._near and len(grads) == len(self._seen) and all(map(is_, grads, map(call, self._seen))):
-            return True  # unlike NumPy's, these arrays stay what they are
+    def _if_plain(self, grads: Sequence[Any], written: Spans, addresses: Callable[[Sequence[Any]], Any]) -> Any:
+        """Return where gradients begin if all is well for certain, at a tenth of a microsecond a question and array."""
+        same = written is self._seen_by and len(grads) == len(self._seen)
+        if not self._near and same and all(map(is_, grads, map(call, self._seen))):
+            return self._seen_at  # unlike NumPy's, these arrays stay what they are
         if set(map(type, grads)) != {self._kind}:
-            return False
+            return None
         dtypes = list(map(_DTYPE, grads))
         if dtypes != self.dtypes:
             if not all(gradient_fits(p, g) for p, g in set(zip(self._dtypes, dtypes, strict=True))):
-                return False
+                return None
             self._note(dtypes)
         if not (
             self._dtypes == list(map(_DTYPE, self.params))
@@ -180,12 +221,13 @@ class Fit:
             and all(map(_DENSE, grads))
             and (all(map(_WRITEABLE, self.params)) if self._near else self._are_in_one_place(grads))
         ):
-            return False
+            return None
         starts = addresses(grads)
         stay = np.array_equal(addresses(self.params), self._places)
         clear = stay and written.are_clear(starts, starts + self._lengths)
-        self._seen = list(map(ref, grads)) if clear and not self._near else []
-        return clear
+        if not self._near:
+            self._seen, self._seen_by, self._seen_at = list(map(ref, grads)) if clear else [], written, starts
+        return starts if clear else None
 
     def _are_in_one_place(self, grads: Sequence[Any]) -> bool:
         place = self.params[0].device

@@ -65,7 +65,7 @@ class Layers:
         self,
         index: Sequence[int],
         names: list[str],
-        params: list[Any],
+        params: Sequence[Any],
         buffers: list[Any],
         masters: list[Any],
         group_of: list[int],
@@ -85,11 +85,11 @@ class Layers:
                 check_buffer(name, v, p)  # p may have been resized by its owner
             if master is not None:
                 check_master(name, master, p)
-        self._fit = Fit(names, params, getattr(kernel, "addresses", None))
+        self.fit = Fit(names, params, getattr(kernel, "addresses", None))
         self._half = [i for i, p in enumerate(params) if is_half(p)]
         self._limit = largest(params, like=params[0], xp=self.xp)
         self._most: Any = None
-        self._most_for: Any = self._fit.dtypes
+        self._most_for: Any = self.fit.dtypes
         self._kernel_type = kernel
         self._kernel: Any = None
         self._keeps: list[tuple[bool, bool]] | None = None  # by group: what the kernel was made for
@@ -102,14 +102,21 @@ class Layers:
         self._kind_of = np.array([kinds.setdefault(kind, len(kinds)) for kind in of_layers], np.int64)
         self._kinds = list(kinds)
 
-    def check(self, grads: Sequence[Any], written: Spans) -> None:
-        """Refuse gradients that don't fit, see `lars_array.gradients.Fit`."""
-        self._fit.check(grads, written)
-        if self._most_for is not self._fit.dtypes:
-            self._most_for = self._fit.dtypes
+    def check(self, grads: Sequence[Any], written: Spans) -> Any:
+        """Refuse gradients that don't fit, and return what `lars_array.gradients.Fit.check` does."""
+        starts = self.fit.check(grads, written)
+        if self._most_for is not self.fit.dtypes:
+            self._most_for = self.fit.dtypes
             self._most = most_squares(self.params, self._most_for, like=self.params[0], xp=self.xp)
+        return starts
 
-    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Any], found_inf: Any = None) -> Taken | None:
+    def step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        grads: Sequence[Any],
+        found_inf: Any = None,
+        out: Sequence[Any] | None = None,
+    ) -> Taken | None:
         """Take a step, if it may be taken.
 
         Parameters
@@ -120,6 +127,8 @@ class Layers:
             One a layer, checked.
         found_inf : number or array of shape (), optional
             The step is skipped where it isn't zero.
+        out : sequence of arrays, optional
+            What the new parameters are written to, and the parameters are from then on; checked. None: in place.
 
         Returns
         -------
@@ -137,14 +146,14 @@ class Layers:
         policies = [groups[group]["nonfinite"] for group, _, _ in self._kinds]
         with np.errstate(all="ignore"):  # what is not finite is reported by name
             may_write = set(policies) == {"propagate"}
-            taken = self._without_asking(groups, grads, write=may_write)
+            taken = self._without_asking(groups, grads, out, write=may_write)
             written = taken is not None and may_write
             taken = taken or self._by_stages(groups, grads)
             if not may_write and self._refused(taken.planned(), policies, grads):
                 return None
             if not written:
-                self._kernel.apply(grads, taken.planned().C)
-        self._take_over()
+                self._kernel.apply(grads, taken.planned().C, out=out)
+        self._take_over(out)
         self._go_on(groups)
         return taken._replace(plan=taken.planned()._replace(C=None))  # whoever asks later does not need them
 
@@ -173,8 +182,12 @@ class Layers:
             master = self._used_masters[i]
             master[...] = self.xp.astype(self.params[i], master.dtype)
 
-    def _take_over(self) -> None:
-        """Let buffers and masters count that are new, and forget the masters that were not asked for."""
+    def _take_over(self, out: Sequence[Any] | None) -> None:
+        """Let arrays count that are new, and forget the masters that were not asked for."""
+        if out is not None:
+            self.params = out
+            self.fit.move(out)
+            self._kernel.move(out)
         for i in self._new:
             self.buffers[i] = self._used[i]
         changed = [i for i in self._half if self.masters[i] is not self._used_masters[i]]
@@ -183,12 +196,12 @@ class Layers:
         self.has_new_state = bool(self._new or changed)
         self._new, self._new_masters = [], []
 
-    def _without_asking(self, groups: Any, grads: Any, *, write: bool) -> Taken | None:
+    def _without_asking(self, groups: Any, grads: Any, out: Any, *, write: bool) -> Taken | None:
         """Let the kernel do all that it can do by itself."""
         if self.joined or not hasattr(self._kernel, "take"):
             return None
         prepared = self._prepared(groups, self._kinds)
-        found = self._kernel.take(grads, prepared, self._kind_of, write=write)
+        found = self._kernel.take(grads, prepared, self._kind_of, write=write, out=out)
         if found is None:
             return None
         S, C = found

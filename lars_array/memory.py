@@ -11,7 +11,7 @@ from array_api_compat import is_cupy_array, is_numpy_array, is_writeable_array
 
 from lars_array.arrays import is_distant
 
-__all__ = ["Spans", "check_writable", "one_of_each"]
+__all__ = ["Spans", "bounds", "check_writable", "one_of_each"]
 
 
 def check_writable(name: str, p: Any) -> None:
@@ -87,6 +87,8 @@ class Spans:
         If two arrays do overlap.
     """
 
+    KINDS = "parameter", "the momentum buffer of", "the master copy of"
+
     def __init__(
         self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = (), masters: Sequence[Any] = ()
     ) -> None:
@@ -153,7 +155,7 @@ class Spans:
 
     def _label(self, i: int) -> str:
         which, k = divmod(i, len(self._names))
-        return f"{('parameter', 'the momentum buffer of', 'the master copy of')[which]} {self._names[k]!r}"
+        return f"{self.KINDS[which]} {self._names[k]!r}"
 
 
 class _Shadow:
@@ -167,6 +169,12 @@ class _Shadow:
             "typestr": f"|V{array.itemsize}",
             "version": 3,
         }
+
+
+def bounds(arrays: Sequence[Any]) -> Any:
+    """Return where arrays begin and end, of shape (arrays, 2), or None where that can't be seen of all."""
+    views = [_host_view(array) for array in arrays]
+    return None if any(view is None for view in views) else np.array(list(map(_bounds, views)), np.int64)
 
 
 def _bounds(view: Any) -> tuple[int, int]:

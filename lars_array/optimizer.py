@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lars_array.arrays import at_home, is_array, is_distant, listed
 from lars_array.checkpoint import read_checkpoint
 from lars_array.gradients import given_order, match_gradients
 from lars_array.hyper import DEFAULTS, at_step, complete
+from lars_array.moves import read_move
 from lars_array.parameters import read_parameters
 from lars_array.registry import Rule
 from lars_array.roster import KEPT, Roster
@@ -49,10 +51,10 @@ class LARS:
     Parameters
     ----------
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
-        The parameters, updated in place: float64, float32, float16, bfloat16 or complex arrays of NumPy, or of any
-        Array API library whose arrays can be written to. A group is a dict ``{"params": any of the former,
-        **overrides}``; every argument below but `kernel` can be overridden. Parameters without a name are named by
-        their position.
+        The parameters, updated in place, unless `step` is told where else: float64, float32, float16, bfloat16 or
+        complex arrays of NumPy, or of any Array API library whose arrays can be written to. A group is a dict
+        ``{"params": any of the former, **overrides}``; every argument below but `kernel` can be overridden. Parameters
+        without a name are named by their position.
     lr : float or callable
         Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules`.
     momentum : float
@@ -212,9 +214,14 @@ class LARS:
         self._add([group])
 
     def step(
-        self, grads: Any = None, closure: Callable[[], tuple[Any, Any]] | None = None, *, found_inf: Any = None
+        self,
+        grads: Any = None,
+        closure: Callable[[], tuple[Any, Any]] | None = None,
+        *,
+        found_inf: Any = None,
+        out: Any = None,
     ) -> Any:
-        """Update the parameters in place. Either all of the step is done or, where it is refused, nothing.
+        """Update the parameters, in place or to `out`. Either all of the step is done or, where it is refused, nothing.
 
         Parameters
         ----------
@@ -227,6 +234,12 @@ class LARS:
         found_inf : number or array of shape (), optional
             Beside the parameters. Where it isn't zero the step is skipped, whatever `nonfinite` says: what a loss
             scaler has found.
+        out : mapping of name to array, or iterable of arrays, optional
+            In the form of `grads`: for each parameter that has a gradient an array like it, in memory that nothing else
+            lies in, which the new parameter is written to; None for others. From then on these arrays are the
+            parameters, in `param_groups` too. The old ones stay as they are, and gradients may share memory with them.
+            A step that is refused or skipped writes nothing and moves nothing; but where a device decides on that,
+            parameters move all the same, and the new ones are copies of the old.
 
         Returns
         -------
@@ -236,8 +249,8 @@ class LARS:
         Raises
         ------
         ValueError, TypeError
-            If `grads` does not fit the parameters, shares memory with what is written to, or a hyper-parameter is out
-            of range.
+            If `grads` or `out` does not fit the parameters, shares memory with what is written to, or a hyper-parameter
+            is out of range.
         NonFiniteError
             See `nonfinite`.
         """
@@ -258,8 +271,11 @@ class LARS:
             index = found if len(found) < len(index) else index
         groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
         self._check_axes(groups)
-        if self._stepper.step(index, gradients, groups, found_inf):
+        move = None if out is None else read_move(out, roster, self._order, index)
+        if self._stepper.step(index, gradients, groups, found_inf, move):
             self.steps += 1
+            if move is not None:
+                self._show_moved()
         else:
             self.skipped_steps += 1
         return loss
@@ -418,6 +434,11 @@ class LARS:
         self.param_groups += groups
         self._axes += axes
         self._order = given_order(longer.given)
+
+    def _show_moved(self) -> None:
+        arrays = iter(self._stepper.roster.arrays)
+        for group in self.param_groups:
+            group["params"][:] = islice(arrays, len(group["params"]))
 
     def _check_axes(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for number, (group, known) in enumerate(zip(groups, self._axes)):

@@ -163,7 +163,7 @@ class Roster:
     def rehome(self) -> None:
         """Make rows views of the parameters and of what is kept for them, which they are not after pickling."""
         self.stacks = {i: stack._replace(param=self.arrays[i]) for i, stack in self.stacks.items()}
-        self.params = [row for i, p in enumerate(self.arrays) for row in self.stack(i).slices(p)]
+        self.params = self.rows_of(self.arrays)
         for kept in (self.buffers, self.masters):
             for i, array in list(kept.wholes.items()):
                 kept.put(i, self.stacks[i], array)
@@ -175,6 +175,21 @@ class Roster:
     def gradients(self, grads: list[Any]) -> list[Any]:
         """Return the gradients of all rows from those of the parameters."""
         return sliced_gradients([self.stack(i) for i in range(len(grads))], grads) if self.stacks else grads
+
+    def rows_of(self, arrays: list[Any]) -> list[Any]:
+        """Return arrays of the parameters' shapes, or None, by rows."""
+        return [row for i, x in enumerate(arrays) for row in self.stack(i).slices(x)] if self.stacks else arrays
+
+    def move(self, index: Sequence[int], rows: Sequence[Any], arrays: Sequence[Any]) -> None:
+        """Know that the rows at `index` are other arrays now, and the parameters those in `arrays` that aren't None."""
+        if len(index) == len(self.params):
+            self.params[:] = rows
+        else:
+            for i, row in zip(index, rows, strict=True):
+                self.params[i] = row
+        if self.stacks:
+            self.arrays = [p if x is None else x for p, x in zip(self.arrays, arrays, strict=True)]
+            self.stacks = {i: stack._replace(param=self.arrays[i]) for i, stack in self.stacks.items()}
 
     def take_over(self, index: Sequence[int], buffers: Sequence[Any], masters: Sequence[Any]) -> None:
         """Keep what a step of the rows at `index` has made."""

@@ -12,6 +12,7 @@ from lars_array.arrays import at_home, is_distant, listed
 from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.layers import Layers, Taken
 from lars_array.memory import Spans
+from lars_array.moves import Move, Surroundings
 from lars_array.news import News
 from lars_array.roster import Roster
 
@@ -36,10 +37,16 @@ class Stepper:
         self._kernel: Any = None
         self._layers: Layers | None = None
         self._spans: Spans | None = None
+        self._surroundings: Surroundings | None = None
         self._whereabouts: Whereabouts | None = None
 
     def step(
-        self, index: Sequence[int], grads: list[Any], groups: Sequence[Mapping[str, Any]], found_inf: Any
+        self,
+        index: Sequence[int],
+        grads: list[Any],
+        groups: Sequence[Mapping[str, Any]],
+        found_inf: Any,
+        move: Move | None = None,
     ) -> bool:
         """Take a step with the rows at `index`, and return True; or return False and change nothing.
 
@@ -53,21 +60,25 @@ class Stepper:
             Complete and checked hyper-parameters of all groups.
         found_inf : number, array of shape () or None
             See `lars_array.LARS.step`.
+        move : Move, optional
+            Where the parameters go; None: they stay where they are.
         """
         if not index:
             return True
         roster = self.roster
         with at_home(roster.params[0]):
-            if self._spans is None:
-                self._spans = roster.spans()
             if self._layers is None or self._layers.index != index:
                 self._layers = self._layers_at(index)
             layers = self._layers
-            layers.check(grads, self._spans)
-            taken = layers.step(groups, grads, found_inf)
+            self._check(layers, grads, move)
+            taken = layers.step(groups, grads, found_inf, None if move is None else move.rows)
             if taken is None:
                 return False
             self.last = taken
+            if move is not None and self._surroundings is not None:
+                roster.move(index, move.rows, move.arrays)
+                self._surroundings.follow(layers.place)
+                self._spans = None
             if layers.has_new_state:
                 self._take_over(layers)
         if self._whereabouts is None:
@@ -94,7 +105,7 @@ class Stepper:
         """Bring home what only the device knows, and let the next step begin anew from there."""
         self.roster.buffers.rows, previous_lr = self.standing()
         self.roster.previous_lr = np.array(previous_lr)
-        self._layers = self._spans = self._whereabouts = None
+        self._layers = self._spans = self._surroundings = self._whereabouts = None
 
     def extend(self, roster: Roster) -> None:
         """Step `roster` from now on, which holds the parameters so far and more.
@@ -126,10 +137,22 @@ class Stepper:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._layers = self._spans = self._whereabouts = None
+        self._layers = self._spans = self._surroundings = self._whereabouts = None
         if self.roster.stacks:  # slices are no longer views of what they were cut from
             self.roster.rehome()
         self._kernel = kernels.pick(self.roster.params, self._kernel_name)
+
+    def _check(self, layers: Layers, grads: Sequence[Any], move: Move | None) -> None:
+        """Refuse gradients, and arrays to move to, that don't fit or share memory with what a step must not touch."""
+        if move is None:
+            if self._spans is None:
+                self._spans = self.roster.spans()
+            layers.check(grads, self._spans)
+        else:
+            if self._surroundings is None:
+                self._surroundings = Surroundings(self.roster)
+            starts = layers.check(grads, self._surroundings.kept)
+            self._surroundings.check(layers.fit, move.rows, grads, starts)
 
     def _layers_at(self, index: Sequence[int]) -> Layers:
         self._bring_together()
@@ -146,7 +169,7 @@ class Stepper:
 
     def _take_over(self, layers: Layers) -> None:
         self.roster.take_over(layers.index, layers.buffers, layers.masters)
-        self._spans = None
+        self._spans = self._surroundings = None
         if self.roster.stacks:
             self._bring_together()
             self.roster.bring_together()

@@ -446,8 +446,8 @@ def test_several_types_are_compiled_before_anything_is_written(monkeypatch: pyte
     params = [np.ones(3, np.float32), np.ones(3)]
     optimizer = LARS(params, lr=0.5, kernel="compiled", nonfinite="propagate")
 
-    def fails(p_type: Any, *_: Any) -> None:
-        if p_type == np.float64:
+    def fails(types: Any) -> None:
+        if types.p == np.float64:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(table, "_compile_for", fails)

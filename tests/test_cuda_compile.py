@@ -59,7 +59,7 @@ def test_every_kernel_is_compiled(architecture: int) -> None:
     "change",
     [
         ("bool clipped = *norm > hyper", "bool clipped = *nrom > hyper"),
-        ("struct Array { u64 p;", "struct Array { u64 p, q;"),  # the host knows another structure
+        ("struct Array { u64 v;", "struct Array { u64 v, q;"),  # the host knows another structure
         ("const int SLOTS = 160;", "const int SLOTS = 190;"),  # more shared memory than there is
     ],
 )

@@ -283,7 +283,7 @@ def test_what_needs_all_sums_first_is_not_cut_up(
 def test_pieces_cover_each_array_once(layers: list[tuple[int, str]]) -> None:
     sizes = np.array([size for size, _ in layers], np.int64)
     types = [(kind, kind) for _, kind in layers]
-    table = Table(sizes, np.zeros((len(sizes), 3), np.uint64), types, [1.0] * len(sizes))
+    table = Table(sizes, np.zeros((len(sizes), 2), np.uint64), types, [1.0] * len(sizes))
     assert sorted(table.order.tolist()) == list(range(len(sizes)))
     ends = []
     for number, layer in enumerate(table.order.tolist()):
@@ -311,7 +311,7 @@ def test_lengths_of_pieces_depend_on_sizes_alone() -> None:
 
 @given(st.lists(st.integers(0, 50_000), min_size=1, max_size=30), st.integers(0, 400_000))
 def test_parts_are_runs_of_layers(sizes: list[int], cached: int) -> None:
-    table = Table(np.array(sizes), np.zeros((len(sizes), 3), np.uint64), [FLOAT32] * len(sizes), [1.0] * len(sizes))
+    table = Table(np.array(sizes), np.zeros((len(sizes), 2), np.uint64), [FLOAT32] * len(sizes), [1.0] * len(sizes))
     parts = table.parts(cached, 8)
     assert [part.first_row for part in parts] + [len(sizes)] == [0] + [part.last_row for part in parts]
     assert sum(part.pieces for part in parts) == len(table.pieces)

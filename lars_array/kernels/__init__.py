@@ -9,9 +9,11 @@ A kernel is a class ``Kernel`` in a module of this package that is imported when
                                        Where `masters` has an array, it is what is trained, and the parameter becomes
                                        its rounding; gradients may be of any type that fits, now this, now that
         .sums(grads, operand) -> S     as core.sums
-        .apply(grads, C, written=None) -> None
-                                       as core.apply for each layer, in place; `written`, a bool array of shape (),
-                                       lies beside the parameters: where it is false nothing at all is changed
+        .apply(grads, C, written=None, out=None) -> None
+                                       as core.apply for each layer, in place, or to the arrays `out` instead of
+                                       `params`; `written`, a bool array of shape (), lies beside the parameters:
+                                       where it is false nothing at all is changed, and `out` gets a copy of `params`
+        .move(params) -> None          the parameters are these from now on, what was `out` before
 
 and, if it takes NumPy arrays, ``addresses(arrays)``, where their data begin, a static method; and, if it can compute
 coefficients by itself, ``.take(...)``, see `lars_array.kernels.compiled`, or where the host is not to wait,

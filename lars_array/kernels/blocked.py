@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lars_array.kernels.layout import Pieces
-from lars_array.kernels.masters import with_masters
+from lars_array.kernels.masters import copy_all, destinations, with_masters
 from lars_array.kernels.scratch import scratch
 from lars_array.kernels.squares import sum_of_squares, sum_of_squares_of
 from lars_array.kernels.threads import run
@@ -30,8 +30,8 @@ class Kernel:
     def __init__(
         self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np, masters: Sequence[Any] | None = None
     ) -> None:
-        self.buffers = buffers
-        self.params, self.copies = with_masters(params, masters)
+        self.buffers, self._masters = buffers, masters
+        self.move(params)
 
     @staticmethod
     def unusable(params: Sequence[Any]) -> str | None:
@@ -43,6 +43,11 @@ class Kernel:
     def addresses(arrays: Sequence[Any]) -> Any:
         """Return where the data of arrays begin."""
         return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
+
+    def move(self, params: Sequence[Any]) -> None:
+        """Take `params` for the parameters from now on."""
+        self._given = params
+        self.params, self.copies = with_masters(params, self._masters)
 
     def sums(self, grads: Sequence[Any], operand: Any = None) -> Any:
         """Return what `core.sums` does."""
@@ -71,30 +76,34 @@ class Kernel:
         np.add.at(S, pieces.layer, partial)
         return S
 
-    def apply(self, grads: Sequence[Any], C: Any, written: Any = None) -> None:
-        """Do what `core.apply` does for each layer, in place, if `written` is None or true.
+    def apply(self, grads: Sequence[Any], C: Any, written: Any = None, out: Sequence[Any] | None = None) -> None:
+        """Do what `core.apply` does for each layer, in place or to `out`, if `written` is None or true.
 
         Backwards through memory, since the end of it is what `sums` has left in cache.
         """
         if written is not None and not written:
+            copy_all(self._given, out)
             return
-        arrays = zip(self.params, grads, self.buffers, self.copies, strict=True)
+        places, copies = destinations(self.params, self.copies, out)
+        stays = [place is p for p, place in zip(self.params, places, strict=True)]
+        others = [copy if stay else place for stay, place, copy in zip(stays, places, copies, strict=True)]
+        arrays = zip(self.params, grads, self.buffers, others, strict=True)
         layers = [[p, g, *(x for x in rest if x is not None)] for p, g, *rest in arrays]
-        pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=1)
+        pieces = Pieces(layers, block=WRITE_BLOCK, reads_only=[(1,) if stay else (0, 1) for stay in stays])
         rows = C.tolist()
 
         def visit(k: int) -> None:
             i = pieces.layer[k]
             for p, g, *rest in pieces.blocks(k):
-                _apply(p, g, None if self.buffers[i] is None else rest[0], rows[i])
-                if self.copies[i] is not None:
+                _apply(p, g, None if self.buffers[i] is None else rest[0], rows[i], p if stays[i] else rest[-1])
+                if copies[i] is not None:
                     np.copyto(rest[-1], p)
 
         run(visit, pieces.sizes, backwards=True)
 
 
-def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
-    """`core.difference`, an operation at a time, each into memory that is there.
+def _apply(p: Any, g: Any, v: Any, c: Sequence[float], out: Any) -> None:
+    """`core.difference`, an operation at a time, each into memory that is there, and the new p into `out`.
 
     Terms of weight zero are left out, but once the gradient always goes in: a nan in it is not to be lost.
     """
@@ -113,7 +122,7 @@ def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
     for weight, x in ((lam, g), (mu, p)):
         if weight:
             _add(total, scratch(p.size, p.dtype, 1), weight, x)
-    np.subtract(p, total, out=p)
+    np.subtract(p, total, out=out)
 
 
 def _add(total: Any, part: Any, weight: Any, x: Any) -> None:

@@ -78,11 +78,15 @@ template <class T> __device__ inline void save(T* x, const Pack<T>& pack, bool a
 struct Part {
     const Array& array;
     const Row& row;
-    u64 g;
+    u64 p, out, g;  // in place `out` is p
     i64 begin, end, whole;  // `whole` is where the last full pack ends
 
     __device__ Part(const Model& m, int number)
-        : array(m.arrays[m.pieces[number].array]), row(m.rows[array.row]), g(m.grads[m.pieces[number].array]) {
+        : array(m.arrays[m.pieces[number].array]), row(m.rows[array.row]) {
+        int index = m.pieces[number].array;
+        p = m.params[index];
+        out = m.out == nullptr ? p : m.out[index];
+        g = m.grads[index];
         begin = m.pieces[number].index * array.piece;
         end = array.size - begin < array.piece ? array.size : begin + array.piece;
         whole = end - (end - begin) % WIDTH;
@@ -191,7 +195,7 @@ template <class P, class G> __device__ inline void sums(const Model& m, int firs
     Part part(m, first + (int)blockIdx.x);
     Sums mine;
     if (part.array.master != 0) mine = measure<T, G>(m, part, reinterpret_cast<const T*>(part.array.master));
-    else mine = measure<P, G>(m, part, reinterpret_cast<const P*>(part.array.p));
+    else mine = measure<P, G>(m, part, reinterpret_cast<const P*>(part.p));
     Sums all = total(mine);
     if (threadIdx.x == 0) m.partial[first + blockIdx.x] = all;
 }
@@ -314,10 +318,11 @@ template <class T> struct Map {
     __device__ T operator()(T p, T g) const { return p - ((lam + kappa * alpha) * g + (mu + kappa * beta) * p); }
 };
 
-// `read` is where parameters are read from and written to in full; `rounded` gets a copy, or is null.
+// `read` is where parameters are read from, `out`, which may be the same, where they are written to in full; `rounded` gets
+// a copy, or is null.
 template <class T, class P, class G, class R>
-__device__ inline void write(const Part& part, P* read, const G* g, T* v, R* rounded, const Map<T>& map) {
-    bool aligned = is_aligned(read) && is_aligned(g);
+__device__ inline void write(const Part& part, const P* read, const G* g, T* v, P* out, R* rounded, const Map<T>& map) {
+    bool aligned = is_aligned(read) && is_aligned(out) && is_aligned(g);
     aligned = aligned && (v == nullptr || is_aligned(v)) && (rounded == nullptr || is_aligned(rounded));
 #pragma unroll 2
     for (i64 k = part.begin + WIDTH * (i64)threadIdx.x; k < part.whole; k += WIDTH * THREADS) {
@@ -332,7 +337,7 @@ __device__ inline void write(const Part& part, P* read, const G* g, T* v, R* rou
             store(ps.at[i], p);
             store(copies.at[i], p);
         }
-        save(read + k, ps, aligned);
+        save(out + k, ps, aligned);
         if (v != nullptr) save(v + k, vs, aligned);
         if (rounded != nullptr) save(rounded + k, copies, aligned);
     }
@@ -340,9 +345,14 @@ __device__ inline void write(const Part& part, P* read, const G* g, T* v, R* rou
     if (k < part.end) {
         T p = (T)wide(read[k]), slope = (T)wide(g[k]);
         p = v != nullptr ? map(p, slope, v[k]) : map(p, slope);
-        store(read[k], p);
+        store(out[k], p);
         if (rounded != nullptr) store(rounded[k], p);
     }
+}
+
+// Of a step that is not taken, where parameters move all the same: who asked for it does not know.
+template <class P> __device__ inline void copy(const Part& part, const P* p, P* out) {
+    for (i64 k = part.begin + threadIdx.x; k < part.end; k += THREADS) out[k] = p[k];
 }
 
 // What follows from a step, by one block: counts, last learning rates, and which buffers are used.
@@ -370,14 +380,17 @@ template <class P, class G> __device__ inline void apply(const Model& m, int fir
     typedef typename Computed<P>::type T;
     bool taken = is_taken(m);
     if (blockIdx.x == 0 && last && m.decides) note(m, taken);
-    if (!taken || (int)blockIdx.x >= count) return;
+    if ((!taken && m.out == nullptr) || (int)blockIdx.x >= count) return;
     Part part(m, first + count - 1 - (int)blockIdx.x);
     const G* g = reinterpret_cast<const G*>(part.g);
     Map<T> map(m.C + 6 * (i64)part.array.row);
     T* v = reinterpret_cast<T*>(part.array.v);
-    P* p = reinterpret_cast<P*>(part.array.p);
-    if (part.array.master != 0) write(part, reinterpret_cast<T*>(part.array.master), g, v, p, map);
-    else write(part, p, g, v, (P*)nullptr, map);
+    T* master = reinterpret_cast<T*>(part.array.master);
+    const P* p = reinterpret_cast<const P*>(part.p);
+    P* out = reinterpret_cast<P*>(part.out);
+    if (!taken) copy(part, p, out);
+    else if (master != nullptr) write(part, master, g, v, master, out, map);
+    else write(part, p, g, v, out, (P*)nullptr, map);
 }
 
 // ------------------------------------------------------------------------------------------------------------ tables

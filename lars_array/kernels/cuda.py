@@ -40,14 +40,15 @@ class Kernel:
         self.params, self.buffers, self.xp = params, buffers, xp
         self.masters: Sequence[Any] = [None] * len(params) if masters is None else masters
         self._device = self.Device.on(params[0])
-        self._strides = [p.strides for p in params]
-        self._dense = [self._is_dense(i) for i in range(len(params))]
+        self._find_dense()
         self._cached = _cached_bytes(self._device)
         self._joined: Sequence[Sequence[int]] = []
         self._found = self._device.zeros((), np.float32)
         self._seen: list[Any] = []  # the gradients of the last step, referred to weakly
         self._layout: Any = None  # how they lay, and of what types they were
-        self._arrange(self._strides, [p.dtype for p in params])
+        self._out_strides: Any = self._strides  # how what was written to last in the place of the parameters lay
+        nothing = [None] * len(params)
+        self._arrange(self._strides, [p.dtype for p in params], self._strides, nothing, nothing)
 
     @staticmethod
     def unusable(params: Sequence[Any]) -> str | None:
@@ -59,6 +60,15 @@ class Kernel:
     def addresses(arrays: Sequence[Any]) -> Any:
         """Return where the data of arrays begin."""
         return np.array([x.data.ptr for x in arrays], np.int64)
+
+    def move(self, params: Sequence[Any]) -> None:
+        """Take `params` for the parameters from now on."""
+        self.params = params
+        self._resident.move()
+        self._portable.move([params[i] for i in self._others])
+        if self._out_strides != self._strides:
+            self._find_dense()
+            self._layout, self._seen = None, []
 
     def sums(self, grads: Sequence[Any], operand: Any = None) -> Any:
         """Return what `core.sums` does."""
@@ -79,16 +89,17 @@ class Kernel:
         S[self._others] = self._portable.sums([grads[i] for i in self._others], mine)
         return S
 
-    def apply(self, grads: Sequence[Any], C: Any, written: Any = None) -> None:
-        """Do what `core.apply` does for each layer, in place, if `written` is None or true."""
-        self._refresh(grads)
+    def apply(self, grads: Sequence[Any], C: Any, written: Any = None, out: Sequence[Any] | None = None) -> None:
+        """Do what `core.apply` does for each layer, in place or to `out`, if `written` is None or true."""
+        self._refresh(grads, out)
         if self._layers:
             self._resident.C[...] = C[self._layers, :] if self._others else C
             self._resident.set(decides=0, written=written)
             self._launch_apply(self._resident.whole, last=False)
             self._resident.set(written=None)
         if self._others:
-            self._portable.apply([grads[i] for i in self._others], C[self._others], written)
+            others = None if out is None else [out[i] for i in self._others]
+            self._portable.apply([grads[i] for i in self._others], C[self._others], written, others)
 
     def enqueue(self, grads: Sequence[Any], request: Request) -> tuple[Any, Any, Any] | None:
         """Have the device take a step, if it finds that it may.
@@ -108,7 +119,7 @@ class Kernel:
         """
         if request.joined != self._joined:
             self._joined, self._layout, self._seen = request.joined, None, []
-        self._refresh(grads)
+        self._refresh(grads, request.out)
         resident = self._resident
         if self._others or not resident.understand(request):
             return None
@@ -166,29 +177,41 @@ class Kernel:
             return [Segment(segments[0].types, part.first, part.pieces)]
         return [segment for segment in segments if segment.pieces] or segments[:1]
 
-    def _is_dense(self, i: int, g: Any = None) -> bool:
-        arrays = [x for x in (self.params[i], g, self.buffers[i], self.masters[i]) if x is not None]
+    def _find_dense(self) -> None:
+        self._strides = [p.strides for p in self.params]
+        self._dense = [self._is_dense(i) for i in range(len(self.params))]
+
+    def _is_dense(self, i: int, *others: Any) -> bool:
+        arrays = [x for x in (self.params[i], self.buffers[i], self.masters[i], *others) if x is not None]
         return common_order(arrays) is not None
 
-    def _refresh(self, grads: Sequence[Any]) -> None:
-        """Have the tables speak of these gradients."""
+    def _refresh(self, grads: Sequence[Any], out: Sequence[Any] | None = None) -> None:
+        """Have the tables speak of these gradients, and of what is written to in the place of the parameters."""
         capturing = self._device.is_capturing()
+        if capturing and out is not None:
+            raise ValueError(
+                "out must be None in a step that goes into a graph: replays move nothing; got arrays"
+            )
         same = len(grads) == len(self._seen) and all(map(is_, grads, map(call, self._seen)))
-        if same and not capturing:
-            return  # arrays of CuPy stay where they are
-        self._seen = list(map(ref, grads))
-        layout = [g.strides for g in grads], [g.dtype for g in grads]
-        if layout != self._layout:
-            self._arrange(*layout, grads)
-        # A graph must bring its own addresses, or it would find those of the last step before it is replayed.
-        self._resident.set_gradients(self._device.addresses([grads[i] for i in self._order]), always=capturing)
+        out_strides = self._out_strides if out is None else [x.strides for x in out]
+        if not same or capturing or out_strides != self._out_strides:  # else arrays of CuPy stay where they are
+            self._seen = list(map(ref, grads))
+            self._out_strides = out_strides
+            layout = [g.strides for g in grads], [g.dtype for g in grads], out_strides
+            if layout != self._layout:
+                self._arrange(*layout, grads, out or [None] * len(grads))
+            # A graph must bring its own addresses, or it would find those of the last step before it is replayed.
+            self._resident.set_gradients([grads[i] for i in self._layers], always=capturing)
+        self._resident.set_out(None if out is None else [out[i] for i in self._layers])
 
-    def _arrange(self, strides: Sequence[Any], dtypes: Sequence[Any], grads: Sequence[Any] | None = None) -> None:
-        """Make the tables for gradients that lie so and are of these types."""
-        self._layout = strides, dtypes
+    def _arrange(
+        self, strides: Sequence[Any], dtypes: Sequence[Any], out_strides: Any, grads: Sequence[Any], out: Sequence[Any]
+    ) -> None:
+        """Make the tables for gradients that lie so and are of these types, and for what is written to."""
+        self._layout = strides, dtypes, out_strides
         dense = self._dense
-        if grads is not None and strides != self._strides:
-            dense = [self._is_dense(i, g) for i, g in enumerate(grads)]
+        if strides != self._strides or out_strides != self._strides:
+            dense = [self._is_dense(i, *others) for i, others in enumerate(zip(grads, out))]
         self._layers, self._others = ([i for i, yes in enumerate(dense) if yes is which] for which in (True, False))
 
         def chosen(index: Sequence[int]) -> list[list[Any]]:
@@ -207,7 +230,6 @@ class Kernel:
             joined=[] if self._others else self._joined,
             cached=self._cached,
         )
-        self._order = [self._layers[k] for k in self._resident.table.order.tolist()]
 
 
 def _element(dtype: Any) -> str:

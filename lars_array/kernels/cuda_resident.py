@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from lars_array.dtypes import COMPUTE
-from lars_array.kernels.cuda_source import MODEL, WORDS
+from lars_array.kernels.cuda_addresses import Addresses
+from lars_array.kernels.cuda_source import MODEL
 from lars_array.kernels.cuda_table import Part, Table, programs
 from lars_array.kernels.request import Request
 from lars_array.tape import record
@@ -65,8 +66,8 @@ class Resident:
         cached: int,
     ) -> None:
         self._device = device
-        places = np.zeros((len(params), 3), np.uint64)
-        for column, arrays in enumerate((params, buffers, masters)):
+        places = np.zeros((len(params), 2), np.uint64)
+        for column, arrays in enumerate((buffers, masters)):
             there = [i for i, x in enumerate(arrays) if x is not None]
             places[there, column] = device.addresses([arrays[i] for i in there])
         limits = [_LIMITS[COMPUTE[p_type]] for p_type, _ in types]
@@ -80,14 +81,16 @@ class Resident:
         rows = max(len(params), 1)
         self.S, self.C = device.zeros((rows, 3), np.float64), device.zeros((rows, 6), np.float64)
         self.gamma = device.zeros(rows, np.float64)
-        self._grads = device.zeros(rows, np.uint64)
+        self._params = Addresses(device, device.addresses([params[i] for i in table.order.tolist()]))
+        self._grads, self._out = (Addresses(device, np.zeros(len(params), np.uint64)) for _ in range(2))
         verdict = device.zeros(2, np.int32)
         self._held = {
             "arrays": device.put(_filled(table.arrays)),
             "pieces": device.put(_filled(table.pieces)),
             "partial": device.zeros((max(len(table.pieces), 1), 3), np.float64),
             "norm": device.zeros(1, np.float64),
-            "grads": self._grads,
+            "params": self._params.table,
+            "grads": self._grads.table,
             "S": self.S,
             "C": self.C,
             "gamma": self.gamma,
@@ -96,7 +99,6 @@ class Resident:
         }
         self.model = np.zeros(1, MODEL)
         self.set(**self._held, row_count=len(params), piece_count=len(table.pieces))
-        self._places: Any = None  # of the gradients
         self._asked: Any = None
         self._understood = False
         self._put_rows([0] * len(params), [0] * len(params), [False] * len(params))
@@ -112,22 +114,26 @@ class Resident:
         """Have layers of several arrays measured as one, or each array by itself."""
         self.set(rows=self._held["joined_rows" if joined else "rows"])
 
-    def set_gradients(self, places: Any, *, always: bool) -> None:
-        """Bring the addresses of gradients to the device, in the order of `table`, if they are others than before.
+    def set_gradients(self, grads: Sequence[Any], *, always: bool) -> None:
+        """Have gradients read where these are; `always` bring their addresses to the device, or if they are others."""
+        self._grads.put(self._addresses(grads), always=always)
 
-        They travel as arguments of launches: nothing is waited for, and no memory of the host is read later.
+    def set_out(self, out: Sequence[Any] | None) -> None:
+        """Have parameters written to these arrays, or in place."""
+        if out is not None:
+            self._out.put(self._addresses(out))
+        self.set(out=None if out is None else self._out.table)
+
+    def move(self) -> None:
+        """Take for the parameters what they were written to last.
+
+        So of steps that go back and forth between the same arrays no address has to be brought to the device.
         """
-        if not always and np.array_equal(places, self._places):
-            return
-        self._places = places
-        words = np.zeros(1, WORDS)
-        room = words["at"].shape[1]
-        (address,) = self._device.addresses([self._grads])
-        for first in range(0, len(places), room):
-            some = places[first : first + room]
-            words["first"], words["count"] = first, len(some)
-            words["at"][0, : len(some)] = some
-            self._device.launch("poke", 1, address, words)
+        self._params, self._out = self._out, self._params
+        self.set(params=self._params.table, out=None)
+
+    def _addresses(self, arrays: Sequence[Any]) -> Any:
+        return self._device.addresses([arrays[i] for i in self.table.order.tolist()])
 
     def understand(self, request: Request) -> bool:
         """Put rules, policies and groups on the device, if they are not there, and return whether that can be done."""

@@ -48,8 +48,9 @@ def _structure(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype[Any]
     return np.dtype(kinds, align=True, metadata={"types": {name: kind for name, kind, *_ in fields}})
 
 
-# Parameters that lie in one piece of memory, cut into pieces of a fixed length; gradients are in a table of their own.
-ARRAY = _structure(("p", "u8"), ("v", "u8"), ("master", "u8"), ("size", "i8"), ("piece", "i8"), ("row", "i4"))
+# Parameters that lie in one piece of memory, cut into pieces of a fixed length. Where they begin, and gradients, is in
+# tables of their own: it may change from step to step.
+ARRAY = _structure(("v", "u8"), ("master", "u8"), ("size", "i8"), ("piece", "i8"), ("row", "i4"))
 
 # A layer: pieces that are summed together. `limit` and `most` are largest and most_squares of lars_array.nonfinite,
 # `keeps` is whether it has a buffer.
@@ -78,6 +79,8 @@ PIECE = _structure(("array", "i4"), ("index", "i4"))
 # All that a launch needs. The pointers: read by all stages; then written by one of them, in this order.
 MODEL = _structure(
     ("arrays", "const Array*"),
+    ("params", "const u64*"),
+    ("out", "const u64*"),  # what parameters are written to; null: they are written in place
     ("grads", "const u64*"),
     ("rows", "const Row*"),
     ("groups", "const Group*"),

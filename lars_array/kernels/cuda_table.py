@@ -49,8 +49,8 @@ class Table:
     ----------
     sizes : int64 array of shape (layers,)
         Real numbers in each.
-    places : uint64 array of shape (layers, 3)
-        Addresses of parameters, momentum buffer or 0, and master weights or 0.
+    places : uint64 array of shape (layers, 2)
+        Addresses of momentum buffer or 0, and master weights or 0.
     types : sequence of tuple (str, str)
         Element types of parameters and gradient of each.
     limits, most : arrays of shape (layers,)
@@ -91,7 +91,7 @@ class Table:
         counts = (-(-sizes // lengths))[self.order]
         starts = np.cumsum(counts) - counts
         self.arrays = np.zeros(len(sizes), ARRAY)
-        for column, name in enumerate(("p", "v", "master")):
+        for column, name in enumerate(("v", "master")):
             self.arrays[name] = places[self.order, column]
         self.arrays["size"], self.arrays["piece"] = sizes[self.order], lengths[self.order]
         self.arrays["row"] = self.order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ class Pieces:
     ----------
     layers : sequence of sequences of ndarray
         The arrays of each layer, of one shape, the parameters first.
-    reads_only : int, optional
-        Which array of a layer is only read from; None: all are.
+    reads_only : sequence of containers of int, optional
+        Which arrays of each layer are only read from; None: all are.
     block : int
         Elements a piece holds at most.
 
@@ -38,7 +38,9 @@ class Pieces:
         How many elements each piece has.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Any]], *, block: int, reads_only: int | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[Sequence[Any]], *, block: int, reads_only: Sequence[Container[int]] | None = None
+    ) -> None:
         self.layers, self.block, self.reads_only = layers, block, reads_only
         self.views = [flat_views(arrays) for arrays in layers]
         self.layer: list[int] = []
@@ -60,14 +62,16 @@ class Pieces:
         """
         views, start = self.views[self.layer[k]], self._start[k]
         if views is None:
-            return self._copied_blocks(self.layers[self.layer[k]])
+            return self._copied_blocks(self.layer[k])
         return ([view[start : start + self.block] for view in views],)
 
-    def _copied_blocks(self, arrays: Sequence[Any]) -> Iterator[list[Any]]:
+    def _copied_blocks(self, i: int) -> Iterator[list[Any]]:
         """Any strides, any type: what is written to a block is cast and stored when the next one is asked for."""
+        arrays = self.layers[i]
         kind = np.dtype(compute_dtype(arrays[0], np))
         read, write = ([access, "contig", "aligned", "nbo"] for access in ("readonly", "readwrite"))
-        access: Any = [read if self.reads_only in (None, i) else write for i in range(len(arrays))]
+        reads_only = range(len(arrays)) if self.reads_only is None else self.reads_only[i]
+        access: Any = [read if k in reads_only else write for k in range(len(arrays))]
         types = [kind] * len(arrays)
         if self.reads_only is None:
             types = [np.result_type(kind, compute_dtype(x, np)) for x in arrays]

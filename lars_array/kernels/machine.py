@@ -77,7 +77,7 @@ def _arrays(place: Any, size: int, k: int, p_like: Any, g_like: Any, v_like: Any
 
 @numba.njit
 def _copy(place: Any, size: int, k: int, copy_like: Any) -> Any:
-    """Return piece `k` of what the rounding of p is written to, None where nothing is."""
+    """Return piece `k` of what the new p is written to as well, or instead; None where it is written in place alone."""
     if copy_like is None:
         return None
     start = k * PIECE
@@ -100,22 +100,27 @@ def _measure(p: Any, g: Any, v: Any, weights: Any, sums: Any) -> None:
 
 
 @numba.njit
-def _write(p: Any, g: Any, v: Any, copy: Any, c: Any) -> None:
-    """Do what `core.apply` does, in place, and round to `copy` if that is not None: then numba keeps this branch."""
+def _write(p: Any, g: Any, v: Any, copy: Any, c: Any, moves: Any) -> None:
+    """Do what `core.apply` does: in place if `moves` is None, and rounded to `copy` unless that is.
+
+    Of branches on what is None numba keeps one.
+    """
     kind = v.dtype.type
     m, alpha, beta, kappa, lam, mu = kind(c[0]), kind(c[1]), kind(c[2]), kind(c[3]), kind(c[4]), kind(c[5])
     if v.size == p.size:
         for i in range(p.size):
             d, v[i] = _difference(load(p[i]), kind(load(g[i])), v[i], m, alpha, beta, kappa, lam, mu)
             new_p = load(p[i]) - d
-            p[i] = stored(new_p, p[i])
+            if moves is None:
+                p[i] = stored(new_p, p[i])
             if copy is not None:
                 copy[i] = stored(new_p, copy[i])
     else:
         for i in range(p.size):
             d = _difference_without_buffer(load(p[i]), kind(load(g[i])), alpha, beta, kappa, lam, mu)
             new_p = load(p[i]) - d
-            p[i] = stored(new_p, p[i])
+            if moves is None:
+                p[i] = stored(new_p, p[i])
             if copy is not None:
                 copy[i] = stored(new_p, copy[i])
 
@@ -255,13 +260,14 @@ def _make_work(checksum: int) -> Any:
         g_like: Any,
         v_like: Any,
         copy_like: Any,
+        moves: Any,
     ) -> int:
         """Work off tasks until none is left. Everything is written by all threads unless said otherwise.
 
         tasks (tasks, 5)        read: see `lars_array.kernels.tasks`
         cursor (1,)             how many tasks are taken
         left (rows,)            of a shared layer, the pieces not yet measured; `DONE` when C may be read
-        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of the array for its rounding, if there is one
+        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of what the new p goes to as well, or instead
         sizes, offsets (rows,)  read: elements, and where in `partial` a shared layer begins
         claimed (pieces,)       of shared layers, at first zero: not if somebody writes the part that begins there
         partial (pieces, 3)     sums of pieces of shared layers, at first zero
@@ -273,7 +279,8 @@ def _make_work(checksum: int) -> Any:
         outputs (kinds, 6)      read: the registers of the coefficients
         S (rows, 3)             sums, at first zero
         C (rows, 6)             coefficients
-        p_like, …, copy_like    of shape (0,), tell the types; the last one is None where no rounding is written
+        p_like, …, copy_like    of shape (0,), tell the types; the last one is None where p is written in place alone
+        moves                   None where p is written in place at all
 
         Who brings `left` of a layer to zero adds its partial sums, writes S and C, and then `DONE`: others see it, and
         with it all that was written before.
@@ -322,7 +329,7 @@ def _make_work(checksum: int) -> Any:
                         pass
                     for k in range(last - 1, first - 1, -1):  # what was measured last is in cache
                         p, g, v = _arrays(places[row], sizes[row], k, p_like, g_like, v_like)
-                        _write(p, g, v, _copy(places[row], sizes[row], k, copy_like), C[row])
+                        _write(p, g, v, _copy(places[row], sizes[row], k, copy_like), C[row], moves)
 
     return work
 

@@ -32,6 +32,8 @@ class Request(NamedTuple):
         See `lars_array.news`; written to.
     found_inf : array of shape (), or None
         The step is skipped where it isn't zero.
+    out : sequence of arrays, or None
+        What parameters are written to instead of in place.
     """
 
     rules: Sequence[Rule]
@@ -46,3 +48,4 @@ class Request(NamedTuple):
     previous_lr: Any
     counts: Any
     found_inf: Any
+    out: Sequence[Any] | None = None

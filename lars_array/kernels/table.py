@@ -70,6 +70,28 @@ class Walk(NamedTuple):
         work(*self.arguments)
 
 
+class Types(NamedTuple):
+    """What compiled code is specialised for.
+
+    Parameters
+    ----------
+    p, g, v, copy : types
+        Of what is trained, gradients, buffers, and of what the result is written to as well; the last may be None.
+    moves : bool or None
+        True where the result is written to the last alone. None rather than False, which has no type of its own.
+    """
+
+    p: Any
+    g: Any
+    v: Any
+    copy: Any
+    moves: bool | None = None
+
+    def likes(self) -> tuple[Any, ...]:
+        """Return arguments of `lars_array.kernels.machine.work` of these types."""
+        return *(None if kind is None else np.empty(0, kind) for kind in self[:4]), self.moves
+
+
 class Table:
     """Layers whose arrays are of the same types, the largest first.
 
@@ -90,23 +112,28 @@ class Table:
         one, copy = params[layers[0]], copies[layers[0]]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         copy_type = None if copy is None else _stored_as(copy.dtype)
-        types = _stored_as(one.dtype), _stored_as(g_dtype), real_dtype(one, np), copy_type
-        _compile_for(*types)  # now, before anything is written
-        self.likes = _likes(*types)
+        self.types = Types(_stored_as(one.dtype), _stored_as(g_dtype), real_dtype(one, np), copy_type)
+        _compile_for(self.types)  # now, before anything is written
         sizes = np.array([width * params[i].size for i in layers], np.int64)
         order = np.argsort(-sizes, kind="stable")
         self.layers, self.sizes = np.array(layers)[order], sizes[order]
-        self.held = params, buffers, copies
         self.ids = np.zeros((len(layers), 3 if copy is None else 4), np.int64)
+        self.held = params, buffers, copies
         for column, arrays in ((0, params), (2, buffers), (3, copies))[: self.ids.shape[1] - 1]:
-            self.ids[:, column] = _ids([arrays[i] for i in self.layers.tolist()])
+            self.ids[:, column] = self._ids_of(arrays)
         self.ids[self.ids == id(None)] = 0
         self.left = -(-self.sizes // PIECE)
         shared = np.where(self.left >= ROOM_FROM, self.left, 0)
         self.offsets = np.cumsum(shared) - shared
         self.shared_pieces = int(shared.sum())
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
+        self._out: Any = None  # the ids of what the last walk has written to instead of in place
         self._tasks: dict[tuple[int, int], Any] = {}
+
+    def move(self, params: Sequence[Any], copies: Sequence[Any]) -> None:
+        """Take these for the parameters, or for what masters are rounded to, from now on: `out` of a walk before."""
+        self.held = params, self.held[1], copies
+        self.ids[:, 0 if self.types.copy is None else 3] = self._out
 
     def sums(self, grads: Sequence[Any], operand: Any) -> Walk:
         """Return the way to `core.sums` of this table's layers; the arguments are those of all layers."""
@@ -115,12 +142,14 @@ class Table:
             weights, kind_of = _weights(*operand)[self.layers], np.arange(len(self.layers))
         return self._walk(MEASURE, grads, np.empty((0, 6)), kind_of, weights, _NO_HYPER, *_NO_PROGRAMS)
 
-    def apply(self, grads: Sequence[Any], C: Any) -> Walk:
+    def apply(self, grads: Sequence[Any], C: Any, out: Sequence[Any] | None = None) -> Walk:
         """Return the way to `core.apply` of this table's layers; the arguments are those of all layers."""
         kind_of = np.zeros(len(self.layers), np.int64)
-        return self._walk(WRITE, grads, C[self.layers], kind_of, _NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
+        return self._walk(WRITE, grads, C[self.layers], kind_of, _NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS, out=out)
 
-    def take(self, grads: Sequence[Any], prepared: Prepared, kind_of: Any, programs: Any, *, write: bool) -> Walk:
+    def take(
+        self, grads: Sequence[Any], prepared: Prepared, kind_of: Any, programs: Any, out: Any, *, write: bool
+    ) -> Walk:
         """Return the way to S and C of this table's layers, and to the step; see `lars_array.kernels.compiled`."""
         gamma = prepared.gamma
         weights = _weights(np.ones_like(gamma), np.zeros_like(gamma), None)
@@ -128,21 +157,29 @@ class Table:
             weights = _weights(*prepared.operand)
         hyper, C = np.stack([gamma, *prepared.hyper], axis=1), np.empty((len(self.layers), 6))
         what = MEASURE | WRITE if write else MEASURE
-        return self._walk(what, grads, C, kind_of[self.layers], weights, hyper, *programs)
+        return self._walk(what, grads, C, kind_of[self.layers], weights, hyper, *programs, out=out)
 
-    def _walk(self, what: int, grads: Sequence[Any], C: Any, kind_of: Any, *by_kind: Any) -> Walk:
+    def _walk(
+        self, what: int, grads: Sequence[Any], C: Any, kind_of: Any, *by_kind: Any, out: Sequence[Any] | None = None
+    ) -> Walk:
         threads = max(1, min(thread_count(), self.threads_worth))
         if (what, threads) not in self._tasks:
             self._tasks[what, threads] = tasks(self.sizes.tolist(), what, threads)
-        mine = [grads[i] for i in self.layers.tolist()]
-        self.ids[:, 1] = _ids(mine)
+        self.ids[:, 1] = self._ids_of(grads)
+        ids, types = self.ids, self.types
+        if out is not None:
+            self._out = self._ids_of(out)
+            ids = np.column_stack([ids[:, :3], self._out])
+            if types.copy is None:  # masters stay where they are
+                types = types._replace(copy=types.p, moves=True)
+                _compile_for(types)
         S = np.zeros((len(self.layers), 3))
         arguments = (
             self._tasks[what, threads],
             np.zeros(1, np.int64),
             np.full_like(self.left, DONE) if what == WRITE else self.left.copy(),
             np.zeros(self.shared_pieces, np.int64),
-            data_of(self.ids, object.__basicsize__),
+            data_of(ids, object.__basicsize__),
             self.sizes,
             self.offsets,
             np.zeros((self.shared_pieces, 3)),
@@ -150,29 +187,28 @@ class Table:
             *by_kind,
             S,
             C,
-            *self.likes,
+            *types.likes(),
         )
-        return Walk(arguments, threads, self.layers, S, C, (self.held, mine))
+        return Walk(arguments, threads, self.layers, S, C, (self.held, grads, out))
+
+    def _ids_of(self, arrays: Sequence[Any]) -> Any:
+        return _ids([arrays[i] for i in self.layers.tolist()])
 
 
 @cache
-def _compile_for(p_type: Any, g_type: Any, v_type: Any, copy_type: Any) -> None:
+def _compile_for(types: Types) -> None:
     """Have `work` compiled for these types, by a walk over nothing."""
     none, nothing = np.empty(0, np.int64), np.empty((0, 3))
     by_kind = (_NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
     places = np.empty((0, 3), np.int64)
     counters = np.zeros(1, np.int64), none, none
     arguments = (np.empty((0, 5), np.int64), *counters, places, none, none, nothing, none, *by_kind)
-    at_first(work, *arguments, nothing, np.empty((0, 6)), *_likes(p_type, g_type, v_type, copy_type))
+    at_first(work, *arguments, nothing, np.empty((0, 6)), *types.likes())
 
 
 def _stored_as(dtype: Any) -> Any:
     """Return the type that compiled code reads and writes: bits of half precision, the parts of complex numbers."""
     return _BITS.get(dtype_name(dtype)) or np.empty(0, dtype).real.dtype.type
-
-
-def _likes(*types: Any) -> tuple[Any, ...]:
-    return tuple(None if kind is None else np.empty(0, kind) for kind in types)
 
 
 def _weights(gamma: Any, w: Any, h: Any) -> Any:
