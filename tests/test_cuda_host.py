@@ -85,6 +85,65 @@ def test_what_is_captured_brings_its_addresses(device: Any) -> None:
     assert names(device) == ["poke", *THREE]
 
 
+def test_parameters_that_move_cost_addresses_at_most(device: Any) -> None:
+    """And none where they go back and forth, to the arrays of the step before."""
+    params, here, grads = numbers(0), [np.asarray(p).copy() for p in numbers(0)], numbers(1)
+    optimizer, plain = LARS(params, **HYPER), LARS(here, **HYPER, kernel="portable")
+
+    def step_to(out: list[Any]) -> list[str]:
+        with cuda_on_cpu.nothing_read():
+            optimizer.step(grads, out=out)
+        plain.step([np.asarray(g) for g in grads])
+        assert_same([np.asarray(x) for x in out], here)
+        assert all(x is y for x, y in zip(optimizer.param_groups[0]["params"], out, strict=True))
+        return names(device)
+
+    there = numbers(2)
+    assert step_to(there) == ["poke", "poke", *THREE]
+    assert step_to(params) == THREE
+    allocations = device.allocations
+    assert step_to(there) == THREE
+    assert step_to(numbers(3)) == ["poke", *THREE]
+    optimizer.step(grads)
+    plain.step([np.asarray(g) for g in grads])
+    assert_same([np.asarray(x) for x in optimizer.param_groups[0]["params"]], here)
+    assert names(device) == THREE
+    assert device.allocations == allocations
+
+
+def test_a_graph_moves_nothing(device: Any) -> None:
+    params, grads = numbers(0), numbers(1)
+    optimizer = LARS(params, **HYPER)
+    optimizer.step(grads)
+    device.capturing = True
+    with pytest.raises(ValueError, match="out must be None in a step that goes into a graph"):
+        optimizer.step(grads, out=numbers(2))
+    optimizer.step(grads)
+    assert optimizer.steps == 2
+
+
+@pytest.mark.parametrize("rule", ["flash", "optax"])
+def test_parameters_may_move_to_other_layouts(device: Any, rule: str) -> None:
+    """To strides, to where the gradient lies otherwise, and back."""
+
+    def placed(x: Any, layout: str) -> Any:
+        wide = far(np.zeros((x.shape[0], 2 * x.shape[1])))
+        place = {"C": far(x), "F": far(x.T).T, "strided": wide[:, ::2]}[layout]
+        place[...] = x
+        return place
+
+    x, g = (np.random.default_rng(seed).standard_normal((40, 30)) for seed in (0, 1))
+    here = [x.copy(), x[:3].copy()]
+    optimizer = LARS([placed(p, "C") for p in here], **HYPER, rule=rule)
+    plain = LARS(here, **HYPER, rule=rule, kernel="portable")
+    for layout in ("C", "F", "strided", "strided", "C", "F", "F", "C"):
+        out = [placed(p * 0, layout) for p in here]
+        optimizer.step([far(g), far(g[:3])], out=out)
+        plain.step([g, g[:3]])
+        for p, q in zip(out, here, strict=True):
+            np.testing.assert_allclose(np.asarray(p), q, rtol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,31 @@ def test_apply_has_the_bits_of_core(device: Any, layers: list[Layer], seed: int,
     assert_same([[np.asarray(x) for x in layer.arrays] for layer in layers], expected)
     assert [[surroundings(x) for x in layer.arrays] for layer in layers] == around
     assert fingerprint([layer.g for layer in layers]) == untouched
+
+
+@settings(max_examples=150)
+@given(models(), st.integers(0, 99), st.sampled_from([None, True, False]))
+def test_apply_elsewhere_has_the_bits_of_apply(
+    device: Any, layers: list[Layer], seed: int, written: bool | None
+) -> None:
+    """Or those that there were, if nothing is to be written; masters and buffers stay where they are."""
+    rng = np.random.default_rng(seed)
+    C, wanted = far(rng.standard_normal((len(layers), 6))), None if written is None else far(written)
+    grads, twins = [layer.g for layer in layers], copy.deepcopy(layers)
+    out = [drawn(rng, layer.p.size, layer.p.dtype, rng.integers(0, 5)) for layer in layers]
+    around = [[surroundings(x) for x in (place, *layer.arrays)] for place, layer in zip(out, layers, strict=True)]
+    untouched = fingerprint([[layer.p, layer.g] for layer in layers])
+    kernel_of(twins).apply([twin.g for twin in twins], C, wanted)
+    kernel = kernel_of(layers)
+    kernel.apply(grads, C, wanted, out)
+    assert_same([[layer.v, layer.master] for layer in layers], [[twin.v, twin.master] for twin in twins])
+    assert_same(out, [twin.p for twin in twins])
+    assert fingerprint([[layer.p, layer.g] for layer in layers]) == untouched
+    assert [[surroundings(x) for x in (place, *layer.arrays)] for place, layer in zip(out, layers)] == around
+    kernel.move(out)
+    kernel.apply(grads, C)  # and from there
+    kernel_of(twins).apply([twin.g for twin in twins], C)
+    assert_same(out, [twin.p for twin in twins])
 
 
 def test_sums_depend_on_sizes_alone() -> None:

@@ -98,13 +98,13 @@ class Pair:
 
         self.near, self.far = make(self.here), make(self.there)
 
-    def step(self, grads: Any, **options: Any) -> None:
+    def step(self, grads: Any, out: Any = None, **options: Any) -> None:
         sent = {name: None if g is None else self.device.put(g) for name, g in grads.items()}
         found = {name: self.device.put(np.asarray(x)) for name, x in options.items()}
         with contextlib.suppress(NonFiniteError):
             self.near.step(grads, **options)
         with self.device.unread():
-            self.far.step(sent, **found)
+            self.far.step(sent, out=out, **found)
 
     def assert_alike(self) -> None:
         for name, p in self.here.items():
@@ -237,6 +237,31 @@ def test_what_a_loss_scaler_has_found_skips_the_step(device: Device, policy: str
     pair.step(numbers(2), found_inf=0.0)
     pair.assert_alike()
     assert pair.far.skipped_steps == pair.near.skipped_steps == 1
+
+
+@pytest.mark.parametrize("policy", ["propagate", "skip", "raise"])
+@pytest.mark.parametrize("rule", ["flash", lambda S, hyper, xp: RULES["optax"].function(S + 0 * xp.mean(S), hyper, xp)])
+def test_parameters_move_whether_a_step_is_taken_or_not(device: Device, policy: str, rule: Any) -> None:
+    """Also by stages, which is where a rule goes that can't be put on tape."""
+    pair = Pair(device, nonfinite=policy, rule=rule, momentum=0.0 if policy == "skip" else 0.9)
+    steps: list[tuple[dict[str, Any], float]] = [(numbers(seed), float(seed == 3)) for seed in range(1, 7)]
+    if policy != "propagate":
+        steps[1][0]["b"][1] = np.nan
+    for seed, (grads, found) in enumerate(steps):
+        missing = ["last"] if seed == 4 else []
+        before = fingerprint(pair.there)
+        room = {name: None if name in missing else device.put(p * 0) for name, p in pair.here.items()}
+        old = dict(pair.there)
+        pair.step(grads | dict.fromkeys(missing), found_inf=found, out=room)
+        assert fingerprint(old) == before
+        pair.there = {name: old[name] if x is None else x for name, x in room.items()}
+        shown = pair.far.param_groups[0]["params"]
+        assert all(x is y for x, y in zip(shown, pair.there.values(), strict=True))
+        if found or (seed == 1 and policy != "propagate"):
+            assert fingerprint(pair.there) == before
+    with contextlib.suppress(NonFiniteError):
+        pair.far.synchronize()
+    pair.assert_alike()
 
 
 @pytest.mark.parametrize("found", [True, 1.0, np.float32(1), np.array(1.0)])
@@ -376,6 +401,18 @@ def test_kernels_leave_alone_what_is_not_to_be_written(kernel: str) -> None:
     assert fingerprint([p, v]) == before
     Kernel([p], [v], np).apply([np.ones(5)], np.ones((1, 6)), np.asarray(True))
     assert fingerprint([p, v]) != before
+
+
+@pytest.mark.parametrize("kernel", kernels.NUMPY_KERNELS)
+def test_kernels_copy_what_is_not_to_be_written_but_moves(kernel: str) -> None:
+    """A master's parameter as it is: its owner may have changed it."""
+    p, master, v, g = np.ones(5, "f2"), np.full(5, 2.0, "f4"), np.ones(5, "f4"), np.full(5, np.nan)
+    x, y = np.zeros(5, "f2"), np.zeros(5)
+    before = fingerprint([p, master, v])
+    Kernel = kernels.pick([p], kernel)
+    Kernel([p, g], [v, None], np, [master, None]).apply([g, g], np.ones((2, 6)), np.asarray(False), [x, y])
+    assert fingerprint([p, master, v]) == before
+    assert_same([x, y], [p, g])
 
 
 def test_a_loss_scaler_skips_in_numpy_too() -> None:

@@ -189,9 +189,7 @@ class Kernel:
         """Have the tables speak of these gradients, and of what is written to in the place of the parameters."""
         capturing = self._device.is_capturing()
         if capturing and out is not None:
-            raise ValueError(
-                "out must be None in a step that goes into a graph: replays move nothing; got arrays"
-            )
+            raise ValueError("out must be None in a step that goes into a graph: replays move nothing; got arrays")
         same = len(grads) == len(self._seen) and all(map(is_, grads, map(call, self._seen)))
         out_strides = self._out_strides if out is None else [x.strides for x in out]
         if not same or capturing or out_strides != self._out_strides:  # else arrays of CuPy stay where they are
