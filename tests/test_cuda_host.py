@@ -136,12 +136,15 @@ def test_parameters_may_move_to_other_layouts(device: Any, rule: str) -> None:
     here = [x.copy(), x[:3].copy()]
     optimizer = LARS([placed(p, "C") for p in here], **HYPER, rule=rule)
     plain = LARS(here, **HYPER, rule=rule, kernel="portable")
-    for layout in ("C", "F", "strided", "strided", "C", "F", "F", "C"):
-        out = [placed(p * 0, layout) for p in here]
-        optimizer.step([far(g), far(g[:3])], out=out)
+    grads = [far(g), far(g[:3])]
+    for layout in ("C", "C", "F", "strided", "strided", "strided", None, "C", "F", "F", "C", "C", None):
+        names(device)
+        out = None if layout is None else [placed(p * 0, layout) for p in here]
+        optimizer.step(grads, out=out)
         plain.step([g, g[:3]])
-        for p, q in zip(out, here, strict=True):
+        for p, q in zip(optimizer.param_groups[0]["params"], here, strict=True):
             np.testing.assert_allclose(np.asarray(p), q, rtol=1e-13)
+    assert names(device) == [f"{name}_float64_float64" if name != "coefficients" else name for name in THREE]
 
 
 @pytest.mark.parametrize(

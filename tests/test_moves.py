@@ -15,10 +15,10 @@ from assertions import assert_close, assert_same, fingerprint
 from references import LAYOUTS, gaussian
 
 import lars_array.moves
-from lars_array import LARS, RULES, param_groups
+from lars_array import LARS, RULES, kernels, param_groups
 from lars_array.gradients import Fit
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.kernels import compiled, table
+from lars_array.kernels import blocked, compiled, table
 
 HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
 SHAPES: dict[str, tuple[int, ...]] = {"w": (6, 40, 7), "b": (40,), "none": (0,), "one": (), "large": (700, 701)}
@@ -143,6 +143,44 @@ def test_layouts(here: str, there: str, kernel: str) -> None:
             assert now.tobytes() == before
             now, room = room, now
             assert_close(now, plain, 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("of_g", ["C", "Fortran"])
+def test_layouts_may_change_from_step_to_step(of_g: str, kernel: str) -> None:
+    rng = np.random.default_rng(0)
+    here = [gaussian(rng, shape, "f4") for shape in ((5, 7, 3), (40, 30))]
+    grads = [LAYOUTS[of_g](gaussian(rng, p.shape, "f4")) for p in here]
+    plain = [p.astype("f8") for p in here]
+    ours, theirs = LARS(here, **HYPER, kernel=kernel), LARS(plain, **HYPER, kernel="portable")
+    wide = [g.astype("f8") for g in grads]
+    for layout in ("C", "C", "unaligned", "C", "Fortran", "Fortran", "C", "strided", "strided", "strided", None, "C"):
+        out = None if layout is None else [LAYOUTS[layout](np.zeros_like(p)) for p in here]
+        ours.step(grads, out=out)
+        theirs.step(wide)
+        for p, q in zip(ours.param_groups[0]["params"], plain, strict=True):
+            assert_close(p, q, 1e-6)
+
+
+def test_what_has_moved_where_it_lies_densely_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = LARS([LAYOUTS["strided"](np.ones((4, 5)))], **HYPER, kernel="compiled")
+    grads = [np.ones((4, 5))]
+    optimizer.step(grads)
+    optimizer.step(grads, out=[np.zeros((4, 5))])
+    for way in ("sums", "apply"):
+        monkeypatch.delattr(blocked.Kernel, way)
+    optimizer.step(grads, out=[np.zeros((4, 5))])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_kernels_only_read_what_moves(dtype: str, kernel: str) -> None:
+    for layout in ("C", "strided"):
+        p, g, v = (LAYOUTS[layout](np.ones(5, kind)) for kind in (dtype, dtype, "f4"))
+        x = np.zeros(5, dtype)
+        p.flags.writeable = False
+        kernels.pick([p], kernel)([p], [v], np).apply([g], np.full((1, 6), 0.25), None, [x])
+        np.testing.assert_array_equal(x, np.full(5, 1 - 0.25 * (0.75 + 1 + 1), dtype))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
