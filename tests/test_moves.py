@@ -154,8 +154,8 @@ def test_layouts_may_change_from_step_to_step(of_g: str, kernel: str) -> None:
     plain = [p.astype("f8") for p in here]
     ours, theirs = LARS(here, **HYPER, kernel=kernel), LARS(plain, **HYPER, kernel="portable")
     wide = [g.astype("f8") for g in grads]
-    for layout in ("C", "C", "unaligned", "C", "Fortran", "Fortran", "C", "strided", "strided", "strided", None, "C"):
-        out = None if layout is None else [LAYOUTS[layout](np.zeros_like(p)) for p in here]
+    for layout in "C C Fortran Fortran C C unaligned C strided strided strided here C".split():
+        out = None if layout == "here" else [LAYOUTS[layout](np.zeros_like(p)) for p in here]
         ours.step(grads, out=out)
         theirs.step(wide)
         for p, q in zip(ours.param_groups[0]["params"], plain, strict=True):
