@@ -85,7 +85,7 @@ def test_nothing_is_copied_on_the_way_in_or_out(donate: bool, dtype: str, monkey
         params = optimizer.step(grads)
         assert [seen[-1][name].ctypes.data for name in ("b.0", "w")] == places(grads)
         used.add(tuple(places(params)))
-        mine = [p.ctypes.data for p in optimizer._memory]
+        mine = [p.ctypes.data for p in optimizer._place.memory]
         assert (places(params) == mine) == donate
         assert places(params) == places(optimizer.params)
         assert all(place % 64 == 0 for place in places(params))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,18 +10,16 @@ import numpy as np
 
 import lars_array
 from lars_array.arrays import check_gradient, check_parameter
-from lars_array.kernels.threads import thread_count, together
 from lars_array.registry import Rule
 from lars_array.rows import LayerOf
 from lars_array.telemetry import Norms
 from lars_jax.checkpoint import regrouped
-from lars_jax.memory import Lent, own_copy, room_for, view
+from lars_jax.places import place_of
 from lars_jax.transformation import Said, groups_of
 from lars_jax.trees import leaves_as, named_leaves
+from lars_jax.values import check_has_values
 
 __all__ = ["LARS"]
-
-_PATIENCE = 0.005  # seconds: how long what is computed already may take to let go of its parameters
 
 
 class LARS:
@@ -152,16 +148,14 @@ class LARS:
             check_parameter(name, leaf)
         said = Said(options, weight_decay_mask, trust_ratio_mask, layer_axes)
         groups, group_of = groups_of(options, params, said)
-        self._group_of = [group_of[i] for i in self._places]
+        present = sorted({group_of[i] for i in self._places})
+        self._group_of = [present.index(group_of[i]) for i in self._places]
         self._layer_of, self._kernel, self._donate = layer_of, kernel, donate
-        self._memory = [own_copy(leaf) for leaf in given]
-        present = sorted(set(self._group_of))
-        self._group_of = [present.index(k) for k in self._group_of]
-        groups = [groups[k] for k in present]
-        self._inner = self._made(groups)
+        self._place = place_of(self._names, given, donate)
         self._others = {i: leaf for i, leaf in enumerate(leaves) if i not in set(self._places)}
-        self._lent: list[list[Lent]] = [[] for _ in self._memory]
-        self._tree = self._shown()
+        with self._place.here():
+            self._inner = self._made([groups[k] for k in present])
+            self._tree = self._shown()
         if donate:
             for leaf in given:
                 if isinstance(leaf, jax.Array) and not leaf.is_deleted():
@@ -211,20 +205,34 @@ class LARS:
             As `lars_array.LARS.step` does.
         """
         given = leaves_as(self._structure, grads, "grads")
-        seen: dict[str, Any] = {}
-        for name, p, i in zip(self._names, self._memory, self._places):
-            seen[name] = None if given[i] is None else _gradient(name, given[i], p)
+        given = [given[i] for i in self._places]
+        for name, g, p in zip(self._names, given, self._place.memory):
+            if g is not None:
+                self._check_gradient(name, g, p)
         if found_inf is not None:
-            found_inf = bool(_there("found_inf", found_inf))
-        if self._donate:
-            self._take_back()
-        before = self._inner.steps
-        try:
-            self._inner.step(seen, found_inf=found_inf)
-        finally:
-            if self._donate or self._inner.steps > before:
-                self._tree = self._shown()
+            check_has_values("found_inf", found_inf)
+        with self._place.here():
+            views = self._begin(given)
+            skipped, refused = self._inner.skipped_steps, True
+            try:
+                with self._place.numbers(self._inner.param_groups, found_inf) as found:
+                    self._inner.step(dict(zip(self._names, views)), found_inf=found)
+                refused = False
+            finally:
+                same = refused or (self._place.knows and self._inner.skipped_steps > skipped)
+                if self._donate or not same:
+                    self._tree = self._shown()
         return self._tree
+
+    def synchronize(self) -> None:
+        """Wait for the device until all steps are done, and then know what became of them.
+
+        Raises
+        ------
+        NonFiniteError
+            As `lars_array.LARS.synchronize` does.
+        """
+        self._inner.synchronize()
 
     def replace_params(self, params: Any) -> None:
         """Go on from other parameters, of the same structure, shapes and dtypes: clipped ones, or an average.
@@ -240,20 +248,18 @@ class LARS:
             If they do not fit. Then nothing was changed.
         """
         given = leaves_as(self._structure, params, "params")
-        new = []
-        for name, p, i in zip(self._names, self._memory, self._places):
-            found = _there(f"parameter {name!r}", given[i])
-            if found.shape != p.shape or found.dtype != p.dtype:
+        new = [given[i] for i in self._places]
+        for name, x, p in zip(self._names, new, self._place.memory):
+            self._check_array(f"parameter {name!r}", x)
+            if x.shape != p.shape or x.dtype != p.dtype:
                 raise ValueError(
                     f"parameter {name!r} must keep its shape {p.shape!r} and dtype {p.dtype!r}; "
-                    f"got {found.shape!r} and {found.dtype!r}"
+                    f"got {x.shape!r} and {x.dtype!r}"
                 )
-            new.append(found)
-        if self._donate:
-            self._take_back()
-        for p, x in zip(self._memory, new):
-            p[...] = x
-        self._tree = self._shown()
+        with self._place.here():
+            if self._place.refill(new):
+                self._inner = self._moved()
+            self._tree = self._shown()
 
     def norms(self) -> dict[str, Norms]:
         """Return the norms that the last step was taken with; see `lars_array.LARS.norms`.
@@ -283,7 +289,8 @@ class LARS:
         dict
             By the names of the leaves: their paths with dots. Arrays are NumPy's.
         """
-        return self._inner.state_dict()
+        with self._place.here():
+            return self._place.outside(self._inner.state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state of this class, of `lars_array.LARS` or of `lars_jax.to_state_dict`.
@@ -299,71 +306,53 @@ class LARS:
             If it does not fit these parameters; then nothing was changed.
         """
         names = [list(group["names"]) for group in self._inner.param_groups]
-        self._inner.load_state_dict(regrouped(state_dict, names))
+        given = regrouped(state_dict, names)
+        with self._place.here():
+            if _is_state(given.get("state")):
+                given["state"] = self._place.inside(given["state"])
+            self._inner.load_state_dict(given)
 
     def __repr__(self) -> str:
         return f"lars_jax.{self._inner!r}"
 
+    def _check_array(self, what: str, x: Any) -> None:
+        check_has_values(what, x)
+        if not isinstance(x, (jax.Array, np.ndarray)):
+            raise TypeError(f"{what} must be an array; got {x!r}")
+        self._place.check(what, x)
+
+    def _check_gradient(self, name: str, g: Any, p: Any) -> None:
+        self._check_array(f"the gradient of {name!r}", g)
+        if g.shape != p.shape or g.dtype != p.dtype:
+            check_gradient(name, *(np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in (g, p)))
+
     def _made(self, groups: list[dict[str, Any]]) -> lars_array.LARS:
         found = []
         for number, group in enumerate(groups):
-            mine = zip(self._names, self._memory, self._group_of, strict=True)
+            mine = zip(self._names, self._place.memory, self._group_of, strict=True)
             found.append(group | {"params": {name: p for name, p, k in mine if k == number}})
         return lars_array.LARS(found, layer_of=self._layer_of, kernel=self._kernel)
 
-    def _shown(self) -> Any:
-        """Return the parameters as a tree of JAX arrays: of our memory, or of copies of it."""
-        memory = self._memory if self._donate else self._rooms()
-        lent: list[Lent] = []
-        copies = iter([] if self._donate else list(zip(memory, self._memory, strict=True)))
-        here = threading.get_ident()
-
-        def work() -> None:
-            if threading.get_ident() == here:  # what JAX is set to is a thread's own
-                lent.extend(map(Lent, memory))
-            for target, source in copies:
-                np.copyto(target, source)
-
-        together(work, 1 if self._donate else thread_count(2))
-        leaves: list[Any] = [self._others.get(i) for i in range(self._structure.num_leaves)]
-        for i, known, one in zip(self._places, self._lent, lent, strict=True):
-            leaves[i] = one.array
-            known[:] = [one] if self._donate else [*known[-1:], one]  # what is older is its owner's business
-            if not self._donate:
-                one.forget()
-        return self._structure.unflatten(leaves)
-
-    def _rooms(self) -> list[Any]:
-        """Return memory that nobody sees, for a copy of each parameter."""
-        rooms = []
-        for known, p in zip(self._lent, self._memory):
-            free = next((lent for lent in known if not lent.is_seen()), None)
-            rooms.append(room_for(p) if free is None else free.memory)
-            if free is not None:
-                known.remove(free)
-        return rooms
-
-    def _take_back(self) -> None:
-        """Delete what was lent. Memory that is looked at all the same is left to whoever does."""
-        lent = [known[0] for known in self._lent]
-        for one in lent:
-            one.array.delete()
-            one.forget()
-        deadline = time.monotonic() + _PATIENCE
-        while any(one.is_seen() for one in lent) and time.monotonic() < deadline:
-            time.sleep(0)
-        seen = [k for k, one in enumerate(lent) if one.is_seen()]
-        if seen:
-            for k in seen:
-                self._memory[k] = own_copy(self._memory[k])
+    def _begin(self, given: list[Any]) -> list[Any]:
+        """Return what is given as arrays that the inner optimizer takes, whose parameters nobody sees any more."""
+        views, moved = self._place.begin(given)
+        if moved:
             self._inner = self._moved()
+        return views
+
+    def _shown(self) -> Any:
+        """Return the parameters as a tree of JAX arrays."""
+        leaves: list[Any] = [self._others.get(i) for i in range(self._structure.num_leaves)]
+        for i, x in zip(self._places, self._place.end(), strict=True):
+            leaves[i] = x
+        return self._structure.unflatten(leaves)
 
     def _moved(self) -> lars_array.LARS:
         """Return the inner optimizer, on the memory as it is now."""
         old = self._inner
         options = [{key: x for key, x in group.items() if key not in ("params", "names")} for group in old.param_groups]
         new = self._made(options)
-        new.attach_state(old.state_views())
+        new.attach_state(self._place.inside(old.state_views()))
         new.steps, new.skipped_steps = old.steps, old.skipped_steps
         for group, mine in zip(old.param_groups, new.param_groups, strict=True):
             group["params"] = mine["params"]
@@ -371,50 +360,20 @@ class LARS:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_lent": [[] for _ in self._memory], "_tree": None}
+        return self.__dict__ | {"_tree": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._memory = [own_copy(p) for p in self._memory]
-        self._inner = self._moved()
-        self._tree = self._shown()
+        with self._place.here():
+            self._inner = self._moved()
+            self._tree = self._shown()
 
 
 def _is_parameter(name: str, leaf: Any) -> bool:
     if isinstance(leaf, jax.core.Tracer):
-        raise TypeError(_traced(f"parameter {name!r}"))
-    if not isinstance(leaf, (jax.Array, np.ndarray)) or not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
-        return False
-    _there(f"parameter {name!r}", leaf)
-    return True
+        check_has_values(f"parameter {name!r}", leaf)
+    return isinstance(leaf, (jax.Array, np.ndarray)) and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
 
 
-def _traced(what: str) -> str:
-    return f"{what} must be an array with values, which a traced one has not; under jit use lars_jax.lars"
-
-
-def _there(what: str, array: Any) -> Any:
-    """Return a NumPy view of an array, or of a number, that lies where the optimizer's memory does.
-
-    Raises
-    ------
-    TypeError
-        If it is traced, or lies elsewhere.
-    """
-    if isinstance(array, jax.core.Tracer):
-        raise TypeError(_traced(what))
-    if isinstance(array, jax.Array):
-        if array.is_deleted():
-            raise ValueError(f"{what} was deleted: it was donated to an earlier step")
-        if len(array.devices()) != 1 or next(iter(array.devices())) != jax.local_devices(backend="cpu")[0]:
-            places = ", ".join(sorted(map(str, array.devices())))
-            raise TypeError(f"{what} must lie on the first CPU device, under jit use lars_jax.lars; got {places}")
-    return view(array)
-
-
-def _gradient(name: str, g: Any, p: Any) -> Any:
-    if not isinstance(g, (jax.Array, np.ndarray)):
-        raise TypeError(f"the gradient of {name!r} must be an array; got {g!r}")
-    found = _there(f"the gradient of {name!r}", g)
-    check_gradient(name, found, p)
-    return found
+def _is_state(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(own, Mapping) for own in state.values())
