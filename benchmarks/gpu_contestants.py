@@ -121,17 +121,54 @@ def torch_sgd(params: list[Any], grads: list[Any]) -> Run:
     )
 
 
-def optax_lars(params: list[Any], grads: list[Any]) -> Run:
-    """``optax.lars`` and ``optax.apply_updates`` in one compiled function, which may write into what it is given."""
+def _to_jax(*lists: list[Any]) -> list[Any]:
     import jax
-    import optax
 
+    # Else it takes most of the memory that there is when it first looks at the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         device = jax.devices("gpu")[0]
     except RuntimeError as error:
         raise UnavailableError(f"JAX has no GPU: {error}") from error
-    own, slopes = (jax.device_put(list(arrays), device) for arrays in (params, grads))
+    return [jax.device_put(list(arrays), device) for arrays in lists]
+
+
+def jax_adapter(params: list[Any], grads: list[Any], *, donate: bool) -> Run:
+    """`lars_jax.LARS`, which lets what is not finite through, as optax does."""
+    import jax
+
+    from lars_jax import LARS
+
+    own, slopes = _to_jax(params, grads)
+    optimizer = LARS(own, **OPTIONS, **UNCHECKED, donate=donate)
+
+    def step() -> None:
+        jax.block_until_ready(optimizer.step(slopes))
+
+    return Run(step, lambda: [np.asarray(p) for p in optimizer.params])
+
+
+def jax_transformation(params: list[Any], grads: list[Any]) -> Run:
+    """`lars_jax.lars` and ``optax.apply_updates`` in one compiled function, which may write into what it is given."""
+    from lars_jax import lars
+
+    options = {key: x for key, x in OPTIONS.items() if key != "lr"}
+    return _compiled(lars(OPTIONS["lr"], **options), params, grads)
+
+
+def optax_lars(params: list[Any], grads: list[Any]) -> Run:
+    """``optax.lars`` and ``optax.apply_updates`` in one compiled function, which may write into what it is given."""
+    import optax
+
     optimizer = optax.lars(LR, weight_decay=DECAY, trust_coefficient=ETA, momentum=MOMENTUM)
+    return _compiled(optimizer, params, grads)
+
+
+def _compiled(optimizer: Any, params: list[Any], grads: list[Any]) -> Run:
+    import jax
+    import optax
+
+    own, slopes = _to_jax(params, grads)
 
     def update(params: Any, state: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state, params)
@@ -148,7 +185,7 @@ def optax_lars(params: list[Any], grads: list[Any]) -> Run:
 
 
 # Of these only the host's time is known: events on CuPy's stream don't see theirs.
-OWN_STREAM = {"optax, jax.jit"}
+OWN_STREAM = {"optax, jax.jit", "lars_jax.lars, jax.jit", "lars_jax.LARS", "lars_jax.LARS, donate=True"}
 
 GPU = [
     Contestant("lars_array, CuPy, captured in a graph", cupy_graph, ours=True),
@@ -159,6 +196,9 @@ GPU = [
     ),
     Contestant("lars_array, CuPy", cupy_lars, ours=True),
     Contestant("lars_torch", torch_adapter, ours=True),
+    Contestant("lars_jax.lars, jax.jit", jax_transformation, copies=6, most_arrays=1000, ours=True, float32_norms=True),
+    Contestant("lars_jax.LARS, donate=True", partial(jax_adapter, donate=True), ours=True),
+    Contestant("lars_jax.LARS", partial(jax_adapter, donate=False), copies=4, ours=True),
     Contestant(REFERENCE, torch_optimizer, distribution="torch_optimizer", float32_norms=True),
     Contestant("timm, foreach", timm, "timm", distribution="timm", copies=6, float32_norms=True),
     Contestant(

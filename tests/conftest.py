@@ -16,6 +16,9 @@ settings.register_profile("default", deadline=None, suppress_health_check=_QUIET
 settings.register_profile("ci", deadline=None, suppress_health_check=_QUIET, derandomize=True, database=None)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
+# Else JAX takes most of a GPU's memory when it first looks at it, and CuPy and torch are to work there too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 _MODULES = {
     "numpy": "numpy",
