@@ -113,7 +113,7 @@ def nothing_is_copied(put: Put, donate: bool) -> None:
     inner = lars_array.LARS.step
 
     def spied(self: Any, grads: Any, **options: Any) -> Any:
-        seen.append([x.data.ptr if hasattr(x.data, "ptr") else x.ctypes.data for x in grads.values() if x.size])
+        seen.append([x.data.ptr if hasattr(x.data, "ptr") else x.ctypes.data for x in grads if x.size])
         return inner(self, grads, **options)
 
     memory = optimizer._place.memory

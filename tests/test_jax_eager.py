@@ -83,13 +83,13 @@ def test_nothing_is_copied_on_the_way_in_or_out(donate: bool, dtype: str, monkey
     for t in range(6):
         grads = draw(1 + t, dtype)
         params = optimizer.step(grads)
-        assert [seen[-1][name].ctypes.data for name in ("b.0", "w")] == places(grads)
+        assert [g.ctypes.data for g in seen[-1]] == places(grads)
         used.add(tuple(places(params)))
         mine = [p.ctypes.data for p in optimizer._place.memory]
-        assert (places(params) == mine) == donate
+        assert places(params) == mine if donate else not set(places(params)) & set(mine)
         assert places(params) == places(optimizer.params)
         assert all(place % 64 == 0 for place in places(params))
-    assert len(used) == (1 if donate else 2), "a step in place stays, another takes turns between two places"
+    assert len(used) == 1 or not donate, "a step in place stays there"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -389,10 +389,14 @@ def test_torch_goes_on_from_a_state() -> None:
     assert bits([p.detach().numpy() for p in theirs]) == bits(optimizer.step(draw(2)))
 
 
-def test_what_is_donated_to_something_else_is_not_lost(donate: bool) -> None:
+def test_what_is_donated_to_something_else_is_missed_if_it_was_the_parameters(donate: bool) -> None:
     optimizer, plain = LARS(draw(0), donate=donate, **OPTIONS), LARS(draw(0), **OPTIONS)
     doubled = jax.jit(lambda params: jax.tree.map(lambda p: 2 * p, params), donate_argnums=0)(optimizer.params)
     before = bits(doubled)
+    if donate:
+        with pytest.raises(ValueError, match=r"parameter 'b\.0' was deleted: with donate=True"):
+            optimizer.step(draw(1))
+        optimizer.replace_params(draw(0))
     assert bits(optimizer.step(draw(1))) == bits(plain.step(draw(1)))
     optimizer.step(draw(2))
     assert bits(doubled) == before

@@ -1,131 +1,64 @@
-"""Parameters on a CPU: memory of ours, lent to JAX."""
+"""Parameters on a CPU: memory of JAX, seen and stepped by NumPy's kernels, once JAX is done with it."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
 import numpy as np
 
-from lars_array.kernels.threads import thread_count, together
-from lars_jax.memory import Lent, own_copy, room_for, view
-from lars_jax.values import check_has_values, devices_of, first_cpu
+from lars_jax.place import Place
+from lars_jax.turns import copied
+from lars_jax.values import first_cpu
 
 __all__ = ["HostPlace"]
 
-_PATIENCE = 0.005  # seconds: how long what is computed already may take to let go of its parameters
+# All there is as one buffer: an array on it belongs to nobody, and takes a quarter of a microsecond to make.
+_FIRST = 1  # since no address is 0
+_MEMORY = memoryview((ctypes.c_byte * (sys.maxsize - _FIRST)).from_address(_FIRST))
+_TO_READ = _MEMORY.toreadonly()
 
 
-class HostPlace:
-    """See `lars_jax.places.Place`. The memory is ours, and JAX is lent it, or copies.
-
-    Parameters
-    ----------
-    leaves : sequence of arrays
-        Copied.
-    donate : bool
-        Whether what is handed out is what the next step writes to.
-    """
+class HostPlace(Place):
+    """See `Place`. Gradients may be arrays of NumPy, too."""
 
     knows = True
-
-    def __init__(self, leaves: Sequence[Any], donate: bool) -> None:
-        self.memory = [own_copy(leaf) for leaf in leaves]
-        self._donate = donate
-        self._lent: list[list[Lent]] = [[] for _ in self.memory]
 
     def here(self) -> AbstractContextManager[Any]:
         """Return a context that does nothing."""
         return nullcontext()
 
-    def check(self, what: str, array: Any) -> None:
-        """Refuse an array of JAX that lies elsewhere."""
-        if isinstance(array, jax.Array) and (found := devices_of(array)) != [first_cpu()]:
-            raise TypeError(
-                f"{what} must lie on the first CPU device, as the parameters, else use lars_jax.lars; "
-                f"got {', '.join(map(str, found))}"
-            )
+    def _sync(self) -> None:
+        self._mark.block_until_ready()
 
-    def begin(self, given: Sequence[Any]) -> tuple[list[Any], bool]:
-        """See that nobody looks at the memory, or leave it to whoever does."""
-        views = [None if x is None else view(x) for x in given]
-        return views, self._donate and self._take_back()
+    def _awaited(self, given: list[Any]) -> list[Any]:
+        jax.block_until_ready(given)
+        return []
 
-    def refill(self, arrays: Sequence[Any]) -> bool:
-        """Write other numbers to the memory, and return whether it is elsewhere now."""
-        views, moved = self.begin(arrays)
-        for p, x in zip(self.memory, views):
-            p[...] = x
-        return moved
+    def _view(self, array: Any, *, write: bool = False) -> Any:
+        if not isinstance(array, jax.Array):
+            return np.asarray(array)
+        if array.size == 0:
+            return np.empty(array.shape, array.dtype)
+        place = array.unsafe_buffer_pointer()
+        return np.ndarray(array.shape, array.dtype, _MEMORY if write else _TO_READ, place - _FIRST)
 
     @contextmanager
     def numbers(self, groups: Sequence[dict[str, Any]], found_inf: Any) -> Iterator[Any]:
         """Yield what `found_inf` says."""
-        if found_inf is not None:
-            check_has_values("found_inf", found_inf)
-            self.check("found_inf", found_inf)
-            found_inf = bool(found_inf)
-        yield found_inf
+        self.check("found_inf", found_inf)
+        yield None if found_inf is None else bool(found_inf)
 
-    def end(self) -> list[Any]:
-        """Return the parameters as arrays of JAX, on our memory or on copies of it."""
-        memory = self.memory if self._donate else self._rooms()
-        lent: list[Lent] = []
-        copies = iter([] if self._donate else list(zip(memory, self.memory, strict=True)))
-        here = threading.get_ident()
-
-        def work() -> None:
-            if threading.get_ident() == here:  # what JAX is set to is a thread's own
-                lent.extend(map(Lent, memory))
-            for target, source in copies:
-                np.copyto(target, source)
-
-        together(work, 1 if self._donate else thread_count(2))
-        shown = [one.array for one in lent]
-        for known, one in zip(self._lent, lent, strict=True):
-            known[:] = [one] if self._donate else [*known[-1:], one]  # what is older is its owner's business
-            if not self._donate:
-                one.forget()
+    def _handed_out(self) -> list[Any]:
+        if self._donate:
+            return list(self._own)
+        self._mark, shown = copied(self._mark, self._own, ())
+        self._sync()
         return shown
 
-    def _rooms(self) -> list[Any]:
-        """Return memory that nobody sees, for a copy of each parameter."""
-        rooms = []
-        for known, p in zip(self._lent, self.memory):
-            free = next((lent for lent in known if not lent.is_seen()), None)
-            rooms.append(room_for(p) if free is None else free.memory)
-            if free is not None:
-                known.remove(free)
-        return rooms
-
-    def _take_back(self) -> bool:
-        """Delete what was lent, and return whether some of it is left to others, who look at it all the same."""
-        lent = [known[0] for known in self._lent]
-        for one in lent:
-            one.array.delete()
-            one.forget()
-        deadline = time.monotonic() + _PATIENCE
-        while any(one.is_seen() for one in lent) and time.monotonic() < deadline:
-            time.sleep(0)
-        seen = [k for k, one in enumerate(lent) if one.is_seen()]
-        for k in seen:
-            self.memory[k] = own_copy(self.memory[k])
-        return bool(seen)
-
-    def outside(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state dict as it is."""
-        return state_dict
-
-    def inside(self, state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the state of each parameter as it is."""
-        return {name: dict(own) for name, own in state.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"memory": self.memory, "donate": self._donate}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["memory"], state["donate"])  # type: ignore[misc]
+        self.__init__(first_cpu(), state["names"], state["leaves"], state["donate"])  # type: ignore[misc]

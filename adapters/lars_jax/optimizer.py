@@ -150,6 +150,7 @@ class LARS:
         groups, group_of = groups_of(options, params, said)
         present = sorted({group_of[i] for i in self._places})
         self._group_of = [present.index(group_of[i]) for i in self._places]
+        self._order = sorted(range(len(given)), key=self._group_of.__getitem__)  # of the parameters of all groups
         self._layer_of, self._kernel, self._donate = layer_of, kernel, donate
         self._place = place_of(self._names, given, donate)
         self._others = {i: leaf for i, leaf in enumerate(leaves) if i not in set(self._places)}
@@ -206,9 +207,10 @@ class LARS:
         """
         given = leaves_as(self._structure, grads, "grads")
         given = [given[i] for i in self._places]
-        for name, g, p in zip(self._names, given, self._place.memory):
-            if g is not None:
-                self._check_gradient(name, g, p)
+        if not self._place.fits(given):
+            for name, g, p in zip(self._names, given, self._place.memory):
+                if g is not None:
+                    self._check_gradient(name, g, p)
         if found_inf is not None:
             check_has_values("found_inf", found_inf)
         with self._place.here():
@@ -216,7 +218,7 @@ class LARS:
             skipped, refused = self._inner.skipped_steps, True
             try:
                 with self._place.numbers(self._inner.param_groups, found_inf) as found:
-                    self._inner.step(dict(zip(self._names, views)), found_inf=found)
+                    self._inner.step([views[k] for k in self._order], found_inf=found)
                 refused = False
             finally:
                 same = refused or (self._place.knows and self._inner.skipped_steps > skipped)

@@ -40,15 +40,14 @@ def _copied(mark: Any, arrays: Any, also: Any) -> Any:
 def handed_over(mark: Any, arrays: Sequence[Any], also: Sequence[Any]) -> tuple[Any, list[Any]]:
     """Return the same arrays anew, on the same memory, those given being deleted.
 
-    Where something outside of JAX sees an array, or it is given twice, what is returned is a copy, and the array given
-    may not be deleted.
+    Where something outside of JAX sees an array, what is returned is a copy, and the array given may not be deleted.
 
     Parameters
     ----------
     mark : array of shape ()
         An integer, committed to the device of the arrays.
     arrays : sequence of jax.Array
-        On one device.
+        On one device, none of them twice or among the next.
     also : sequence of jax.Array or None
         What is to be done with, too, before the result is there; JAX does not use its memory again before that.
 
@@ -71,13 +70,11 @@ def waited_for(mark: Any, also: Sequence[Any]) -> Any:
 
 
 def _handed_over_or_copied(mark: Any, arrays: Any, also: Any) -> Any:
-    places = {x.unsafe_buffer_pointer() for x in also if x is not None and x.size}
-    if places.isdisjoint(x.unsafe_buffer_pointer() for x in arrays):
-        try:
-            return _handed_over(mark, arrays, also)
-        except (RuntimeError, ValueError):
-            if any(x.is_deleted() for x in arrays):
-                raise
+    try:
+        return _handed_over(mark, arrays, also)
+    except (RuntimeError, ValueError):
+        if any(x.is_deleted() for x in arrays):
+            raise
     return _copied(mark, arrays, also)
 
 
