@@ -81,7 +81,8 @@ def test_the_host_waits_for_nothing(whose: str, donate: bool, gpu: Any, cp: Any)
     grads = [jax.device_put(draw(1 + t), gpu) for t in range(4)]
     optimizer.param_groups[0]["lr"] = lr
     for _ in range(2):
-        optimizer.step(late(grads[0], slow(zeros)))
+        at_work = slow(zeros)
+        optimizer.step(late(grads[0], at_work), found_inf=at_work[0, 0])
     busy(cp, 0)
     optimizer.synchronize()
     jax.block_until_ready((grads, optimizer.params))
@@ -106,14 +107,14 @@ SHAPES = [(1 << 18,), (512, 300), (64, 3, 7, 7), (1000,), ()]
 
 
 @KEPT_OR_DONATED
-@pytest.mark.parametrize("stream", ["null", "another"])
+@pytest.mark.parametrize("streams", [0, 1, 2])
 @pytest.mark.parametrize("late", ["JAX", "CuPy", "neither"])
-def test_steps_are_in_order_with_what_jax_does(late: str, stream: str, donate: bool, gpu: Any, cp: Any) -> None:
+def test_steps_are_in_order_with_what_jax_does(late: str, streams: int, donate: bool, gpu: Any, cp: Any) -> None:
     """What JAX computes before and after steps, with memory that it has just freed, as if all was waited for."""
-    turns = {"JAX": 100, "CuPy": 2, "neither": 2}[late]
+    rounds = {"JAX": 100, "CuPy": 2, "neither": 2}[late]
 
     def churned(p: Any) -> Any:
-        return jax.lax.fori_loop(0, turns, lambda _, y: jnp.sin(y) + 0.01 * p, p)
+        return jax.lax.fori_loop(0, rounds, lambda _, y: jnp.sin(y) + 0.01 * p, p)
 
     gradients_of = jax.jit(lambda params: [churned(p) for p in params])
     total = jax.jit(lambda params: sum(churned(p).sum() for p in params))
@@ -132,30 +133,31 @@ def test_steps_are_in_order_with_what_jax_does(late: str, stream: str, donate: b
         optimizer = LARS(jax.device_put(here, gpu), donate=donate, **OPTIONS)
         totals = []
         settle()
-        with cp.cuda.Stream(non_blocking=True) if stream == "another" else nullcontext():
-            for t in range(200):
-                grads = gradients_of(optimizer.params)
-                freed = {g.unsafe_buffer_pointer() for g in grads}
-                settle()
+        used = [cp.cuda.Stream(non_blocking=True) for _ in range(streams)]
+        for t in range(200):
+            grads = gradients_of(optimizer.params)
+            freed = {g.unsafe_buffer_pointer() for g in grads}
+            settle()
+            with used[t % streams] if streams else nullcontext():
                 if late == "CuPy":
                     busy(cp, 0.002)
                 params = optimizer.step(grads)
-                del grads
-                settle()
-                sent = jax.device_put(rubbish, gpu)  # by a copy, and by a computation
-                junk = filled(1e30)
-                reused += not freed.isdisjoint([x.unsafe_buffer_pointer() for x in (sent, *junk)])
-                settle()
-                totals.append(total(params))
-                if t % 10 == 0:
-                    params[1].copy_to_host_async()
-                if t % 50 == 49:
-                    totals.append(jnp.asarray(np.asarray(params[1]).sum()))
-                del params, sent, junk
-                settle()
-            results.append(bits([optimizer.params, totals]))
-            optimizer.synchronize()
-            assert optimizer.steps == 200
+            del grads
+            settle()
+            sent = jax.device_put(rubbish, gpu)  # by a copy, and by a computation
+            junk = filled(1e30)
+            reused += not freed.isdisjoint([x.unsafe_buffer_pointer() for x in (sent, *junk)])
+            settle()
+            totals.append(total(params))
+            if t % 10 == 0:
+                params[1].copy_to_host_async()
+            if t % 50 == 49:
+                totals.append(jnp.asarray(np.asarray(params[1]).sum()))
+            del params, sent, junk
+            settle()
+        results.append(bits([optimizer.params, totals]))
+        optimizer.synchronize()
+        assert optimizer.steps == 200
     assert reused, "memory of gradients was not used again, so nothing was tried"
     assert results[0] == results[1]
 

@@ -1,4 +1,4 @@
-"""LARS for JAX: `lars_array` under jit as a gradient transformation, and eagerly over DLPack."""
+"""LARS for JAX: `lars_array` under jit as a gradient transformation, and eagerly on the memory of its arrays."""
 
 from lars_jax.checkpoint import from_state_dict, to_state_dict
 from lars_jax.optimizer import LARS

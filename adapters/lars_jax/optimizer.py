@@ -1,4 +1,4 @@
-"""LARS for JAX without tracing: the kernels of `lars_array` step memory that JAX arrays are views of."""
+"""LARS for JAX without tracing: the kernels of `lars_array` step the memory of JAX arrays."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ __all__ = ["LARS"]
 class LARS:
     r"""Layer-wise adaptive rate scaling for trees of JAX arrays, outside of jit, in the kernels of `lars_array`.
 
-    Gradients are read where they are. The parameters live in memory of the optimizer, and arrays on it are handed out:
-    no array that anybody can see is ever written to.
+    Gradients are read where they are, and no array that anybody can see is ever written to. On a CUDA device, which
+    needs CuPy, the host waits for nothing.
 
     Parameters
     ----------
     params : pytree
-        The parameters, on one CPU device: a dict, a list, a dataclass, a module of Flax or Equinox. Copied, not
-        modified. Leaves that are no floating-point arrays are returned as they are.
+        The parameters, on the first CPU device or on one CUDA device: a dict, a list, a dataclass, a module of Flax or
+        Equinox. Copied, not modified. Leaves that are no floating-point arrays are returned as they are; arrays of
+        NumPy go where the others are.
     lr : float or callable
         Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules` and of optax.
+        On a CUDA device this, and the other numbers below, may be arrays of shape () there, which are not checked.
     momentum, dampening, weight_decay : float
         As in `lars_array.LARS`.
     nesterov : bool
@@ -62,8 +64,8 @@ class LARS:
     layer_of : mapping or callable, optional
         As in `lars_jax.lars`.
     donate : bool
-        Whether parameters are handed over: those given here and those that a step has returned are deleted by the next
-        step, which writes in place. Else a step costs a copy of the parameters.
+        Whether parameters are handed over: those given here are deleted, and so are, by the next step, those that a
+        step has returned; it writes in place, and needs them to be there. Else a step costs a copy of the parameters.
     kernel : str, optional
         As in `lars_array.LARS`.
 
@@ -74,12 +76,16 @@ class LARS:
     param_groups : list of dict
         Hyper-parameters, to be read and, between steps, changed, as those of `lars_array.LARS`.
     steps, skipped_steps : int
-        How many steps were taken, and skipped.
+        How many steps were taken, and skipped. On a CUDA device, as in `lars_array.LARS`, a step counts as taken until
+        it is known that it was not.
 
     Raises
     ------
     ValueError, TypeError
-        As for `lars_array.LARS`; and for traced arrays, which `lars_jax.lars` is for.
+        As for `lars_array.LARS`; and for arrays that are traced, or lie on several devices, which `lars_jax.lars` is
+        for.
+    ImportError
+        If parameters lie on a CUDA device and CuPy is not installed.
 
     References
     ----------
@@ -201,9 +207,11 @@ class LARS:
         Raises
         ------
         ValueError, TypeError
-            If `grads` does not fit the parameters. Then nothing was changed.
+            If `grads` does not fit the parameters, or parameters that were handed over are gone. Then nothing was
+            changed.
         NonFiniteError
-            As `lars_array.LARS.step` does.
+            As `lars_array.LARS.step` does. On a CUDA device the step that is refused returns the parameters as they
+            were; a later call raises, before it does anything.
         """
         given = leaves_as(self._structure, grads, "grads")
         given = [given[i] for i in self._places]
