@@ -60,7 +60,8 @@ class Place:
         self._wide = any(np.finfo(kind).bits == 64 for kind in self._dtypes if kind.kind in "fc")
         self._shardings: list[Any] = [None] * len(self._own)  # of gradients that were found to lie here
         self._views: list[Any] = [None] * len(self._own)
-        self._seen: list[Any] = []  # where gradients lay that these are views of, and of what type they were
+        self._seen: list[int] = []  # where the gradients lay that these are views of
+        self._kinds: list[Any] = []
         self._given: list[Any] = []
         self._old: list[Any] = []
         self._addresses: list[int] = []
@@ -85,7 +86,7 @@ class Place:
 
         A tenth of a microsecond for each question and array, so that thousands of arrays can be asked.
         """
-        if set(map(type, given)) != {self._kind} or any([x.is_deleted() for x in given]):
+        if set(map(type, given)) != {self._kind} or True in [x.is_deleted() for x in given]:
             return False
         if [x.shape for x in given] != self._shapes or [x.dtype for x in given] != self._dtypes:
             return False
@@ -121,38 +122,41 @@ class Place:
         if self._wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise TypeError("parameters of 64 bits can be stepped only where jax_enable_x64 is set, as it was for them")
         self._given = [x for x in given if isinstance(x, jax.Array)]
-        seen = [(x.unsafe_buffer_pointer(), x.dtype) for x in self._given]
+        seen = [x.unsafe_buffer_pointer() for x in self._given]
         also = self._awaited(self._given)
+        old = self._own
         if self._donate:
             self._take_back(seen, also)
         elif also:
             self._mark = waited_for(self._mark, also)
         self._sync()
-        return self._viewed(given, seen), self._find()
+        views, moved = self._viewed(given, seen), self._find()
+        self._old = old if moved else []
+        return views, moved
 
     def _awaited(self, given: list[Any]) -> list[Any]:
         """Return those arrays that are not known to be there before JAX has come to the next mark."""
         return given
 
-    def _take_back(self, seen: Sequence[tuple[int, Any]], also: Sequence[Any]) -> None:
-        for name, x in zip(self._names, self._own):
-            if x.is_deleted():
-                raise ValueError(
-                    f"parameter {name!r} was deleted: with donate=True what a step returns are the parameters "
-                    "themselves, and they must be there for the next one"
-                )
-        # Gradients may be the parameters themselves.
-        apart = {place for place, _ in seen}.isdisjoint(self._occupied)
-        self._old = self._own
+    def _take_back(self, seen: Sequence[int], also: Sequence[Any]) -> None:
+        if True in (deleted := [x.is_deleted() for x in self._own]):
+            raise ValueError(
+                f"parameter {self._names[deleted.index(True)]!r} was deleted: with donate=True what a step returns are "
+                "the parameters themselves, and they must be there for the next one"
+            )
+        apart = self._occupied.isdisjoint(seen)  # gradients may be the parameters themselves
         self._mark, self._own = (handed_over if apart else copied)(self._mark, self._own, also)
 
-    def _viewed(self, given: Sequence[Any], seen: list[tuple[int, Any]]) -> list[Any]:
+    def _viewed(self, given: Sequence[Any], seen: list[int]) -> list[Any]:
         """Return views of arrays; those of the last time, where they lie in the same place."""
         if len(seen) < len(given):  # not all are of JAX
             self._seen = []
             return [None if x is None else self._view(x) for x in given]
+        kinds = [x.dtype for x in given]
+        if kinds != self._kinds:
+            self._kinds, self._seen = kinds, []
         if seen != self._seen:
-            both = zip(self._views, self._seen or [None] * len(seen), seen, given)
+            both = zip(self._views, self._seen or [-1] * len(seen), seen, given)
             self._views, self._seen = [v if old == new else self._view(x) for v, old, new, x in both], seen
         return list(self._views)
 
@@ -167,7 +171,7 @@ class Place:
 
     def refill(self, arrays: Sequence[Any]) -> bool:
         """Write other numbers to the memory, and return whether it is elsewhere now; `end` is to follow."""
-        if any([x.is_deleted() for x in self._own]):
+        if True in [x.is_deleted() for x in self._own]:
             self._start(arrays)
             return True
         views, moved = self.begin(arrays)
@@ -182,7 +186,7 @@ class Place:
     def end(self) -> list[Any]:
         """Return the parameters as they are now, arrays of JAX."""
         shown = self._handed_out()
-        for x in self._old:  # those that were not donated, since something else sees them
+        for x in self._old:  # among them those that were not donated, since something else sees them
             x.delete()
         self._given, self._old = [], []
         return shown
