@@ -118,6 +118,7 @@ def test_steps_are_in_order_with_what_jax_does(late: str, streams: int, donate: 
 
     gradients_of = jax.jit(lambda params: [churned(p) for p in params])
     total = jax.jit(lambda params: sum(churned(p).sum() for p in params))
+    rate_at = jax.jit(lambda t: 0.1 / (1 + 0.01 * t))
     filled = jax.jit(lambda x: [jnp.full(shape, x) for shape in SHAPES])
     here = [np.random.default_rng(k).normal(size=shape).astype(np.float32) for k, shape in enumerate(SHAPES)]
     rubbish = np.full(SHAPES[0], 1e30, np.float32)
@@ -141,7 +142,9 @@ def test_steps_are_in_order_with_what_jax_does(late: str, streams: int, donate: 
             with used[t % streams] if streams else nullcontext():
                 if late == "CuPy":
                     busy(cp, 0.002)
+                optimizer.param_groups[0]["lr"] = rate_at(np.float32(t))
                 params = optimizer.step(grads)
+                optimizer.param_groups[0]["lr"] = 0.0
             del grads
             settle()
             sent = jax.device_put(rubbish, gpu)  # by a copy, and by a computation

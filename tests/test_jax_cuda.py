@@ -26,6 +26,7 @@ import lars_jax.places
 from lars_array.buffers import aligned_zeros
 from lars_array.news import Mailbox, News
 from lars_jax import LARS
+from lars_jax.turns import handed_over
 
 needs_compiler = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
@@ -173,6 +174,18 @@ def test_thousands_of_arrays_go_by_parts(cupy: Any) -> None:
         optimizer = LARS(put(params), donate=donate, **OPTIONS)
         optimizer.step(put(grads))
         np.testing.assert_allclose(optimizer.params, here, rtol=1e-6)
+
+
+def test_what_jax_refuses_to_hand_over_is_copied() -> None:
+    """As it does on a device if another library sees it; here because it is given twice."""
+    mark, x = jax.device_put(np.uint32(0), jax.devices()[0]), jnp.ones(3)
+    mark, (y,) = handed_over(mark, [x], [x])
+    assert y.tolist() == [1, 1, 1] and not x.is_deleted() and int(mark) == 1
+    mark, (y,) = handed_over(mark, [x], [None, y])
+    assert y.tolist() == [1, 1, 1] and x.is_deleted()
+    y.delete()
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        handed_over(mark, [y], [])
 
 
 def test_without_cupy_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 import lars_array
 import lars_jax
 from lars_array import NonFiniteError
+from lars_array.buffers import aligned_zeros
 from lars_jax import LARS, lars
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
@@ -122,6 +123,24 @@ def test_a_computation_that_still_reads_is_waited_for_or_left_its_memory(donate:
     assert float(going_on) == expected
 
 
+def test_gradients_that_are_still_computed_are_waited_for(donate: bool) -> None:
+    p, g = {"w": jnp.ones(1 << 20)}, {"w": jnp.full(1 << 20, 0.5)}
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 30, lambda _, y: jnp.sin(y) + x, x))
+    late, there = LARS(p, **OPTIONS), LARS({"w": jnp.ones(1 << 20)}, donate=donate, **OPTIONS)
+    known = {"w": jax.block_until_ready(slow(g["w"]))}
+    assert bits(there.step({"w": slow(g["w"])})) == bits(late.step(known))
+
+
+def test_gradients_of_another_type_may_lie_where_others_did(donate: bool) -> None:
+    memory, optimizer = aligned_zeros(8, np.dtype("float32")), LARS({"w": jnp.ones(8)}, lr=1.0, donate=donate)
+    before = optimizer.step({"w": jnp.from_dlpack(memory, copy=False)})
+    memory.view(np.float16)[:8] = 1
+    half = jnp.from_dlpack(memory.view(np.float16)[:8], copy=False)
+    assert half.unsafe_buffer_pointer() == memory.ctypes.data
+    before = np.array(before["w"])
+    np.testing.assert_array_equal(optimizer.step({"w": half})["w"], before - 1)
+
+
 def test_what_is_donated_is_deleted_and_can_not_be_used() -> None:
     given = draw(0)
     optimizer = LARS(given, donate=True, **OPTIONS)
@@ -133,9 +152,10 @@ def test_what_is_donated_is_deleted_and_can_not_be_used() -> None:
             old["w"] + 1
     kept = np.asarray(optimizer.params["w"])
     before = kept.tobytes()
-    group = optimizer.param_groups[0]
+    group, old = optimizer.param_groups[0], optimizer.params
     optimizer.step(draw(2))
     assert kept.tobytes() == before, "a NumPy view keeps what it sees"
+    assert old["w"].is_deleted()
     group["lr"] = 0.0
     unchanged = bits(optimizer.params)
     assert bits(optimizer.step(draw(3))) == unchanged

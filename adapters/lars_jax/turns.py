@@ -72,10 +72,8 @@ def waited_for(mark: Any, also: Sequence[Any]) -> Any:
 def _handed_over_or_copied(mark: Any, arrays: Any, also: Any) -> Any:
     try:
         return _handed_over(mark, arrays, also)
-    except (RuntimeError, ValueError):
-        if any(x.is_deleted() for x in arrays):
-            raise
-    return _copied(mark, arrays, also)
+    except (RuntimeError, ValueError):  # if it is for another reason, copies can't be made either
+        return _copied(mark, arrays, also)
 
 
 def _in_parts(
