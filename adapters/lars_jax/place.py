@@ -119,7 +119,7 @@ class Place:
             Arrays of the library of `memory` that are on theirs until `end`, None for None; and whether `memory` holds
             other arrays now.
         """
-        if self._wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        if self._wide and not jax.config.jax_enable_x64:
             raise TypeError("parameters of 64 bits can be stepped only where jax_enable_x64 is set, as it was for them")
         self._given = [x for x in given if isinstance(x, jax.Array)]
         seen = [x.unsafe_buffer_pointer() for x in self._given]
