@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_cuda_bodies import BODIES, OPTIONS, draw, pair
+from jax_cuda_bodies import BODIES, OPTIONS, assert_close, draw, pair
 
 import lars_array.distant
 import lars_jax.cuda
@@ -163,6 +163,20 @@ def test_a_parameter_that_another_library_sees_is_left_to_it(cupy: Any) -> None:
         assert seen.tobytes() == before
     assert ours["w"].unsafe_buffer_pointer() != seen.ctypes.data
     np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-5)
+
+
+@needs_compiler
+def test_what_is_still_to_be_told_is_told_when_memory_moves(cupy: Any) -> None:
+    there, here = pair(put, True)
+    bad = draw(1)
+    bad["w"][0, 0] = np.nan
+    there.step(put(bad))
+    seen = np.asarray(there.params["w"])
+    with pytest.raises(lars_array.NonFiniteError, match="'w' was not finite in an earlier step"):
+        there.step(put(draw(2)))
+    assert_close(there.params, draw(0))
+    assert_close(there.step(put(draw(3))), here.step(draw(3)))
+    assert there.steps == 1 and seen.tobytes() == draw(0)["w"].tobytes()
 
 
 @needs_compiler

@@ -268,7 +268,7 @@ class LARS:
                 )
         with self._place.here():
             if self._place.refill(new):
-                self._inner = self._moved()
+                self._follow()
             self._tree = self._shown()
 
     def norms(self) -> dict[str, Norms]:
@@ -347,8 +347,18 @@ class LARS:
         """Return what is given as arrays that the inner optimizer takes, whose parameters nobody sees any more."""
         views, moved = self._place.begin(given)
         if moved:
-            self._inner = self._moved()
+            self._follow()
         return views
+
+    def _follow(self) -> None:
+        """Step the memory where it is now, once a device has told what became of the steps so far."""
+        try:
+            self._inner.synchronize()
+        except lars_array.NonFiniteError:
+            self._inner = self._moved()
+            self._tree = self._shown()
+            raise
+        self._inner = self._moved()
 
     def _shown(self) -> Any:
         """Return the parameters as a tree of JAX arrays."""
