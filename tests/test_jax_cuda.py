@@ -230,7 +230,7 @@ with pytest.raises(TypeError, match="parameters must lie on one device, else use
 lars_jax.places.is_cuda = lambda device: False
 optimizer = lars_jax.LARS({"w": jnp.ones(2)}, lr=0.1)
 for g in (split, jax.device_put(jnp.ones(2), second)):
-    with pytest.raises(TypeError, match="the gradient of 'w' must lie on the parameters' device cpu:0"):
+    with pytest.raises(TypeError, match="the gradient of 'w' must lie on the parameters' device .*, else use"):
         optimizer.step({"w": g})
 assert "cupy" not in sys.modules
 """
