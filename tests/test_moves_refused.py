@@ -119,6 +119,11 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], type[E
         ValueError,
         "the gradient of 'b' must not share memory with out of 'a'",
     ),
+    "a gradient, behind its first elements": (
+        lambda room, p: room | {"b": p["gradient of b"][::4]},
+        ValueError,
+        "the gradient of 'b' must not share memory with out of 'b'",
+    ),
     "a buffer": (
         lambda room, p: room | {"a": p["buffer"]},
         ValueError,
@@ -146,7 +151,7 @@ def test_what_parameters_can_not_move_to(what: str, steps: int, kernel: str) -> 
     make, kind, message = MISFITS[what]
     wide, slopes = np.arange(1.0, 9.0), np.arange(1.0, 21.0)
     params = {"a": np.ones((3, 4)), "b": np.ones(5), "c": wide[:4].reshape(2, 2)}
-    grads = {"a": np.ones((3, 4)), "b": slopes[3:8], "c": None}
+    grads = {"a": np.ones((3, 4)), "b": slopes[10:15], "c": None}
     optimizer = LARS(params, **HYPER, kernel=kernel)
     optimizer.step(grads)
     for _ in range(steps):
