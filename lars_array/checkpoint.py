@@ -8,9 +8,6 @@ from math import inf
 from numbers import Real
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
-
-from lars_array.buffers import new_buffers
 from lars_array.hyper import DEFAULTS, at_step, complete
 from lars_array.roster import KEPT
 
@@ -18,7 +15,7 @@ __all__ = ["Checkpoint", "read_checkpoint"]
 
 
 class Checkpoint(NamedTuple):
-    """A state dict as an optimizer takes it over; none of it is shared with what was read."""
+    """A state dict as an optimizer takes it over."""
 
     steps: int
     skipped_steps: int
@@ -27,7 +24,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], params: Sequence[Any]) -> Checkpoint:
-    """Check a state dict against the parameters it is for, and copy what it holds.
+    """Check a state dict against the parameters it is for.
 
     Parameters
     ----------
@@ -41,7 +38,7 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
     Returns
     -------
     Checkpoint
-        The copy.
+        What it holds, its arrays not copied.
 
     Raises
     ------
@@ -77,12 +74,7 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
         for key, check in KEPT.items():
             if own.get(key) is not None:
                 check(name, own[key], p)
-        read[name] = {"previous_lr": _previous_lr(name, own["previous_lr"])}
-    for key in KEPT:
-        given = [(name, p) for name, p in zip(flat, params) if state_dict["state"][name].get(key) is not None]
-        for (name, _), mine in zip(given, new_buffers([p for _, p in given], array_namespace(*params))):
-            mine[...] = state_dict["state"][name][key]
-            read[name][key] = mine
+        read[name] = {**own, "previous_lr": _previous_lr(name, own["previous_lr"])}
     return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, read)
 
 

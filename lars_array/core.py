@@ -354,6 +354,31 @@ def prepare_from(
     return Prepared(hyper, rules, gamma, operand, clips)
 
 
+def clipped(prepared: Prepared, S: Array, *, xp: Namespace) -> Prepared:
+    """Return what is known once the gradients' norms are.
+
+    The third sum is over clipped gradients: if there is an operand, all sums are to be taken again with it.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        A row a layer, or one for several that are alike.
+    S : array of shape (rows, 3)
+        What `sums` returned; of layers that are alike the sum.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    Prepared
+        With nothing left to be clipped.
+    """
+    hyper, rules, _, operand, _ = prepared
+    gamma = gradient_factor(hyper, S, xp=xp)
+    operand = None if operand is None else _operand(hyper, rules, gamma, xp)
+    return Prepared(hyper, rules, gamma, operand, False)
+
+
 def plan(
     prepared: Prepared,
     measure: Callable[[Operand | None], Array],
@@ -379,15 +404,13 @@ def plan(
     Plan
         All that `apply` and telemetry need.
     """
-    hyper, rules, gamma, operand, clips = prepared
-    S = measure(None if clips else operand)
-    if clips:
-        gamma = gradient_factor(hyper, S, xp=xp)
-        if operand is not None:
-            # A second look at memory: the third sum is over clipped gradients, and how much they are clipped is known
-            # only now.
-            S = measure(_operand(hyper, rules, gamma, xp))
+    S = measure(None if prepared.clips else prepared.operand)
+    if prepared.clips:
+        prepared = clipped(prepared, S, xp=xp)
+        if prepared.operand is not None:
+            S = measure(prepared.operand)
     S = together(S, joined, xp=xp)
+    hyper, rules, gamma, *_ = prepared
     return Plan(S, gamma, coefficients(S, hyper, rules, gamma, xp=xp), hyper, rules)
 
 

@@ -135,7 +135,7 @@ class DistantLayers(Layers):
         super().__init__(*arguments, **options)
         self._whereabouts = whereabouts
         self._place = self._on_device(list(self.index))
-        self._group = self._on_device(list(self.group_of))
+        self._group = self._on_device(self.group_of.tolist())
         self.first, self.previous_lr = whereabouts.of(self._place)
         self._table = HyperTable(self.params[0], self.xp)
         self._policies: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ class DistantLayers(Layers):
         self._raises: Any = None
         self._kept: Any = None
         self._keeps_of_layers: list[bool] = []
-        self._group_of_layers = list(self.group_of)
+        self._group_of_layers = self.group_of.tolist()
 
     def step(
         self,

@@ -11,14 +11,13 @@ import numpy as np
 
 from lars_array.arrays import check_gradient
 from lars_array.dtypes import gradient_fits
-from lars_array.memory import Spans, check_writable, one_of_each
-from lars_array.parameters import Position, is_pair, listed
+from lars_array.looks import Look, Looks
+from lars_array.memory import Spans, check_writable
+from lars_array.parameters import Position, Positions, is_pair, listed
 
 __all__ = ["Fit", "given_order", "match", "match_gradients"]
 
-_DTYPE, _SHAPE, _DENSE = attrgetter("dtype"), attrgetter("shape"), attrgetter("flags.forc")
-_DEVICE = attrgetter("device")
-_SIZE, _WRITEABLE, _STRIDES = attrgetter("nbytes"), attrgetter("flags.writeable"), attrgetter("strides")
+_DTYPE = attrgetter("dtype")
 
 
 def given_order(names: Sequence[str]) -> list[int] | None:
@@ -27,6 +26,8 @@ def given_order(names: Sequence[str]) -> list[int] | None:
     Parameters without a name may stand in another order than they were given in, after `param_groups` say: gradients
     don't.
     """
+    if isinstance(names, Positions):
+        return None
     places = [int(name) if isinstance(name, Position) else i for i, name in enumerate(names)]
     return places if sorted(places) == list(range(len(names))) != places else None
 
@@ -87,38 +88,35 @@ def match(given: Any, names: Sequence[str], order: Sequence[int] | None, what: s
 
 
 class Fit:
-    """What the gradients of some parameters must be; asked at every step, so built once.
+    """What the gradients of some parameters must be; asked at every step, so what fitted once is asked no more.
 
     Parameters
     ----------
     names, params : sequences
         The parameters.
-    addresses : callable, optional
-        ``addresses(arrays) -> array`` of where the data of arrays begin, those of NumPy or of CuPy. Without it all is
-        looked at one by one.
+    kernel : type
+        One of `lars_array.kernels`. If it has no ``addresses`` all gradients are looked at one by one.
 
     Attributes
     ----------
-    dtypes : list
-        Those of the gradients that were checked last: another list only where they have changed.
+    dtypes : callable
+        Returns those of the gradients that were checked last. Another object only where they may have changed.
     """
 
-    def __init__(
-        self, names: Sequence[str], params: Sequence[Any], addresses: Callable[[Sequence[Any]], Any] | None
-    ) -> None:
-        self.names, self.params, self.addresses = names, params, addresses
-        self._kind, self._near = type(params[0]), type(params[0]) is np.ndarray
+    def __init__(self, names: Sequence[str], params: Sequence[Any], kernel: Any) -> None:
+        self.names, self.params = names, params
+        self.dtypes: Callable[[], list[Any]] = lambda: list(map(_DTYPE, params))
+        self._addresses: Any = getattr(kernel, "addresses", None)
+        self._near = type(params[0]) is np.ndarray
         self._seen: Sequence[Any] = []
         self._seen_by: Any = None
         self._seen_at: Any = None
-        self._room: Any = None  # where arrays begin that parameters may move to
-        self._dtypes = self.dtypes = list(map(_DTYPE, params))
-        if addresses is not None:
-            self._shapes = one_of_each(map(_SHAPE, params))
-            self._strides: list[Any] | None = one_of_each(map(_STRIDES, params))
-            self._nbytes = one_of_each(map(_SIZE, params))
-            self._lengths = np.array(self._nbytes)  # of the gradients
-            self._places = addresses(params)
+        if self._addresses is not None:
+            self._looks_of = getattr(kernel, "looks", lambda arrays: Looks(arrays, kernel.addresses))
+            self._params, self._places = self._looks_of(params), self._addresses(params)
+            self._grads: Any = None
+            self._out: Any = None
+            self._room: Any = None  # where arrays begin that parameters may move to
 
     def check(self, grads: Sequence[Any], written: Spans) -> Any:
         """Refuse gradients that don't fit, and parameters that are no longer what they were.
@@ -140,7 +138,7 @@ class Fit:
         ValueError, TypeError
             Naming the parameter.
         """
-        starts = None if self.addresses is None else self._if_plain(grads, written, self.addresses)
+        starts = None if self._addresses is None else self._if_plain(grads, written)
         if starts is not None:
             return starts
         self._check_parameters()
@@ -151,7 +149,9 @@ class Fit:
             owner = written.owner(g)
             if owner is not None:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
-        self._note(list(map(_DTYPE, grads)))
+        dtypes = list(map(_DTYPE, grads))
+        if dtypes != self.dtypes():
+            self.dtypes = lambda: dtypes
         return None
 
     def room(self, out: Sequence[Any], starts: Any) -> tuple[Any, Any] | None:
@@ -160,75 +160,70 @@ class Fit:
         Of shape (arrays, 2) each. None where it is not certain that the arrays fit.
         """
         self._room = None
-        if self.addresses is None or starts is None or set(map(type, out)) != {self._kind}:
+        if self._addresses is None or starts is None:
             return None
-        if not (
-            list(map(_DTYPE, out)) == self._dtypes
-            and list(map(_SHAPE, out)) == self._shapes
-            and all(map(_DENSE, out))
-            and (all(map(_WRITEABLE, out)) if self._near else self._are_in_one_place(out))
-        ):
-            return None
-        self._room = room = self.addresses(out)
-        return np.stack([room, room + self._nbytes], axis=1), np.stack([starts, starts + self._lengths], axis=1)
+        room = None if self._out is None else self._out.places(out)
+        if room is None:
+            if set(map(type, out)) != {type(self.params[0])}:
+                return None
+            looks = self._looks_of(out)
+            for p, x in self._pairs(looks):
+                same = p.dtype == x.dtype and p.shape == x.shape and p.device == x.device
+                if not (same and x.dense and x.writeable):
+                    return None
+            self._out, room = looks, self._addresses(out)
+        self._room = room
+        ends = [
+            starts + looks.column([look.nbytes for look in looks.known])
+            for looks, starts in ((self._out, room), (self._grads, starts))
+        ]
+        return np.stack([room, ends[0]], axis=1), np.stack([starts, ends[1]], axis=1)
 
     def move(self, params: Sequence[Any]) -> None:
         """Know that the parameters are other arrays now, of the same shapes and types."""
         self.params = params
-        if self.addresses is not None:
-            self._strides, self._places = None, self.addresses(params) if self._room is None else self._room
-
-    def _note(self, dtypes: list[Any]) -> None:
-        """Note which dtypes the gradients have, all of which fit."""
-        if dtypes == self.dtypes:
-            return
-        self.dtypes = self._dtypes if dtypes == self._dtypes else dtypes
-        if self.addresses is not None:
-            kinds = zip(self._nbytes, self._dtypes, dtypes, strict=True)
-            self._lengths = np.array([nbytes // p.itemsize * g.itemsize for nbytes, p, g in kinds])
+        if self._addresses is not None and self._room is None:
+            self._params, self._places = self._looks_of(params), self._addresses(params)
+        elif self._addresses is not None:
+            self._params, self._places = self._out, self._room
 
     def _check_parameters(self) -> None:
         """Refuse NumPy arrays that were changed in place: kernels and momentum buffers know them as they were."""
-        if self.addresses is None:
+        if self._addresses is None:
             return
-        now = zip(self.params, self.addresses(self.params).tolist(), strict=True)
-        found = [(p.dtype, p.shape, p.strides, place) for p, place in now]
-        strides = self._strides or list(map(_STRIDES, self.params))
-        known = zip(self._dtypes, self._shapes, strides, self._places.tolist(), strict=True)
-        for name, then, today in zip(self.names, known, found, strict=True):
-            if then != today:
+        now = zip(self.params, self._addresses(self.params).tolist(), strict=True)
+        known = zip((self._params.known[k] for k in self._params.which.tolist()), self._places.tolist(), strict=True)
+        for name, (look, place), (p, today) in zip(self.names, known, now, strict=True):
+            if (look.dtype, look.shape, look.strides, place) != (p.dtype, p.shape, p.strides, today):
                 raise ValueError(
-                    f"parameter {name!r} must keep its memory, shape and dtype; it had shape {then[1]!r} and dtype "
-                    f"{then[0]!r}, and now, or elsewhere, has {today[1]!r} and {today[0]!r}"
+                    f"parameter {name!r} must keep its memory, shape and dtype; it had shape {look.shape!r} and dtype "
+                    f"{look.dtype!r}, and now, or elsewhere, has {p.shape!r} and {p.dtype!r}"
                 )
 
-    def _if_plain(self, grads: Sequence[Any], written: Spans, addresses: Callable[[Sequence[Any]], Any]) -> Any:
-        """Return where gradients begin if all is well for certain, at a tenth of a microsecond a question and array."""
+    def _if_plain(self, grads: Sequence[Any], written: Spans) -> Any:
+        """Return where gradients begin if all is well for certain; those that look as they did are not asked again."""
         same = written is self._seen_by and len(grads) == len(self._seen)
         if not self._near and same and all(map(is_, grads, map(call, self._seen))):
             return self._seen_at  # unlike NumPy's, these arrays stay what they are
-        if set(map(type, grads)) != {self._kind}:
-            return None
-        dtypes = list(map(_DTYPE, grads))
-        if dtypes != self.dtypes:
-            if not all(gradient_fits(p, g) for p, g in set(zip(self._dtypes, dtypes, strict=True))):
+        starts = None if self._grads is None else self._grads.places(grads)
+        if starts is None:
+            if set(map(type, grads)) != {type(self.params[0])}:
                 return None
-            self._note(dtypes)
-        if not (
-            self._dtypes == list(map(_DTYPE, self.params))
-            and list(map(_SHAPE, grads)) == self._shapes
-            and list(map(_SIZE, self.params)) == self._nbytes
-            and all(map(_DENSE, grads))
-            and (all(map(_WRITEABLE, self.params)) if self._near else self._are_in_one_place(grads))
-        ):
+            looks = self._looks_of(grads)
+            for p, g in self._pairs(looks):
+                fits = gradient_fits(p.dtype, g.dtype) and p.shape == g.shape and p.device == g.device
+                if not (fits and g.dense and p.writeable):
+                    return None
+            self._grads, self.dtypes, starts = looks, looks.dtypes, self._addresses(grads)
+        if not np.array_equal(self._params.places(self.params), self._places):
             return None
-        starts = addresses(grads)
-        stay = np.array_equal(addresses(self.params), self._places)
-        clear = stay and written.are_clear(starts, starts + self._lengths)
+        lengths = self._grads.column([look.nbytes for look in self._grads.known])
+        clear = written.are_clear(starts, starts + lengths)
         if not self._near:
             self._seen, self._seen_by, self._seen_at = list(map(ref, grads)) if clear else [], written, starts
         return starts if clear else None
 
-    def _are_in_one_place(self, grads: Sequence[Any]) -> bool:
-        place = self.params[0].device
-        return all(found == place for found in map(_DEVICE, grads))
+    def _pairs(self, others: Looks) -> list[tuple[Look, Look]]:
+        """Return how a parameter looks and what belongs to it, each pair once."""
+        pairs = set(zip(self._params.which.tolist(), others.which.tolist(), strict=True))
+        return [(self._params.known[k], others.known[j]) for k, j in pairs]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array.arrays import check_buffer, check_master
-from lars_array.buffers import new_buffers
+from lars_array.buffers import Rows, new_buffers
 from lars_array.core import Plan, plan, prepare
-from lars_array.dtypes import is_half
+from lars_array.dtypes import is_half, real_dtype
 from lars_array.gradients import Fit
 from lars_array.hyper import needs_buffer
 from lars_array.memory import Spans
-from lars_array.nonfinite import finite, largest, most_squares, refuse_nonfinite
+from lars_array.nonfinite import all_finite, finite, largest, most_squares, refuse_nonfinite
 from lars_array.rows import joined_rows
 
 __all__ = ["Layers", "Taken"]
@@ -47,16 +48,18 @@ class Layers:
     ----------
     index : sequence of int
         Their positions among all parameters.
-    names : list of str
+    names : sequence of str
         Their names.
-    params, buffers, masters : lists of arrays
-        Parameters, momentum buffers and master copies; None where there is none yet.
-    group_of : list of int
+    params : sequence of arrays
+        Parameters.
+    labels : sequence
+        Those of one label are one layer, of which each has the sums; None is a layer by itself. Empty: all are.
+    buffers, masters : Rows
+        Momentum buffers and master copies; None where there is none yet.
+    group_of : int32 array of shape (layers,)
         The group of each.
-    previous_lr : list of float
+    previous_lr : array of shape (layers,)
         The learning rate of its last step.
-    labels : list
-        Those of one label are one layer, of which each has the sums; None is a layer by itself.
     kernel : type
         One of `lars_array.kernels`.
     """
@@ -64,19 +67,19 @@ class Layers:
     def __init__(
         self,
         index: Sequence[int],
-        names: list[str],
+        names: Sequence[str],
         params: Sequence[Any],
-        buffers: list[Any],
-        masters: list[Any],
-        group_of: list[int],
-        previous_lr: list[float],
-        labels: list[Hashable],
+        labels: Sequence[Hashable],
+        buffers: Rows,
+        masters: Rows,
+        group_of: Any,
+        previous_lr: Any,
         *,
         kernel: Any,
     ) -> None:
         self.index, self.names, self.params, self.group_of = index, names, params, group_of
         self.buffers, self.masters = buffers, masters
-        self.place, self.group = np.array(index), np.array(group_of)
+        self.place = slice(None) if isinstance(index, range) else np.array(index)
         self.joined = joined_rows(labels)
         self.has_new_state = False  # since the last step: buffers or masters
         self.xp = array_namespace(params[0])
@@ -85,21 +88,20 @@ class Layers:
                 check_buffer(name, v, p)  # p may have been resized by its owner
             if master is not None:
                 check_master(name, master, p)
-        self.fit = Fit(names, params, getattr(kernel, "addresses", None))
+        self.fit = Fit(names, params, kernel)
         self._half = [i for i, p in enumerate(params) if is_half(p)]
-        self._limit = largest(params, like=params[0], xp=self.xp)
+        self._least_limit = min(float(self.xp.finfo(kind).max) for kind in {real_dtype(p, self.xp) for p in params})
         self._most: Any = None
         self._most_for: Any = self.fit.dtypes
         self._kernel_type = kernel
         self._kernel: Any = None
         self._keeps: list[tuple[bool, bool]] | None = None  # by group: what the kernel was made for
-        self._used: list[Any] = []
-        self._new: list[int] = []
-        self._used_masters: list[Any] = []
+        self._used = self._used_masters = Rows(0)
+        self._new: Any = []
         self._new_masters: list[int] = []
         kinds: dict[tuple[int, bool, float], int] = {}
-        of_layers = zip(group_of, [v is None for v in buffers], previous_lr, strict=True)
-        self._kind_of = np.array([kinds.setdefault(kind, len(kinds)) for kind in of_layers], np.int64)
+        of_layers = zip(group_of.tolist(), (~buffers.present()).tolist(), previous_lr.tolist(), strict=True)
+        self._kind_of = np.fromiter((kinds.setdefault(kind, len(kinds)) for kind in of_layers), np.int32, len(params))
         self._kinds = list(kinds)
 
     def check(self, grads: Sequence[Any], written: Spans) -> Any:
@@ -107,7 +109,7 @@ class Layers:
         starts = self.fit.check(grads, written)
         if self._most_for is not self.fit.dtypes:
             self._most_for = self.fit.dtypes
-            self._most = most_squares(self.params, self._most_for, like=self.params[0], xp=self.xp)
+            self._most = most_squares(self.params, self._most_for(), like=self.params[0], xp=self.xp)
         return starts
 
     def step(
@@ -157,6 +159,10 @@ class Layers:
         self._go_on(groups)
         return taken._replace(plan=taken.planned()._replace(C=None))  # whoever asks later does not need them
 
+    @cached_property
+    def _limit(self) -> Any:
+        return largest(self.params, like=self.params[0], xp=self.xp)
+
     def _make_room(self, keeps: list[tuple[bool, bool]]) -> None:
         """Have the kernel see buffers and masters where they are kept. New ones count once a step is taken.
 
@@ -164,17 +170,14 @@ class Layers:
         changed since a step that was refused.
         """
         if keeps != self._keeps:
-            used = [v if keeps[k][0] else None for k, v in zip(self.group_of, self.buffers)]
-            new = [i for i, k in enumerate(self.group_of) if keeps[k][0] and used[i] is None]
-            for i, v in zip(new, new_buffers([self.params[i] for i in new], self.xp)):
-                used[i] = v
-            of_half = [i for i in self._half if keeps[self.group_of[i]][1]]
-            masters = self.masters if not self._half else [None] * len(self.params)
-            for i in of_half:
-                masters[i] = self.masters[i]
+            everything, wanted = range(len(self.params)), np.array(keeps)[self.group_of].T
+            used = self.buffers.at(everything, where=wanted[0])
+            new = np.flatnonzero(wanted[0] & ~used.present())
+            used.put(new, new_buffers([self.params[i] for i in new.tolist()], self.xp))
+            of_half = [i for i in self._half if wanted[1, i]]
+            masters = self.masters.at(everything, where=wanted[1])
             new_masters = [i for i in of_half if masters[i] is None]
-            for i, master in zip(new_masters, new_buffers([self.params[i] for i in new_masters], self.xp)):
-                masters[i] = master
+            masters.put(new_masters, new_buffers([self.params[i] for i in new_masters], self.xp))
             self._kernel = self._kernel_type(self.params, used, self.xp, masters if of_half else None)
             self._used, self._new, self._keeps = used, new, keeps
             self._used_masters, self._new_masters = masters, new_masters
@@ -188,12 +191,16 @@ class Layers:
             self.params = out
             self.fit.move(out)
             self._kernel.move(out)
-        for i in self._new:
-            self.buffers[i] = self._used[i]
-        changed = [i for i in self._half if self.masters[i] is not self._used_masters[i]]
-        for i in changed:
-            self.masters[i] = self._used_masters[i]
-        self.has_new_state = bool(self._new or changed)
+        gone = (self.masters.present() & ~self._used_masters.present()).any()
+        self.has_new_state = bool(len(self._new) or self._new_masters or gone)
+        if not self.has_new_state:
+            return
+        if (self._used.present() | ~self.buffers.present()).all():
+            self.buffers = self._used
+        else:  # those of layers without momentum are kept for when they have it again
+            self.buffers = self.buffers.at(range(len(self.params)))
+            self.buffers.put(self._new, self._used.at(self._new))
+        self.masters = self._used_masters
         self._new, self._new_masters = [], []
 
     def _without_asking(self, groups: Any, grads: Any, out: Any, *, write: bool) -> Taken | None:
@@ -204,8 +211,8 @@ class Layers:
         found = self._kernel.take(grads, prepared, self._kind_of, write=write, out=out)
         if found is None:
             return None
-        S, C = found
-        return Taken(self.names, Plan(S, prepared.gamma, C, prepared.hyper, prepared.rules), self._kind_of)
+        S, C, gamma = found
+        return Taken(self.names, Plan(S, gamma, C, prepared.hyper, prepared.rules), self._kind_of)
 
     def _by_stages(self, groups: Any, grads: Any) -> Taken:
         prepared = self._prepared(groups, [self._kinds[kind] for kind in self._kind_of.tolist()])
@@ -221,6 +228,8 @@ class Layers:
 
     def _refused(self, planned: Plan, policies: Sequence[str], grads: Sequence[Any]) -> bool:
         """Return whether the step is to be skipped."""
+        if self._most is None and all_finite(planned.S, planned.C, self._least_limit, xp=self.xp):
+            return False
         ok = finite(planned.S, planned.C, self._limit, self._most, xp=self.xp)
         if bool(self.xp.all(ok)):
             return False
@@ -238,4 +247,4 @@ class Layers:
         gone = [(k, first and not needs_buffer(groups[k]), float(groups[k]["lr"])) for k, first, _ in self._kinds]
         self._kinds = list(dict.fromkeys(gone))
         if len(self._kinds) < len(gone):
-            self._kind_of = np.array([self._kinds.index(kind) for kind in gone])[self._kind_of]
+            self._kind_of = np.array([self._kinds.index(kind) for kind in gone], np.int32)[self._kind_of]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 from array_api_compat import is_cupy_array, is_numpy_array, is_writeable_array
 
 from lars_array.arrays import is_distant
+from lars_array.buffers import Rows
 
-__all__ = ["Spans", "bounds", "check_writable", "one_of_each"]
+__all__ = ["Spans", "bounds", "check_writable"]
 
 
 def check_writable(name: str, p: Any) -> None:
@@ -59,12 +60,6 @@ def _overlaps_itself(p: Any) -> bool:
     return False
 
 
-def one_of_each(values: Iterable[Any]) -> list[Any]:
-    """Return a list of `values` in which equal ones are one object: what many layers have is kept once."""
-    known: dict[Any, Any] = {}
-    return [known.setdefault(value, value) for value in values]
-
-
 class Spans:
     """The stretches of memory that parameters and what is kept for them lie in, to be asked who is there.
 
@@ -76,10 +71,10 @@ class Spans:
         The names of the parameters.
     params : sequence of arrays
         The parameters. No two of them overlap.
-    buffers : sequence of arrays, optional
-        Their momentum buffers, None where there is none.
-    masters : sequence of arrays, optional
-        Their master copies, likewise; only together with `buffers`.
+    buffers : Rows, optional
+        Their momentum buffers.
+    masters : Rows, optional
+        Their master copies.
 
     Raises
     ------
@@ -90,17 +85,19 @@ class Spans:
     KINDS = "parameter", "the momentum buffer of", "the master copy of"
 
     def __init__(
-        self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = (), masters: Sequence[Any] = ()
+        self, names: Sequence[str], params: Sequence[Any], buffers: Rows | None = None, masters: Rows | None = None
     ) -> None:
-        self._names, self._lists = names, (params, buffers, masters)
+        self._names, self._params = names, params
+        kept = (self.KINDS[1], buffers or Rows(0)), (self.KINDS[2], masters or Rows(0))
+        self._kept = [(what, rows, *stretch) for what, rows in kept for stretch in rows.stretches()]
         # Tables, not objects: a model may have many thousand arrays, and this is asked at every step.
-        table = np.zeros((len(params) + len(buffers) + len(masters), 3), np.int64)
+        table = np.zeros((len(params) + len(self._kept), 3), np.int64)
         unseen: dict[int, int] = {}
-        for i, array in enumerate(chain(params, buffers, masters)):
-            view = None if array is None else _host_view(array)
+        for i, array in enumerate(chain(params, (array for *_, array in self._kept))):
+            view = _host_view(array)
             if view is not None and view.size:
                 table[i] = (*_bounds(view), i)
-            elif array is not None:  # neither is there anything to see of an empty array
+            else:  # neither is there anything to see of an empty array
                 if id(array) in unseen:
                     raise ValueError(self._given_twice(i, unseen[id(array)]))
                 unseen[id(array)] = i
@@ -129,7 +126,7 @@ class Spans:
             return None
         low, high = _bounds(view)
         index = self._find(view, low, int(np.searchsorted(self._starts, high)))
-        return None if index is None else self._label(index)
+        return None if index is None else self._label(index, high - 1)
 
     def are_clear(self, starts: Any, ends: Any) -> bool:
         """Return whether it is certain that nobody is in any of these stretches of addresses, integer arrays."""
@@ -147,15 +144,18 @@ class Spans:
         return None
 
     def _array(self, i: int) -> Any:
-        which, k = divmod(i, len(self._names))
-        return self._lists[which][k]
+        count = len(self._params)
+        return self._params[i] if i < count else self._kept[i - count][-1]
 
     def _given_twice(self, i: int, other: int) -> str:
         return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
 
-    def _label(self, i: int) -> str:
-        which, k = divmod(i, len(self._names))
-        return f"{self.KINDS[which]} {self._names[k]!r}"
+    def _label(self, i: int, address: int = 0) -> str:
+        count = len(self._params)
+        if i < count:
+            return f"{self.KINDS[0]} {self._names[i]!r}"
+        what, rows, row, array = self._kept[i - count]
+        return f"{what} {self._names[rows.row_at(array, address) if row is None else row]!r}"
 
 
 class _Shadow:

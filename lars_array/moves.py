@@ -71,7 +71,7 @@ class Surroundings:
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
-        self.kept = Spans(roster.names, [None] * len(roster.names), roster.buffers.rows, roster.masters.rows)
+        self.kept = Spans(roster.names, [], roster.buffers.rows, roster.masters.rows)
         self._bounds: Any = None  # of the parameters, of shape (rows, 2)
         self._next: Any = None  # and of those that were checked last
 

@@ -11,7 +11,7 @@ from array_api_compat import size
 from lars_array.arrays import asarray
 from lars_array.dtypes import COMPUTE, accumulation_dtype, dtype_name, real_dtype
 
-__all__ = ["NonFiniteError", "finite", "largest", "most_squares", "refuse_nonfinite"]
+__all__ = ["NonFiniteError", "all_finite", "finite", "largest", "most_squares", "refuse_nonfinite"]
 
 
 class NonFiniteError(ValueError):
@@ -89,6 +89,11 @@ def finite(S: Any, C: Any, limit: Any, most: Any = None, *, xp: Any) -> Any:
     """
     ok = xp.all(xp.isfinite(S), axis=1) & xp.all(xp.abs(C) <= limit[:, None], axis=1)
     return ok if most is None else ok & (S[:, 1] <= most)
+
+
+def all_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
+    """Return True only where `finite` is true of all layers: at once, for a limit that holds for all of them."""
+    return bool(xp.max(S) < inf) and bool(xp.max(C) <= limit) and bool(xp.min(C) >= -limit)
 
 
 def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:

@@ -109,7 +109,8 @@ class LARS:
     Attributes
     ----------
     param_groups : list of dict
-        Hyper-parameters of each group, to be read and, between steps, changed; its "params" and "names" only read.
+        Hyper-parameters of each group, to be read and, between steps, changed; its "params" and "names", sequences,
+        only read.
     steps, skipped_steps : int
         How many steps were taken, and skipped. Of parameters on a device, a step counts as taken until it is known
         that it was not.
@@ -363,7 +364,7 @@ class LARS:
         roster = self._stepper.roster
         with at_home(roster.arrays[0]):
             read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], roster.arrays)
-        self._stepper.attach(read.state)
+            self._stepper.attach(read.state, copied=True)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options | {"layer_axes": group["layer_axes"]})

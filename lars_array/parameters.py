@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lars_array.arrays import check_parameter, is_array
 
-__all__ = ["Group", "Layout", "Position", "is_pair", "listed", "read_parameters"]
+__all__ = ["Group", "Layout", "Position", "Positions", "all_names", "is_pair", "listed", "read_parameters"]
 
 
 class Position(str):
@@ -16,10 +18,49 @@ class Position(str):
     __slots__ = ()
 
 
+class Positions(Sequence[str]):
+    """The names of parameters that have none, made when they are asked for: a string takes more than its parameter."""
+
+    __slots__ = ("places",)
+
+    def __init__(self, places: range) -> None:
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: Any) -> Any:
+        return Positions(self.places[i]) if isinstance(i, slice) else Position(self.places[i])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+def all_names(groups: Sequence[Sequence[str]]) -> Sequence[str]:
+    """Return the names in several groups as those of one.
+
+    Raises
+    ------
+    ValueError
+        If one is there twice.
+    """
+    places = [names.places for names in groups if isinstance(names, Positions)]
+    if len(places) == len(groups) and all(one.stop == other.start for one, other in pairwise(places)):
+        return Positions(range(places[0].start, places[-1].stop))
+    found = [name for names in groups for name in names]
+    if len(set(found)) < len(found):
+        (twice, _), *_ = Counter(found).most_common(1)
+        raise ValueError(f"names of parameters must differ; got {twice!r} twice")
+    return found
+
+
 class Group(NamedTuple):
     """A parameter group as it was given: `names` and `arrays` of its parameters, and its own hyper-parameters."""
 
-    names: list[str]
+    names: Sequence[str]
     arrays: list[Any]
     overrides: dict[str, Any]
     form: str  # "mapping", "pairs", "list" or "tuple"
@@ -74,15 +115,8 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
         overrides = {key: value for key, value in group.items() if key not in ("params", "names")}
         groups.append(Group(names, arrays, overrides, form))
         start += len(names)
-    names = [name for group in groups for name in group.names]
-    repeated = (
-        next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if repeated is not None:
-        raise ValueError(f"names of parameters must differ; got {repeated!r} twice")
-    if not names:
+    all_names([group.names for group in groups])
+    if not any(group.arrays for group in groups):
         raise ValueError("optimizer got an empty parameter list")
     return Layout(groups, grouped)
 
@@ -101,26 +135,25 @@ def is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
 
 
-def _read_arrays(params: Any, start: int, names: Any) -> tuple[list[str], list[Any], str]:
+def _read_arrays(params: Any, start: int, names: Any) -> tuple[Sequence[str], list[Any], str]:
     """Return names, arrays and form of what stands under "params"."""
     if isinstance(params, Mapping):
-        pairs, form = list(params.items()), "mapping"
+        names, arrays, form = list(params), list(params.values()), "mapping"
+    elif (arrays := listed(params)) and all(is_pair(item) for item in arrays):
+        names, arrays, form = [name for name, _ in arrays], [p for _, p in arrays], "pairs"
     else:
-        pairs, form = listed(params), "pairs"
-        if not pairs or not all(is_pair(item) for item in pairs):
-            form = "tuple" if isinstance(params, tuple) else "list"
-            names = [Position(start + i) for i in range(len(pairs))] if names is None else list(names)
-            if len(names) != len(pairs):
-                raise ValueError(f"names must hold one entry for each of {len(pairs)} parameters; got {names!r}")
-            pairs = list(zip(names, pairs, strict=True))
-    for name, p in pairs:
+        form = "tuple" if isinstance(params, tuple) else "list"
+        names = Positions(range(start, start + len(arrays))) if names is None else list(names)
+        if len(names) != len(arrays):
+            raise ValueError(f"names must hold one entry for each of {len(arrays)} parameters; got {names!r}")
+    for name, p in zip(names, arrays, strict=True):
         if not isinstance(name, str):
             raise TypeError(f"names of parameters must be strings; got {name!r}")
         check_parameter(name, p)
-    return [name for name, _ in pairs], [p for _, p in pairs], form
+    return names, arrays, form
 
 
-def _in_form(form: str, names: list[str], arrays: list[Any]) -> Any:
+def _in_form(form: str, names: Sequence[str], arrays: list[Any]) -> Any:
     if form in ("mapping", "pairs"):
         pairs = zip(names, arrays, strict=True)
         return dict(pairs) if form == "mapping" else list(pairs)

@@ -10,8 +10,9 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from lars_array.arrays import check_buffer, check_master
+from lars_array.buffers import Rows, new_buffers
 from lars_array.memory import Spans, check_writable
-from lars_array.parameters import Group
+from lars_array.parameters import Group, all_names
 from lars_array.rows import LayerOf, Stack, labels_of, row_labels, stack_of
 from lars_array.stacks import sliced_gradients, whole
 
@@ -26,24 +27,25 @@ class Kept:
 
     Attributes
     ----------
-    rows : list of arrays
+    rows : Rows
         One a row, or None. Those of slices of one parameter are views of one array.
     wholes : dict of int to array
         That array, by position of the parameter.
     """
 
     def __init__(self) -> None:
-        self.rows: list[Any] = []
+        self.rows = Rows(0)
         self.wholes: dict[int, Any] = {}
 
-    def __copy__(self) -> Kept:
+    def extended(self, count: int) -> Kept:
+        """Return a copy, with `count` rows more."""
         twin = Kept()
-        twin.rows, twin.wholes = list(self.rows), dict(self.wholes)
+        twin.rows, twin.wholes = self.rows.extended(count), dict(self.wholes)
         return twin
 
     def put(self, i: int, stack: Stack, array: Any) -> None:
         """Keep `array`, or nothing, for the parameter at position `i`."""
-        self.rows[stack.start : stack.start + stack.rows] = stack.slices(array)
+        self.rows.put(range(stack.start, stack.start + stack.rows), stack.slices(array))
         self.wholes.pop(i, None)
         if stack.lead and array is not None:
             self.wholes[i] = array
@@ -54,7 +56,7 @@ class Kept:
             if self.rows[stack.start] is None:
                 self.wholes.pop(i, None)
             elif i not in self.wholes:
-                self.put(i, stack, whole(stack, self.rows[stack.start : stack.start + stack.rows]))
+                self.put(i, stack, whole(stack, [self.rows[stack.start + k] for k in range(stack.rows)]))
 
 
 class Roster:
@@ -67,14 +69,17 @@ class Roster:
 
     Attributes
     ----------
-    given, arrays : lists
+    given, arrays : sequences
         The names of the parameters, and the parameters.
     stacks : dict of int to Stack
         Those whose slices are rows, by position.
     starts : sequence of int
         The first row of each parameter.
-    names, params, group_of, labels : lists
-        Of each row, see `lars_array.layers.Layers`. The lists of the parameters themselves where none is stacked.
+    names, params, labels : sequences
+        Of each row, see `lars_array.layers.Layers`. Those of the parameters themselves where none is stacked; no labels
+        where no layer has several rows.
+    group_of : int32 array of shape (rows,)
+        The group of each.
     buffers, masters : Kept
         What is kept.
     previous_lr : ndarray of shape (rows,)
@@ -83,14 +88,14 @@ class Roster:
 
     def __init__(self, layer_of: LayerOf) -> None:
         self.layer_of = layer_of
-        self.given: list[str] = []
+        self.given: Sequence[str] = []
         self.arrays: list[Any] = []
         self.stacks: dict[int, Stack] = {}
         self.starts: Sequence[int] = range(0)
-        self.names: list[str] = []
+        self.names: Sequence[str] = []
         self.params: list[Any] = []
-        self.group_of: list[int] = []
-        self.labels: list[Hashable] = []
+        self.group_of = np.zeros(0, np.int32)
+        self.labels: Sequence[Hashable] = ()
         self.buffers, self.masters = Kept(), Kept()
         self.previous_lr = np.zeros(0)
 
@@ -116,32 +121,34 @@ class Roster:
         ValueError, TypeError
             For names that are taken, and parameters that can't be written to, overlap, or can't be one layer.
         """
-        given = [name for group in groups for name in group.names]
-        repeated = set(self.given) & set(given)
-        if repeated:
-            raise ValueError(f"names of parameters must differ; got {min(repeated)!r} twice")
         longer = copy.copy(self)
-        longer.stacks, group_of = dict(self.stacks), list(self.group_of)
-        starts, rows = list(self.starts), len(self.names)
-        for number, (group, axes) in enumerate(zip(groups, layer_axes, strict=True), first):
-            for name, p in zip(group.names, group.arrays, strict=True):
-                stack = stack_of(name, p, axes, rows)
-                if stack.lead:
-                    longer.stacks[len(starts)] = stack
-                starts.append(rows)
-                rows += stack.rows
-                group_of += [number] * stack.rows
-        longer.given = [*self.given, *given]
+        longer.given = all_names([*filter(len, [self.given]), *(group.names for group in groups)])
         longer.arrays = [*self.arrays, *(p for group in groups for p in group.arrays)]
-        longer.group_of, longer.starts = group_of, starts if longer.stacks else range(len(starts))
+        longer.stacks = dict(self.stacks)
+        counts = [len(group.arrays) for group in groups]
+        count, ends = len(longer.arrays), [len(self.names)]
+        if any(layer_axes) or self.stacks:
+            starts = list(self.starts)
+            for group, axes in zip(groups, layer_axes, strict=True):
+                end = ends[-1]
+                for name, p in zip(group.names, group.arrays, strict=True):
+                    stack = stack_of(name, p, axes, end)
+                    if stack.lead:
+                        longer.stacks[len(starts)] = stack
+                    starts.append(end)
+                    end += stack.rows
+                ends.append(end)
+            counts = np.diff(ends).tolist()
+        numbers = range(first, first + len(groups))
+        longer.group_of = np.concatenate([self.group_of, np.repeat(np.array(numbers, np.int32), counts)])
+        longer.starts = starts if longer.stacks else range(count)
         longer.names, longer.params = longer.given, longer.arrays
         if longer.stacks:
-            longer.names = [name for i in range(len(starts)) for name in longer.stack(i).names()]
+            longer.names = [name for i in range(count) for name in longer.stack(i).names()]
             longer.params = [row for i, p in enumerate(longer.arrays) for row in longer.stack(i).slices(p)]
-        longer.labels = [None] * rows
         if self.layer_of is not None:
             labels = labels_of(self.layer_of, longer.given)
-            longer.labels = row_labels(labels, [longer.stack(i) for i in range(len(starts))])
+            longer.labels = row_labels(labels, [longer.stack(i) for i in range(count)])
         for name, p in zip(longer.names, longer.params, strict=True):
             check_writable(name, p)
             _check_same_place(p, longer.params[0], name, longer.names[0])
@@ -151,9 +158,7 @@ class Roster:
     def inherit(self, shorter: Roster) -> None:
         """Keep what `shorter` does, which has a part of the parameters, the first of them."""
         added = len(self.names) - len(shorter.names)
-        self.buffers, self.masters = copy.copy(shorter.buffers), copy.copy(shorter.masters)
-        for kept in (self.buffers, self.masters):
-            kept.rows += [None] * added
+        self.buffers, self.masters = shorter.buffers.extended(added), shorter.masters.extended(added)
         self.previous_lr = np.concatenate([shorter.previous_lr, np.zeros(added)])
 
     def stack(self, i: int) -> Stack:
@@ -191,22 +196,25 @@ class Roster:
             self.arrays = [p if x is None else x for p, x in zip(self.arrays, arrays, strict=True)]
             self.stacks = {i: stack._replace(param=self.arrays[i]) for i, stack in self.stacks.items()}
 
-    def take_over(self, index: Sequence[int], buffers: Sequence[Any], masters: Sequence[Any]) -> None:
+    def take_over(self, index: Sequence[int], buffers: Rows, masters: Rows) -> None:
         """Keep what a step of the rows at `index` has made."""
-        for i, v, master in zip(index, buffers, masters, strict=True):
-            self.buffers.rows[i], self.masters.rows[i] = v, master
+        for kept, rows in ((self.buffers, buffers), (self.masters, masters)):
+            if isinstance(index, range):
+                kept.rows = rows
+            else:
+                kept.rows.put(index, rows)
 
     def bring_together(self) -> None:
         """Have what is kept of the slices of a parameter lie in one array."""
         for kept in (self.buffers, self.masters):
             kept.bring_together(self.stacks)
 
-    def views(self, buffers: Sequence[Any], previous_lr: Sequence[float] | None) -> dict[str, dict[str, Any]]:
+    def views(self, buffers: Rows, previous_lr: Sequence[float] | None) -> dict[str, dict[str, Any]]:
         """Return what is kept by name of parameter, the arrays themselves; see `lars_array.LARS.state_views`.
 
         Parameters
         ----------
-        buffers : sequence of arrays
+        buffers : Rows
             The momentum buffers of the rows, None for those that are not used yet.
         previous_lr : sequence of float, optional
             Those of the rows. None: they are left out.
@@ -214,14 +222,24 @@ class Roster:
         state: dict[str, dict[str, Any]] = {}
         for i, (name, row) in enumerate(zip(self.given, self.starts, strict=True)):
             own = state[name] = {} if previous_lr is None else {"previous_lr": previous_lr[row]}
-            if buffers[row] is not None:
-                own["momentum_buffer"] = self.buffers.wholes.get(i, buffers[row])
-            if self.masters.rows[row] is not None:
-                own["master"] = self.masters.wholes.get(i, self.masters.rows[row])
+            for key, rows, wholes in (
+                ("momentum_buffer", buffers, self.buffers.wholes),
+                ("master", self.masters.rows, self.masters.wholes),
+            ):
+                array = rows[row]
+                if array is not None:
+                    own[key] = wholes.get(i, array)
         return state
 
-    def attach(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def attach(self, state: Mapping[str, Mapping[str, Any]], *, copied: bool = False) -> None:
         """Keep the arrays in `state` from now on, and nothing but them for the parameters that it names.
+
+        Parameters
+        ----------
+        state : mapping
+            By name, see `views`.
+        copied : bool
+            Whether new arrays are kept, which lie together, with the numbers of those in `state`.
 
         Raises
         ------
@@ -229,7 +247,7 @@ class Roster:
             If a name is unknown, or an array does not fit; then nothing was changed.
         """
         place = {name: i for i, name in enumerate(self.given)}
-        kept_by = {"momentum_buffer": copy.copy(self.buffers), "master": copy.copy(self.masters)}
+        kept_by = {"momentum_buffer": self.buffers.extended(0), "master": self.masters.extended(0)}
         previous_lr = self.previous_lr.copy()
         for name, own in state.items():
             if name not in place:
@@ -239,12 +257,28 @@ class Roster:
             for key, check in KEPT.items():
                 if own.get(key) is not None:
                     check(name, own[key], stack.param)
-                    check_writable(f"{key} of {name}", own[key])
-                kept_by[key].put(i, stack, own.get(key))
+                    if not copied:
+                        check_writable(f"{key} of {name}", own[key])
+                kept_by[key].put(i, stack, None if copied else own.get(key))
             previous_lr[stack.start : stack.start + stack.rows] = float(own.get("previous_lr", 0.0))
+        if copied:
+            for key, kept in kept_by.items():
+                self._put_copies(kept, {place[name]: own[key] for name, own in state.items() if key in own})
         Spans(self.names, self.params, *(kept.rows for kept in kept_by.values()))
         self.buffers, self.masters = kept_by["momentum_buffer"], kept_by["master"]
         self.previous_lr = previous_lr
+
+    def _put_copies(self, kept: Kept, arrays: Mapping[int, Any]) -> None:
+        """Keep copies of arrays for the parameters at their positions."""
+        given = {i: array for i, array in arrays.items() if array is not None}
+        made = new_buffers([self.arrays[i] for i in given], array_namespace(self.arrays[0]))
+        for mine, array in zip(made, given.values(), strict=True):
+            mine[...] = array
+        if not self.stacks:
+            kept.rows.put(list(given), made)
+            return
+        for i, mine in zip(given, made, strict=True):
+            kept.put(i, self.stack(i), mine)
 
 
 def _check_same_place(p: Any, other: Any, name: str, other_name: str) -> None:

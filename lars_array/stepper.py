@@ -9,6 +9,7 @@ import numpy as np
 
 from lars_array import kernels
 from lars_array.arrays import at_home, is_distant, listed
+from lars_array.buffers import Rows
 from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.layers import Layers, Taken
 from lars_array.memory import Spans
@@ -82,7 +83,7 @@ class Stepper:
             if layers.has_new_state:
                 self._take_over(layers)
         if self._whereabouts is None:
-            roster.previous_lr[layers.place] = np.array([group["lr"] for group in groups])[layers.group]
+            roster.previous_lr[layers.place] = np.array([group["lr"] for group in groups])[layers.group_of]
         return True
 
     def news(self, *, wait: bool) -> tuple[News, News, int]:
@@ -92,14 +93,15 @@ class Stepper:
         before, now = self._whereabouts.news(wait=wait)
         return before, now, self._whereabouts.replayed() if wait else 0
 
-    def standing(self) -> tuple[list[Any], list[float]]:
+    def standing(self) -> tuple[Rows, list[float]]:
         """Return the momentum buffers that are used and the last learning rates, one a row; a device is waited for."""
         if self._whereabouts is None:
             return self.roster.buffers.rows, self.roster.previous_lr.tolist()
         with at_home(self.roster.params[0]):
             self._bring_together()
             unused, previous_lr = listed(self._whereabouts.first), listed(self._whereabouts.previous_lr)
-        return [None if nothing else v for v, nothing in zip(self.roster.buffers.rows, unused)], previous_lr
+        rows = self.roster.buffers.rows
+        return rows.at(range(len(rows)), where=~np.array(unused, bool)), previous_lr
 
     def settle(self) -> None:
         """Bring home what only the device knows, and let the next step begin anew from there."""
@@ -120,10 +122,10 @@ class Stepper:
         roster.inherit(self.roster)
         self.roster, self._kernel = roster, kernel
 
-    def attach(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def attach(self, state: Mapping[str, Mapping[str, Any]], *, copied: bool = False) -> None:
         """Go on from what `Roster.attach` takes."""
         self.settle()
-        self.roster.attach(state)
+        self.roster.attach(state, copied=copied)
 
     def refused(self, news: News) -> Exception:
         """Return the error that tells of the last step that the device has refused."""
@@ -157,15 +159,16 @@ class Stepper:
     def _layers_at(self, index: Sequence[int]) -> Layers:
         self._bring_together()
         roster = self.roster
-        lists: Any = (roster.names, roster.params, roster.buffers.rows, roster.masters.rows)
-        lists += (roster.group_of, roster.previous_lr.tolist(), roster.labels)
+        rows: Any = (roster.buffers.rows, roster.masters.rows, roster.group_of, roster.previous_lr)
+        lists: Any = (roster.names, roster.params, roster.labels)
         if not isinstance(index, range):
-            lists = ([x[i] for i in index] for x in lists)
+            rows = [x.at(index) if isinstance(x, Rows) else x[index] for x in rows]
+            lists = [[x[i] for i in index] if x else x for x in lists]
         if not is_distant(roster.params[0]):
-            return Layers(index, *lists, kernel=self._kernel)
+            return Layers(index, *lists, *rows, kernel=self._kernel)
         if self._whereabouts is None:
             self._whereabouts = Whereabouts(roster.buffers.rows, roster.previous_lr, like=roster.params[0])
-        return DistantLayers(index, *lists, kernel=self._kernel, whereabouts=self._whereabouts)
+        return DistantLayers(index, *lists, *rows, kernel=self._kernel, whereabouts=self._whereabouts)
 
     def _take_over(self, layers: Layers) -> None:
         self.roster.take_over(layers.index, layers.buffers, layers.masters)

@@ -193,7 +193,7 @@ def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatc
 
     for module in ("distant", "hyper_table", "nonfinite", "rows"):
         monkeypatch.setattr(f"lars_array.{module}.asarray", asarray)
-    for module in ("layers", "checkpoint", "stacks"):
+    for module in ("layers", "roster", "stacks"):
         monkeypatch.setattr(f"lars_array.{module}.new_buffers", buffers_like)
     known = lars_array.hyper._known
     monkeypatch.setattr("lars_array.hyper._known", lambda x: None if isinstance(x, Array) else known(x))

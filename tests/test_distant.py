@@ -349,7 +349,7 @@ def test_what_a_graph_has_seen_stays_where_it_is(device: Device) -> None:
 
     def kept() -> list[Any]:
         layers, place = pair.far._stepper._layers, pair.far._stepper._whereabouts
-        return [layers, place, layers.first, layers.previous_lr, place.counts, layers._table.array, *layers.buffers]
+        return [layers, place, layers.first, layers.previous_lr, place.counts, layers._table.array, layers.buffers]
 
     before = kept()
     pair.far.param_groups[0]["lr"] = 0.05

@@ -58,6 +58,21 @@ def test_views_that_overlap(p: Any, q: Any) -> None:
     assert_overlap_is_refused(p(a), q(a))
 
 
+def test_a_part_of_what_lies_together_can_be_kept_by_hand() -> None:
+    optimizer = LARS({"w": A.copy(), "b": A.copy()}, **HYPER)
+    optimizer.step([A, A])
+    views = optimizer.state_views()
+    optimizer.attach_state({"w": views["w"]})
+    optimizer.step([A, A])
+    assert np.shares_memory(views["w"]["momentum_buffer"], optimizer.state_views()["w"]["momentum_buffer"])
+    for name, own in views.items():
+        with pytest.raises(ValueError, match=f"must not share memory with the momentum buffer of '{name}'"):
+            optimizer.step([A, own["momentum_buffer"]])
+    taken = {"momentum_buffer": views["b"]["momentum_buffer"], "previous_lr": 0.5}
+    with pytest.raises(ValueError, match=r"^parameters must not overlap in memory; the momentum buffer of '[wb]' and"):
+        optimizer.attach_state({"w": taken})
+
+
 def test_an_overlap_is_found_behind_other_arrays() -> None:
     # The long one reaches over all that begin after it.
     a = np.zeros(100)

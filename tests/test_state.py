@@ -185,6 +185,24 @@ def test_the_arrays_of_a_loaded_optimizer_stay_where_they_are() -> None:
     assert_close(params["u"], flash_run(INITIAL["u"], [GRADS[0]["u"], GRADS[1]["u"]], **HYPER))
 
 
+@pytest.mark.parametrize("late", [None, GRADS[0]["u"]], ids=["without the late one", "with it"])
+def test_a_buffer_outlives_steps_without_momentum(late: Any) -> None:
+    params = {name: p.copy() for name, p in INITIAL.items()}
+    groups = [{"params": {name: p}, "momentum": 0.9 if name == "w" else 0.0} for name, p in params.items()]
+    optimizer = LARS(groups, lr=0.5, weight_decay=0.1)
+    optimizer.step(GRADS[0] | {"u": late})
+    before = optimizer.state_dict()["state"]["w"]["momentum_buffer"]
+    optimizer.param_groups[0]["momentum"], optimizer.param_groups[1]["momentum"] = 0.0, 0.9
+    optimizer.step(GRADS[1] | {"u": late})
+    state = optimizer.state_dict()["state"]
+    assert_same(state["w"]["momentum_buffer"], before)
+    assert ["momentum_buffer" in of for of in state.values()] == [True, True, False]
+    optimizer.param_groups[0]["momentum"] = 0.9
+    assert_same(optimizer.state_views()["w"]["momentum_buffer"], before)
+    optimizer.step(GRADS[2] | {"u": late})
+    assert not np.array_equal(optimizer.state_views()["w"]["momentum_buffer"], before)
+
+
 def test_loading_a_state_without_a_buffer_takes_it_away() -> None:
     params = parameters()
     optimizer = LARS(params, **HYPER)

@@ -15,8 +15,9 @@ A kernel is a class ``Kernel`` in a module of this package that is imported when
                                        where it is false nothing at all is changed, and `out` gets a copy of `params`
         .move(params) -> None          the parameters are these from now on, what was `out` before
 
-and, if it takes NumPy arrays, ``addresses(arrays)``, where their data begin, a static method; and, if it can compute
-coefficients by itself, ``.take(...)``, see `lars_array.kernels.compiled`, or where the host is not to wait,
+and, if it takes NumPy arrays, ``addresses(arrays)``, where their data begin, a static method; if it sees quickly
+that arrays look as others did, ``looks(arrays)``, a `lars_array.looks.Looks`; and, if it can compute coefficients by
+itself, ``.take(...)``, see `lars_array.kernels.compiled`, or where the host is not to wait,
 ``.enqueue(...)``, see `lars_array.kernels.cuda`.
 """
 

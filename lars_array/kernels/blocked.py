@@ -30,7 +30,7 @@ class Kernel:
     def __init__(
         self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np, masters: Sequence[Any] | None = None
     ) -> None:
-        self.buffers, self._masters = buffers, masters
+        self.buffers, self._masters = list(buffers), masters  # views of these, made once
         self.move(params)
 
     @staticmethod

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from operator import attrgetter
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
-from lars_array.core import Prepared
+from lars_array.core import Prepared, clipped
 from lars_array.kernels import blocked
 from lars_array.kernels.layout import common_order
 from lars_array.kernels.masters import copy_all, with_masters
-from lars_array.memory import one_of_each
 from lars_array.tape import record
 
 __all__ = ["Kernel"]
-
-_DTYPE, _STRIDES, _ALIGNED = attrgetter("dtype"), attrgetter("strides"), attrgetter("flags.aligned")
 
 
 class Kernel:
@@ -33,12 +30,12 @@ class Kernel:
         self, params: Sequence[Any], buffers: Sequence[Any], xp: Any = np, masters: Sequence[Any] | None = None
     ) -> None:
         self.buffers, self._masters = buffers, masters
-        # What the tables are arranged for: the gradients' types and strides, the strides of what is written to instead
-        # of in place, and the layers that are in none.
-        self._dtypes: list[Any] = []
-        self._strides: list[Any] | None = None
-        self._out_strides: list[Any] | None = None
+        # What the tables are arranged for: the types of gradients, and the layers that are in none; and how gradients,
+        # and what is written to instead of in place, looked when that was found out.
+        self._types_of: Any = None
         self._others: list[int] = []
+        self._looks: Any = None
+        self._out_looks: Any = None
         self._tables: list[Any] = []
         self.move(params)
 
@@ -50,7 +47,12 @@ class Kernel:
     @staticmethod
     def addresses(arrays: Sequence[Any]) -> Any:
         """Return where the data of arrays begin."""
-        return _module().addresses(arrays)
+        return _headers().addresses(arrays)
+
+    @staticmethod
+    def looks(arrays: Sequence[Any]) -> Any:
+        """Return their `lars_array.looks.Looks`."""
+        return _headers().HeaderLooks(arrays)
 
     def move(self, params: Sequence[Any]) -> None:
         """Take `params` for the parameters from now on."""
@@ -60,15 +62,13 @@ class Kernel:
             table.move(self.params, self.copies)
         if self._others:  # which may lie densely now
             self._blocked.move([params[i] for i in self._others])
-            self._strides = None
+            self._looks = None
 
     def sums(self, grads: Sequence[Any], operand: Any = None) -> Any:
         """Return what `core.sums` does."""
-        self._arrange_for(grads)
-        S = np.empty((len(self.params), 3))
-        for walk in [table.sums(grads, operand) for table in self._tables]:
-            walk.go()
-            S[walk.layers] = walk.S
+        found = self._arranged_for(grads)
+        S = np.zeros((len(self.params), 3))
+        self._add_sums(found, operand, S)
         if self._others:
             mine = None if operand is None else [None if x is None else x[self._others] for x in operand]
             S[self._others] = self._blocked.sums([grads[i] for i in self._others], mine)
@@ -79,8 +79,8 @@ class Kernel:
         if written is not None and not written:
             copy_all(self._given, out)
             return
-        self._arrange_for(grads, out)
-        for walk in [table.apply(grads, C, out) for table in self._tables]:
+        found = self._arranged_for(grads, out)
+        for walk in [table.apply(found, C) for table in self._tables]:
             walk.go()
         if self._others:
             others = None if out is None else [out[i] for i in self._others]
@@ -94,7 +94,7 @@ class Kernel:
         *,
         write: bool,
         out: Sequence[Any] | None = None,
-    ) -> tuple[Any, Any] | None:
+    ) -> tuple[Any, Any, Any] | None:
         """Return S and C, computed without asking Python, and if `write` is true take the step as well.
 
         Parameters
@@ -103,7 +103,7 @@ class Kernel:
             One a layer.
         prepared : Prepared
             A row for each kind of layers, those that differ in their sums only.
-        kind_of : int64 array of shape (layers,)
+        kind_of : int32 array of shape (layers,)
             The kind of each layer.
         write : bool
             Whether to do what `apply` does too: each layer as soon as its coefficients are known.
@@ -112,39 +112,57 @@ class Kernel:
 
         Returns
         -------
-        tuple (S, C) or None
-            None, and nothing was done, where layers don't lie densely, gradients are clipped, or a rule can't be put
-            on tape.
+        tuple (S, C, gamma) or None
+            Sums and coefficients, and a row for each kind of what gradients are multiplied by. None, and nothing was
+            done, where layers don't lie densely or a rule can't be put on tape.
         """
-        self._arrange_for(grads, out)
+        found = self._arranged_for(grads, out)
         tapes = [record(rule) for rule in prepared.rules]
-        if self._others or prepared.clips or any(tape is None for tape in tapes):
+        if self._others or any(tape is None for tape in tapes):
             return None
         programs = _module().programs(tuple(tapes))
-        S, C = np.empty((len(self.params), 3)), np.empty((len(self.params), 6))
-        out = out if write else None
-        for walk in [table.take(grads, prepared, kind_of, programs, out, write=write) for table in self._tables]:
+        S, C = np.zeros((len(self.params), 3)), np.empty((len(self.params), 6))
+        clips = prepared.clips
+        if clips:  # by how much, the sums over all layers tell
+            self._add_sums(found, None, S)
+            of_kinds = [np.bincount(kind_of, column, len(prepared.rules)) for column in S.T]
+            prepared = clipped(prepared, np.stack(of_kinds, axis=1), xp=np)
+        if clips and prepared.operand is None:
+            _module().coefficients(S, prepared, kind_of, programs, C)
+        else:
+            S[...] = 0
+            at_once = write and not clips
+            for walk in [table.take(found, prepared, kind_of, programs, S, C, write=at_once) for table in self._tables]:
+                walk.go()
+        if clips and write:
+            self.apply(grads, C, out=out)
+        return S, C, prepared.gamma
+
+    def _add_sums(self, grads: Any, operand: Any, S: Any) -> None:
+        for walk in [table.sums(grads, operand, S) for table in self._tables]:
             walk.go()
-            S[walk.layers], C[walk.layers] = walk.S, walk.C
-        return S, C
 
     def _is_dense(self, i: int, g: Any, out: Any) -> bool:
         arrays = [x for x in (self.params[i], g, self.buffers[i], self.copies[i], out) if x is not None]
         return bool(all(x.flags.aligned and x.dtype.isnative for x in arrays) and common_order(arrays) is not None)
 
-    def _arrange_for(self, grads: Sequence[Any], out: Sequence[Any] | None = None) -> None:
+    def _arranged_for(self, grads: Sequence[Any], out: Sequence[Any] | None = None) -> Any:
         """Have a table for each combination of types, without the layers whose arrays don't lie alike."""
-        dtypes, strides = list(map(_DTYPE, grads)), list(map(_STRIDES, grads))
-        out_strides = self._out_strides if out is None else list(map(_STRIDES, out))
-        aligned = all(map(_ALIGNED, grads)) and (out is None or all(map(_ALIGNED, out)))
-        if aligned and strides == self._strides and out_strides == self._out_strides and dtypes == self._dtypes:
-            return
-        others = [i for i, (g, x) in enumerate(zip(grads, out or [None] * len(grads))) if not self._is_dense(i, g, x)]
-        if others != self._others or dtypes != self._dtypes:
-            self._arrange(others, dtypes)
-        self._strides, self._out_strides = one_of_each(strides) if aligned else None, out_strides
+        places = None if self._looks is None else self._looks.places(grads)
+        places_out = None if self._out_looks is None or out is None else self._out_looks.places(out)
+        if places is None or (places_out is None and out is not None):
+            looks, places = self.looks(grads), self.addresses(grads)
+            out_looks, places_out = (None, None) if out is None else (self.looks(out), self.addresses(out))
+            pairs = zip(grads, out or repeat(None, len(grads)), strict=True)
+            others = [i for i, (g, x) in enumerate(pairs) if not self._is_dense(i, g, x)]
+            dtypes = looks.dtypes()
+            if self._types_of is None or others != self._others or dtypes != self._types_of.dtypes():
+                self._arrange(others, dtypes)
+            self._types_of = self._looks = looks
+            self._out_looks = out_looks
+        return _module().Seen(places, places_out, (grads, out))
 
-    def _arrange(self, others: list[int], dtypes: list[Any]) -> None:
+    def _arrange(self, others: list[int], dtypes: Sequence[Any]) -> None:
         rest = set(others)
         of_types: dict[Any, list[int]] = {}
         for i, (p, copy, g_dtype) in enumerate(zip(self.params, self.copies, dtypes, strict=True)):
@@ -155,13 +173,19 @@ class Kernel:
         params, buffers = ([x[i] for i in others] for x in (self._given, self.buffers))
         masters = None if self._masters is None else [self._masters[i] for i in others]
         self._blocked = blocked.Kernel(params, buffers, np, masters)
-        self._dtypes, self._others = dtypes, others
+        self._others = others
 
 
 def _module() -> Any:
     from lars_array.kernels import table
 
     return table
+
+
+def _headers() -> Any:
+    from lars_array.kernels import headers
+
+    return headers
 
 
 @cache
@@ -173,6 +197,5 @@ def _problem() -> str | None:
         return f"it needs numba, pip install lars-array[fast]: {error}"
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
-    from lars_array.kernels import machine
-
-    return machine.problem()
+    reason: str | None = _headers().problem()
+    return reason

@@ -9,7 +9,23 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
 
-__all__ = ["array_at", "fetch_add", "load", "read", "stored", "write"]
+__all__ = ["array_at", "at_first", "fetch_add", "kept_on_disk", "load", "read", "stored", "write"]
+
+
+def kept_on_disk(function: Any) -> Any:
+    """Have `function` compiled when it is called with new types, and the result kept for other processes."""
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # there is no directory that could be written to
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def at_first(function: Any, *arguments: Any) -> Any:
+    """Call a compiled function with arguments of new types."""
+    try:
+        return function(*arguments)
+    except OSError:  # it is compiled, but there was no room on the disk to keep it
+        return function(*arguments)
 
 
 @intrinsic

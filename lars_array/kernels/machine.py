@@ -16,10 +16,10 @@ import numpy as np
 
 from lars_array import core
 from lars_array.kernels import intrinsics
-from lars_array.kernels.intrinsics import array_at, fetch_add, load, read, stored, write
+from lars_array.kernels.intrinsics import array_at, fetch_add, kept_on_disk, load, read, stored, write
 from lars_array.tape import OPERATIONS
 
-__all__ = ["DONE", "MEASURE", "OWN", "PIECE", "WHOLE", "WRITE", "at_first", "data_of", "problem", "work"]
+__all__ = ["DONE", "MEASURE", "OWN", "PIECE", "WHOLE", "WRITE", "coefficients_of", "work"]
 
 PIECE = 1 << 16  # elements of one partial sum
 MEASURE, WRITE = 1, 2  # what a task does; both, where one thread has layers to itself
@@ -183,45 +183,17 @@ def _coefficients(sums: Any, given: Any, operations: Any, constants: Any, output
         c[i] = registers[outputs[i]]
 
 
-def _kept_on_disk(function: Any) -> Any:
-    """Have `function` compiled when it is called with new types, and the result kept for other processes."""
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # there is no directory that could be written to
-        return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-def at_first(function: Any, *arguments: Any) -> Any:
-    """Call a compiled function with arguments of new types."""
-    try:
-        return function(*arguments)
-    except OSError:  # it is compiled, but there was no room on the disk to keep it
-        return function(*arguments)
-
-
-@_kept_on_disk
-def data_of(ids: Any, offset: int) -> Any:
-    """Return where the data of arrays begin, 0 where the id is 0.
-
-    From its id on, an array of NumPy is a PyObject of `offset` bytes, then the pointer to its data: the beginning of
-    PyArrayObject_fields in numpy/ndarraytypes.h. Asked in Python, 10,000 arrays take 10 ms.
-    """
-    like = np.empty(0, np.int64)
-    places = np.zeros_like(ids)
-    for row in range(ids.shape[0]):
-        for column in range(ids.shape[1]):
-            if ids[row, column] != 0:
-                places[row, column] = array_at(ids[row, column] + offset, 1, like)[0]
-    return places
-
-
-def problem() -> str | None:
-    """Return why this code can't be trusted here: arrays may not be what `data_of` takes them for."""
-    x = np.empty(3)
-    if sys.implementation.name != "cpython":
-        return f"it reads the arrays of CPython, not of {sys.implementation.name}"
-    found = int(at_first(data_of, np.array([[id(x)]]), object.__basicsize__)[0, 0])
-    return None if found == x.__array_interface__["data"][0] else "the arrays of this NumPy are built differently"
+@kept_on_disk
+def coefficients_of(
+    S: Any, kind_of: Any, hyper: Any, extents: Any, operations: Any, constants: Any, outputs: Any, C: Any
+) -> None:
+    """Write the coefficients of all layers; the arguments are those of `work`."""
+    registers = np.empty(3 + hyper.shape[1] + len(constants) + len(operations))
+    for layer in range(len(S)):
+        kind = kind_of[layer]
+        begin, end, begin_constants, end_constants = extents[kind]
+        tape = operations[begin:end], constants[begin_constants:end_constants], outputs[kind]
+        _coefficients(S[layer], hyper[kind], *tape, registers, C[layer])
 
 
 def _checksum() -> int:
@@ -246,6 +218,7 @@ def _make_work(checksum: int) -> Any:
         places: Any,
         sizes: Any,
         offsets: Any,
+        layers: Any,
         partial: Any,
         kind_of: Any,
         weights: Any,
@@ -266,19 +239,21 @@ def _make_work(checksum: int) -> Any:
 
         tasks (tasks, 5)        read: see `lars_array.kernels.tasks`
         cursor (1,)             how many tasks are taken
-        left (rows,)            of a shared layer, the pieces not yet measured; `DONE` when C may be read
+        left (shared,)          of a shared layer, the pieces not yet measured; `DONE` when C may be read
         places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of what the new p goes to as well, or instead
-        sizes, offsets (rows,)  read: elements, and where in `partial` a shared layer begins
+        sizes (rows,)           read: elements; the largest first, so that shared layers are the first of all
+        offsets (shared,)       read: where in `partial` a shared layer begins
+        layers (rows,)          read: of each row the layer, index into the next, S and C
         claimed (pieces,)       of shared layers, at first zero: not if somebody writes the part that begins there
         partial (pieces, 3)     sums of pieces of shared layers, at first zero
-        kind_of (rows,)         read: index into the next three, and `outputs`
+        kind_of (layers,)       read: index into the next three, and `outputs`
         weights (kinds, 3)      read: gamma, w and h of the third sum
         hyper (kinds, fields)   read: gamma and hyper-parameters, what tapes start from
         extents (kinds, 4)      read: where operations and constants of a tape begin and end; none: C is given
         operations, constants   read: those of all tapes
         outputs (kinds, 6)      read: the registers of the coefficients
-        S (rows, 3)             sums, at first zero
-        C (rows, 6)             coefficients
+        S (layers, 3)           sums, at first zero
+        C (layers, 6)           coefficients
         p_like, …, copy_like    of shape (0,), tell the types; the last one is None where p is written in place alone
         moves                   None where p is written in place at all
 
@@ -293,7 +268,8 @@ def _make_work(checksum: int) -> Any:
                 return checksum
             what, first_row, last_row, first_piece, last_piece = tasks[number]
             for row in range(first_row, last_row):
-                kind, pieces = kind_of[row], -(-sizes[row] // PIECE)
+                layer, pieces = layers[row], -(-sizes[row] // PIECE)
+                kind = kind_of[layer]
                 shared = last_piece != WHOLE
                 first, last = (first_piece, last_piece) if shared else (0, pieces)
                 if first_piece == OWN:
@@ -308,30 +284,31 @@ def _make_work(checksum: int) -> Any:
                 if what & MEASURE:
                     for k in range(first, last):
                         p, g, v = _arrays(places[row], sizes[row], k, p_like, g_like, v_like)
-                        _measure(p, g, v, weights[kind], partial[offsets[row] + k] if shared else S[row])
+                        _measure(p, g, v, weights[kind], partial[offsets[row] + k] if shared else S[layer])
                     if not shared or fetch_add(left, row, first - last) == last - first:
                         for k in range(pieces if shared else 0):
-                            S[row] += partial[offsets[row] + k]
+                            S[layer] += partial[offsets[row] + k]
                         if len(extents) > 0:
                             begin, end, begin_constants, end_constants = extents[kind]
                             _coefficients(
-                                S[row],
+                                S[layer],
                                 hyper[kind],
                                 operations[begin:end],
                                 constants[begin_constants:end_constants],
                                 outputs[kind],
                                 registers,
-                                C[row],
+                                C[layer],
                             )
-                        write(left, row, DONE)
+                        if shared:
+                            write(left, row, DONE)
                 if what & WRITE:
-                    while read(left, row) != DONE:
+                    while shared and read(left, row) != DONE:
                         pass
                     for k in range(last - 1, first - 1, -1):  # what was measured last is in cache
                         p, g, v = _arrays(places[row], sizes[row], k, p_like, g_like, v_like)
-                        _write(p, g, v, _copy(places[row], sizes[row], k, copy_like), C[row], moves)
+                        _write(p, g, v, _copy(places[row], sizes[row], k, copy_like), C[layer], moves)
 
     return work
 
 
-work = _kept_on_disk(_make_work(_checksum()))
+work = kept_on_disk(_make_work(_checksum()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lars_array.buffers import Rows
+
 __all__ = ["copy_all", "destinations", "with_masters"]
 
 
@@ -24,7 +26,7 @@ def with_masters(params: Sequence[Any], masters: Sequence[Any] | None) -> tuple[
         The master, or else the parameter; and the parameter where there is a master, or else None.
     """
     if masters is None:
-        return params, [None] * len(params)
+        return params, Rows(len(params))
     pairs = list(zip(params, masters, strict=True))
     return [p if m is None else m for p, m in pairs], [None if m is None else p for p, m in pairs]
 

@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lars_array.buffers import Rows
 from lars_array.core import Prepared
 from lars_array.dtypes import dtype_name, real_dtype
-from lars_array.kernels.machine import DONE, MEASURE, PIECE, WRITE, at_first, data_of, work
+from lars_array.kernels.headers import addresses
+from lars_array.kernels.intrinsics import at_first
+from lars_array.kernels.machine import DONE, MEASURE, PIECE, WRITE, coefficients_of, work
 from lars_array.kernels.tasks import ROOM_FROM, tasks
 from lars_array.kernels.threads import thread_count, together
 from lars_array.tape import Tape
 
-__all__ = ["Table", "Walk", "addresses", "programs"]
+__all__ = ["Seen", "Table", "Walk", "coefficients", "programs"]
 
 # Elements that make up for waking another thread.
 SHARE = 1 << 17
@@ -29,15 +32,6 @@ _NO_PROGRAMS = np.empty((0, 4), np.int64), np.empty((0, 4), np.int64), np.empty(
 _BITS = {"float16": np.uint16, "bfloat16": np.int16}
 
 
-def addresses(arrays: Sequence[Any]) -> Any:
-    """Return where the data of arrays begin."""
-    return data_of(_ids(arrays)[:, None], object.__basicsize__)[:, 0]
-
-
-def _ids(arrays: Sequence[Any]) -> Any:
-    return np.fromiter(map(id, arrays), np.int64, len(arrays))
-
-
 class Walk(NamedTuple):
     """A walk over a table, ready to go: nothing that could fail is left to be done.
 
@@ -47,19 +41,12 @@ class Walk(NamedTuple):
         Those of `lars_array.kernels.machine.work`.
     threads : int
         How many threads it is worth.
-    layers : int64 array of shape (layers,)
-        Where the table's layers stand among all.
-    S, C : float64 arrays of shape (layers, 3) and (layers, 6)
-        Sums and coefficients of these layers, once it is done.
     held : object
         The arrays, whose addresses are in the arguments.
     """
 
     arguments: tuple[Any, ...]
     threads: int
-    layers: Any
-    S: Any
-    C: Any
     held: Any
 
     def go(self) -> None:
@@ -99,7 +86,7 @@ class Table:
     ----------
     params, buffers, copies : sequences of ndarray
         Those of all layers of the step: what is trained, momentum, and what the rounding of the first is written to.
-        The latter two may be None.
+        The latter two may be None. They must stay where they are, but for a `move`.
     g_dtype : dtype
         That of their gradients.
     layers : sequence of int
@@ -114,95 +101,121 @@ class Table:
         copy_type = None if copy is None else _stored_as(copy.dtype)
         self.types = Types(_stored_as(one.dtype), _stored_as(g_dtype), real_dtype(one, np), copy_type)
         _compile_for(self.types)  # now, before anything is written
-        sizes = np.array([width * params[i].size for i in layers], np.int64)
+        sizes = np.fromiter((width * params[i].size for i in layers), np.int64, len(layers))
         order = np.argsort(-sizes, kind="stable")
-        self.layers, self.sizes = np.array(layers)[order], sizes[order]
-        self.ids = np.zeros((len(layers), 3 if copy is None else 4), np.int64)
+        self.layers, self.sizes = np.array(layers, np.int32)[order], sizes[order]
         self.held = params, buffers, copies
-        for column, arrays in ((0, params), (2, buffers), (3, copies))[: self.ids.shape[1] - 1]:
-            self.ids[:, column] = self._ids_of(arrays)
-        self.ids[self.ids == id(None)] = 0
-        self.left = -(-self.sizes // PIECE)
-        shared = np.where(self.left >= ROOM_FROM, self.left, 0)
-        self.offsets = np.cumsum(shared) - shared
-        self.shared_pieces = int(shared.sum())
+        self.places = np.zeros((len(layers), 3 if copy is None else 4), np.int64)
+        for column, arrays in ((0, params), (2, buffers), (3, copies))[: self.places.shape[1] - 1]:
+            self.places[:, column] = _places(arrays)[self.layers]
+        pieces = -(-self.sizes // PIECE)
+        self.left = pieces[pieces >= ROOM_FROM]
+        self.offsets = np.cumsum(self.left) - self.left
+        self.shared_pieces = int(self.left.sum())
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
-        self._out: Any = None  # the ids of what the last walk has written to instead of in place
+        self._out: Any = None  # where lies what the last walk has written to instead of in place
         self._tasks: dict[tuple[int, int], Any] = {}
 
     def move(self, params: Sequence[Any], copies: Sequence[Any]) -> None:
         """Take these for the parameters, or for what masters are rounded to, from now on: `out` of a walk before."""
         self.held = params, self.held[1], copies
-        self.ids[:, 0 if self.types.copy is None else 3] = self._out
+        self.places[:, 0 if self.types.copy is None else 3] = self._out
 
-    def sums(self, grads: Sequence[Any], operand: Any) -> Walk:
-        """Return the way to `core.sums` of this table's layers; the arguments are those of all layers."""
-        weights, kind_of = _NO_WEIGHTS, np.zeros(len(self.layers), np.int64)
+    def sums(self, grads: Any, operand: Any, S: Any) -> Walk:
+        """Return the way to `core.sums` of this table's layers.
+
+        Parameters
+        ----------
+        grads : Seen
+            The gradients of all layers, as all arguments here are of all layers.
+        operand : tuple or None
+            As for `core.sums`.
+        S : array of shape (layers, 3)
+            Where the sums are added.
+        """
+        weights, kind_of = _NO_WEIGHTS, np.zeros(len(S), np.int32)
         if operand is not None:
-            weights, kind_of = _weights(*operand)[self.layers], np.arange(len(self.layers))
-        return self._walk(MEASURE, grads, np.empty((0, 6)), kind_of, weights, _NO_HYPER, *_NO_PROGRAMS)
+            weights, kind_of = _weights(*operand), np.arange(len(S), dtype=np.int32)
+        return self._walk(MEASURE, grads, kind_of, weights, _NO_HYPER, *_NO_PROGRAMS, S, np.empty((len(S), 0)))
 
-    def apply(self, grads: Sequence[Any], C: Any, out: Sequence[Any] | None = None) -> Walk:
-        """Return the way to `core.apply` of this table's layers; the arguments are those of all layers."""
-        kind_of = np.zeros(len(self.layers), np.int64)
-        return self._walk(WRITE, grads, C[self.layers], kind_of, _NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS, out=out)
+    def apply(self, grads: Any, C: Any) -> Walk:
+        """Return the way to `core.apply` of this table's layers, in place or to where `grads` says; see `sums`."""
+        kind_of, no_sums = np.zeros(len(C), np.int32), np.empty((len(C), 0))
+        C = np.ascontiguousarray(C)
+        return self._walk(WRITE, grads, kind_of, _NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS, no_sums, C)
 
-    def take(
-        self, grads: Sequence[Any], prepared: Prepared, kind_of: Any, programs: Any, out: Any, *, write: bool
-    ) -> Walk:
+    def take(self, grads: Any, prepared: Prepared, kind_of: Any, programs: Any, S: Any, C: Any, *, write: bool) -> Walk:
         """Return the way to S and C of this table's layers, and to the step; see `lars_array.kernels.compiled`."""
         gamma = prepared.gamma
         weights = _weights(np.ones_like(gamma), np.zeros_like(gamma), None)
         if prepared.operand is not None:
             weights = _weights(*prepared.operand)
-        hyper, C = np.stack([gamma, *prepared.hyper], axis=1), np.empty((len(self.layers), 6))
         what = MEASURE | WRITE if write else MEASURE
-        return self._walk(what, grads, C, kind_of[self.layers], weights, hyper, *programs, out=out)
+        return self._walk(what, grads, kind_of, weights, _hyper(prepared), *programs, S, C)
 
-    def _walk(
-        self, what: int, grads: Sequence[Any], C: Any, kind_of: Any, *by_kind: Any, out: Sequence[Any] | None = None
-    ) -> Walk:
+    def _walk(self, what: int, grads: Any, *by_layer: Any) -> Walk:
         threads = max(1, min(thread_count(), self.threads_worth))
         if (what, threads) not in self._tasks:
-            self._tasks[what, threads] = tasks(self.sizes.tolist(), what, threads)
-        self.ids[:, 1] = self._ids_of(grads)
-        ids, types = self.ids, self.types
-        if out is not None:
-            self._out = self._ids_of(out)
-            ids = np.column_stack([ids[:, :3], self._out])
+            self._tasks[what, threads] = tasks(self.sizes, what, threads)
+        self.places[:, 1] = grads.places[self.layers]
+        places, types = self.places, self.types
+        if what & WRITE and grads.out is not None:
+            self._out = grads.out[self.layers]
+            places = np.column_stack([places[:, :3], self._out])
             if types.copy is None:  # masters stay where they are
                 types = types._replace(copy=types.p, moves=True)
                 _compile_for(types)
-        S = np.zeros((len(self.layers), 3))
         arguments = (
             self._tasks[what, threads],
             np.zeros(1, np.int64),
             np.full_like(self.left, DONE) if what == WRITE else self.left.copy(),
             np.zeros(self.shared_pieces, np.int64),
-            data_of(ids, object.__basicsize__),
+            places,
             self.sizes,
             self.offsets,
+            self.layers,
             np.zeros((self.shared_pieces, 3)),
-            kind_of,
-            *by_kind,
-            S,
-            C,
+            *by_layer,
             *types.likes(),
         )
-        return Walk(arguments, threads, self.layers, S, C, (self.held, grads, out))
+        return Walk(arguments, threads, (self.held, grads.held))
 
-    def _ids_of(self, arrays: Sequence[Any]) -> Any:
-        return _ids([arrays[i] for i in self.layers.tolist()])
+
+def coefficients(S: Any, prepared: Prepared, kind_of: Any, programs: Any, C: Any) -> None:
+    """Do what `core.coefficients` does, into C."""
+    at_first(coefficients_of, S, kind_of, _hyper(prepared), *programs, C)
+
+
+def _hyper(prepared: Prepared) -> Any:
+    return np.stack([prepared.gamma, *prepared.hyper], axis=1)
+
+
+class Seen(NamedTuple):
+    """Where the data of gradients begin, and of what is written to if not in place, else None; and these arrays."""
+
+    places: Any
+    out: Any
+    held: Any
+
+
+def _places(arrays: Sequence[Any]) -> Any:
+    """Return where the data of arrays begin, 0 for None."""
+    if isinstance(arrays, Rows):
+        return arrays.places(addresses)
+    there = [i for i, x in enumerate(arrays) if x is not None]
+    places = np.zeros(len(arrays), np.int64)
+    places[there] = addresses([arrays[i] for i in there])
+    return places
 
 
 @cache
 def _compile_for(types: Types) -> None:
     """Have `work` compiled for these types, by a walk over nothing."""
-    none, nothing = np.empty(0, np.int64), np.empty((0, 3))
+    none, nowhere, nothing = np.empty(0, np.int64), np.empty(0, np.int32), np.empty((0, 3))
     by_kind = (_NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
     places = np.empty((0, 3), np.int64)
     counters = np.zeros(1, np.int64), none, none
-    arguments = (np.empty((0, 5), np.int64), *counters, places, none, none, nothing, none, *by_kind)
+    arguments = (np.empty((0, 5), np.int64), *counters, places, none, none, nowhere, nothing, nowhere, *by_kind)
     at_first(work, *arguments, nothing, np.empty((0, 6)), *types.likes())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,12 @@ MOST_PARTS = 1024  # of one layer
 ROOM_FROM = 5  # pieces: smaller layers are never shared, and need no room for partial sums
 
 
-def tasks(sizes: Sequence[int], what: int, threads: int) -> np.ndarray:
+def tasks(sizes: Any, what: int, threads: int) -> np.ndarray:
     """Return what is to be done, in the order in which it is to be begun.
 
     Parameters
     ----------
-    sizes : sequence of int
+    sizes : sequence of int, or integer array
         Elements of each layer, in descending order: the smallest are done last, so that all threads end together.
     what : int
         `MEASURE`, `WRITE`, or both of them. Then one thread does both to a whole layer, while it is in cache; layers
@@ -55,7 +56,7 @@ def tasks(sizes: Sequence[int], what: int, threads: int) -> np.ndarray:
     return np.array(found[::-1] if what == WRITE else found, np.int64).reshape(-1, 5)
 
 
-def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _runs(sizes: Any) -> Iterator[tuple[int, int]]:
     """Yield the rows that go together: one alone, or several small ones."""
     start = total = 0
     for row, size in enumerate(sizes):

@@ -81,15 +81,17 @@ def together(work: Callable[[], object], count: int) -> None:
         How many threads it is worth.
     """
     helpers: list[Future[object]] = []
+    calls = [work]  # what a thread that comes late finds in the queue must not keep memory alive
     try:
         for _ in range(count - 1):
             try:
-                helpers.append(_workers().submit(work))
+                helpers.append(_workers().submit(lambda: calls[0]()))
             except RuntimeError:  # no thread is to be had, at exit say: then this one does it all
                 break
         work()
     finally:
         _wait_for(helpers)
+        calls.clear()
 
 
 def _wait_for(helpers: Sequence[Future[object]]) -> None:
