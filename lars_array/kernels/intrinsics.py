@@ -6,10 +6,11 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-__all__ = ["array_at", "at_first", "fetch_add", "kept_on_disk", "load", "read", "stored", "write"]
+__all__ = ["array_at", "at_first", "fetch_add", "kept_on_disk", "load", "prefetch", "read", "stored", "write"]
 
 
 def kept_on_disk(function: Any) -> Any:
@@ -47,6 +48,21 @@ def array_at(address: int, size: int, like: Any) -> Any:
 
 def _element(target: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     return builder.gep(target.make_array(kind)(target, builder, array).data, [index])
+
+
+@intrinsic
+def prefetch(context: Any, address: Any) -> Any:
+    """Ask for the line of cache at an address, where nothing need be."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        to_read, into_all_caches, data = number(0), number(3), number(1)
+        builder.call(function, [builder.inttoptr(arguments[0], byte), to_read, into_all_caches, data])
+        return target.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic
