@@ -214,6 +214,17 @@ def test_in_place_and_elsewhere_in_turn(kernel: str) -> None:
             pair.assert_same()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("missing", [(), ("b",)])
+def test_options_may_change_once_parameters_have_moved(missing: tuple[str, ...], kernel: str) -> None:
+    """Which has the kernel made anew, of the arrays as they are then."""
+    pair = Pair(numbers(0, "f2"), **HYPER | {"momentum": 0}, kernel=kernel)
+    for seed, change in enumerate([{}, {}, {"momentum": 0.9}, {"master_weights": True}, {"momentum": 0}]):
+        for optimizer in (pair.plain, pair.moving):
+            optimizer.param_groups[0].update(change)
+        pair.step(numbers(seed, "f2") | dict.fromkeys(missing))
+
+
 def test_a_checkpoint_and_copies_in_between() -> None:
     pair = Pair(numbers(0), **HYPER)
     pair.step(numbers(1))

@@ -164,6 +164,31 @@ def test_what_parameters_can_not_move_to(what: str, steps: int, kernel: str) -> 
     optimizer.step(grads, out=room)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_known_of_memory_follows_the_parameters(kernel: str) -> None:
+    """In place, to dense memory, to other, and with the first momentum buffers."""
+    wide = np.zeros(10)
+    optimizer = LARS({"p": np.ones(5)}, **HYPER, kernel=kernel)
+
+    def assert_is_in_the_way(x: Any, whose: str, **where: Any) -> None:
+        grads = where.pop("grads", [np.ones(5)])
+        who = "out of 'p'" if where else "the gradient of 'p'"
+        message = f"{who} must not share memory with {whose} 'p'"
+        assert_refused(lambda: optimizer.step(grads, **where), ValueError, message, optimizer, x, wide)
+
+    optimizer.step([np.ones(5)], out=[x := np.zeros(5)])
+    v = optimizer.state_views()["p"]["momentum_buffer"]
+    assert_is_in_the_way(v, "the momentum buffer of", out=[v])
+    optimizer.step([np.ones(5)])
+    optimizer.step([np.ones(5)], out=[y := np.zeros(5)])
+    assert_is_in_the_way(y, "parameter", grads=[y])
+    optimizer.step([np.ones(5)], out=[x])
+    optimizer.step([np.ones(5)], out=[wide[::2]])
+    assert_is_in_the_way(wide, "parameter", out=[wide[:5]])
+    optimizer.step([np.ones(5)], out=[x])
+    optimizer.step([np.ones(5)], out=[wide[5:]])
+
+
 def test_stacked_parameters_are_looked_at_as_a_whole() -> None:
     p = np.ones((3, 4))
     optimizer = LARS({"p": p}, lr=0.5, layer_axes=1)
