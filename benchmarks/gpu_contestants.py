@@ -19,25 +19,14 @@ REFERENCE = "torch_optimizer"
 UNCHECKED = {"nonfinite": "propagate"}
 
 
-def cupy_lars(params: list[Any], grads: list[Any], *, cached: int | None = None, **options: Any) -> Run:
-    """`lars_array.LARS` over CuPy arrays; `cached`: groups of layers that fill that part of a hundred of the L2."""
+def cupy_lars(params: list[Any], grads: list[Any], **options: Any) -> Run:
+    """`lars_array.LARS` over CuPy arrays."""
     import cupy
 
     from lars_array import LARS
 
     own, slopes = ([cupy.array(x) for x in arrays] for arrays in (params, grads))
     optimizer = LARS(own, **OPTIONS, **options)
-    if cached is not None:
-        size = cupy.cuda.Device().attributes["L2CacheSize"] * cached // 100
-        os.environ["LARS_ARRAY_CUDA_CACHE"] = str(size)
-    try:
-        optimizer.step([0 * g for g in slopes])  # the kernel is made now; the parameters only decay
-    finally:
-        os.environ.pop("LARS_ARRAY_CUDA_CACHE", None)
-    for p, given in zip(own, params):
-        p[...] = cupy.array(given)
-    for v in optimizer.state_views(wait=False).values():
-        v["momentum_buffer"][...] = 0
     return Run(lambda: optimizer.step(slopes), lambda: [cupy.asnumpy(p) for p in own])
 
 
@@ -190,10 +179,6 @@ OWN_STREAM = {"optax, jax.jit", "lars_jax.lars, jax.jit", "lars_jax.LARS", "lars
 GPU = [
     Contestant("lars_array, CuPy, captured in a graph", cupy_graph, ours=True),
     Contestant("lars_array, CuPy, nonfinite=propagate", partial(cupy_lars, **UNCHECKED), ours=True),
-    Contestant("lars_array, CuPy, groups of half the L2", partial(cupy_lars, cached=50, **UNCHECKED), ours=True),
-    Contestant(
-        "lars_array, CuPy, groups of a quarter of the L2", partial(cupy_lars, cached=25, **UNCHECKED), ours=True
-    ),
     Contestant("lars_array, CuPy", cupy_lars, ours=True),
     Contestant("lars_torch", torch_adapter, ours=True),
     Contestant("lars_jax.lars, jax.jit", jax_transformation, copies=6, most_arrays=1000, ours=True, float32_norms=True),

@@ -113,9 +113,7 @@ class Spans:
                 continue
             if self._array(index) is self._array(other):
                 raise ValueError(self._given_twice(index, other))
-            raise ValueError(
-                f"parameters must not overlap in memory; {self._label(index)} and {self._label(other)} do"
-            )
+            raise ValueError(f"parameters must not overlap in memory; {self._label(index)} and {self._label(other)} do")
 
     def owner(self, array: Any) -> str | None:
         """Return the name of an array that shares memory with `array`, or None."""

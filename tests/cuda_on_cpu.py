@@ -182,7 +182,6 @@ class Device:
     """
 
     threads, rows = THREADS, ROWS
-    cache_bytes = 16_000
 
     def __init__(self, library: Path, order: int = 0) -> None:
         self.library, self.order = ctypes.CDLL(os.fspath(library)), order

@@ -214,8 +214,10 @@ def test_a_parameter_that_was_resized_is_refused(size: int, kernel: str) -> None
     p.resize(size, refcheck=False)
     before = p.copy()
     for g in (np.ones(size), np.ones(4), p[:]):
-        with pytest.raises(ValueError, match="parameter '0' must keep its memory, shape and dtype") if size != 4 else (
-            pytest.raises(ValueError, match="must") if g.base is p else contextlib.nullcontext()
+        with (
+            pytest.raises(ValueError, match="parameter '0' must keep its memory, shape and dtype")
+            if size != 4
+            else (pytest.raises(ValueError, match="must") if g.base is p else contextlib.nullcontext())
         ):
             optimizer.step([g])
         if size != 4:

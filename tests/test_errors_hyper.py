@@ -82,9 +82,7 @@ def test_a_hyper_parameter_is_refused_wherever_it_comes_from(
 
 
 @pytest.mark.parametrize(("options", "kind", "message"), REFUSED)
-def test_the_functions_refuse_it_too(
-    options: dict[str, Any], kind: type[ValueError | TypeError], message: str
-) -> None:
+def test_the_functions_refuse_it_too(options: dict[str, Any], kind: type[ValueError | TypeError], message: str) -> None:
     # Arrays of shape () are let through here, since they may be traced; and None is the default policy.
     if any(getattr(value, "shape", None) == () for value in options.values()) or options == {"nonfinite": None}:
         return

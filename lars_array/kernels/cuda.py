@@ -5,7 +5,6 @@ CuPy is imported when the first optimizer over its arrays is made, not with this
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from operator import call, is_
 from typing import Any
@@ -18,7 +17,7 @@ from lars_array.dtypes import dtype_name
 from lars_array.kernels import cuda_device, portable
 from lars_array.kernels.cuda_resident import Resident
 from lars_array.kernels.cuda_source import pair_name
-from lars_array.kernels.cuda_table import Part, Segment
+from lars_array.kernels.cuda_table import Segment
 from lars_array.kernels.layout import common_order
 from lars_array.kernels.request import Request
 
@@ -41,7 +40,7 @@ class Kernel:
         self.masters: Sequence[Any] = [None] * len(params) if masters is None else masters
         self._device = self.Device.on(params[0])
         self._find_dense()
-        self._cached = _cached_bytes(self._device)
+        self._captured = False  # whether any step went into a graph
         self._joined: Sequence[Sequence[int]] = []
         self._found = self._device.zeros((), np.float32)
         self._seen: list[Any] = []  # the gradients of the last step, referred to weakly
@@ -79,8 +78,8 @@ class Kernel:
             weights = self.xp.stack([x[self._layers] if self._others else x for x in columns], axis=1)
         resident.set(decides=0, clips=0, third=int(weights is not None), third_is_clipped=0, weights=weights)
         if self._layers:
-            self._launch_sums(resident.whole)
-            self._launch_coefficients(resident.whole)
+            self._launch_sums()
+            self._launch_coefficients()
         if not self._others:
             return resident.S
         S = self._device.zeros((len(self.params), 3), np.float64)
@@ -95,7 +94,7 @@ class Kernel:
         if self._layers:
             self._resident.C[...] = C[self._layers, :] if self._others else C
             self._resident.set(decides=0, written=written)
-            self._launch_apply(self._resident.whole, last=False)
+            self._launch_apply(tells=False)
             self._resident.set(written=None)
         if self._others:
             others = None if out is None else [out[i] for i in self._others]
@@ -141,40 +140,35 @@ class Kernel:
             third=0 if request.clips else third,
             third_is_clipped=0,
         )
-        in_parts = set(request.policies) == {"propagate"} and not request.clips
-        parts = resident.parts if in_parts else [resident.whole]
-        for number, part in enumerate(parts, 1):
-            self._launch_sums(part)
-            if request.clips:
-                self._device.launch("gradient_norm", 1, resident.model)
-            if request.clips and third:
-                # A second look at memory: the third sum is over clipped gradients.
-                resident.set(third=1, third_is_clipped=1)
-                self._launch_sums(part)
-            self._launch_coefficients(part)
-            self._launch_apply(part, last=number == len(parts))
+        self._launch_sums()
+        if request.clips:
+            self._device.launch("gradient_norm", 1, resident.model)
+        if request.clips and third:
+            # A second look at memory: the third sum is over clipped gradients.
+            resident.set(third=1, third_is_clipped=1)
+            self._launch_sums()
+        self._launch_coefficients()
+        self._launch_apply(tells=True)
         resident.set_rows(joined=False)
         return resident.S, resident.C, resident.gamma
 
-    def _launch_sums(self, part: Part) -> None:
-        for types, first, count in self._segments_of(part):
+    def _launch_sums(self) -> None:
+        for types, first, count in self._segments():
             self._device.launch(pair_name("sums", *types), max(count, 1), self._resident.model, first)
 
-    def _launch_coefficients(self, part: Part) -> None:
-        blocks = -(-(part.last_row - part.first_row) // self._device.rows)
-        self._device.launch("coefficients", blocks, self._resident.model, part.first_row, part.last_row)
+    def _launch_coefficients(self) -> None:
+        rows = len(self._layers)
+        self._device.launch("coefficients", -(-rows // self._device.rows), self._resident.model, 0, rows)
 
-    def _launch_apply(self, part: Part, *, last: bool) -> None:
-        segments = self._segments_of(part)
+    def _launch_apply(self, *, tells: bool) -> None:
+        segments = self._segments()
         for number, (types, first, count) in enumerate(reversed(segments), 1):
-            final = int(last and number == len(segments))
-            self._device.launch(pair_name("apply", *types), max(count, 1), self._resident.model, first, count, final)
+            last = int(tells and number == len(segments))
+            self._device.launch(pair_name("apply", *types), max(count, 1), self._resident.model, first, count, last)
 
-    def _segments_of(self, part: Part) -> list[Segment]:
+    def _segments(self) -> list[Segment]:
         """Return what to launch for: nothing for no pieces, but once in any case."""
         segments = self._resident.table.segments
-        if part != self._resident.whole:
-            return [Segment(segments[0].types, part.first, part.pieces)]
         return [segment for segment in segments if segment.pieces] or segments[:1]
 
     def _find_dense(self) -> None:
@@ -188,18 +182,20 @@ class Kernel:
     def _refresh(self, grads: Sequence[Any], out: Sequence[Any] | None = None) -> None:
         """Have the tables speak of these gradients, and of what is written to in the place of the parameters."""
         capturing = self._device.is_capturing()
+        self._captured = self._captured or capturing
         if capturing and out is not None:
             raise ValueError("out must be None in a step that goes into a graph: replays move nothing; got arrays")
         same = len(grads) == len(self._seen) and all(map(is_, grads, map(call, self._seen)))
         out_strides = self._out_strides if out is None else [x.strides for x in out]
-        if not same or capturing or out_strides != self._out_strides:  # else arrays of CuPy stay where they are
+        if not same or self._captured or out_strides != self._out_strides:  # else arrays of CuPy stay where they are
             self._seen = list(map(ref, grads))
             self._out_strides = out_strides
             layout = [g.strides for g in grads], [g.dtype for g in grads], out_strides
             if layout != self._layout:
                 self._arrange(*layout, grads, out or [None] * len(grads))
-            # A graph must bring its own addresses, or it would find those of the last step before it is replayed.
-            self._resident.set_gradients([grads[i] for i in self._layers], always=capturing)
+            # A graph must bring its own addresses, or it would find those of the last step before it is replayed; and
+            # where there is one, nobody here knows whose stand there now.
+            self._resident.set_gradients([grads[i] for i in self._layers], always=self._captured)
         self._resident.set_out(None if out is None else [out[i] for i in self._layers])
 
     def _arrange(
@@ -226,20 +222,9 @@ class Kernel:
             [p.size * (2 if dtype_name(p.dtype) in _REAL else 1) for p in params],
             [(_element(self.params[i].dtype), _element(dtypes[i])) for i in self._layers],
             joined=[] if self._others else self._joined,
-            cached=self._cached,
         )
 
 
 def _element(dtype: Any) -> str:
     name = dtype_name(dtype)
     return _REAL.get(name, name)
-
-
-def _cached_bytes(device: Any) -> int:
-    """Return how many bytes of parameters and gradients shall stay in cache; 0 for no matter."""
-    given = os.environ.get("LARS_ARRAY_CUDA_CACHE") or "0"
-    if given == "auto":
-        return int(device.cache_bytes) // 2
-    if not given.isdecimal():
-        raise ValueError(f"LARS_ARRAY_CUDA_CACHE must be a number of bytes, or 'auto'; got {given!r}")
-    return int(given)

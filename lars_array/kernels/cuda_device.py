@@ -36,11 +36,6 @@ class Device:
         """Return the device that an array lies on."""
         return _device(like.device.id)
 
-    @property
-    def cache_bytes(self) -> int:
-        """The size of the cache that all multiprocessors share."""
-        return int(self._device.attributes["L2CacheSize"])
-
     def zeros(self, shape: Any, dtype: Any) -> Any:
         """Return a new array."""
         with self._device:

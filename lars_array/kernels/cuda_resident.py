@@ -11,7 +11,7 @@ import numpy as np
 from lars_array.dtypes import COMPUTE
 from lars_array.kernels.cuda_addresses import Addresses
 from lars_array.kernels.cuda_source import MODEL
-from lars_array.kernels.cuda_table import Part, Table, programs
+from lars_array.kernels.cuda_table import Table, programs
 from lars_array.kernels.request import Request
 from lars_array.tape import record
 
@@ -19,8 +19,6 @@ __all__ = ["Resident"]
 
 # The largest number of the type that each is computed in, as lars_array.nonfinite.largest has it.
 _LIMITS = {"float32": float(np.finfo(np.float32).max), "float64": float(np.finfo(np.float64).max)}
-
-_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Resident:
@@ -38,15 +36,11 @@ class Resident:
         Element types of parameters and gradient of each.
     joined : sequence of sequences of int
         Those that are one layer, see `lars_array.rows`.
-    cached : int
-        See `Table.parts`.
 
     Attributes
     ----------
     table : Table
         What the host knows of it.
-    whole, parts : Part, list of Part
-        All layers at once, and those that are stepped over one after the other.
     model : structured array of one element
         What is launched with.
     S, C, gamma : arrays of shape (layers, 3), (layers, 6) and (layers,)
@@ -63,7 +57,6 @@ class Resident:
         types: Sequence[tuple[str, str]],
         *,
         joined: Sequence[Sequence[int]],
-        cached: int,
     ) -> None:
         self._device = device
         places = np.zeros((len(params), 2), np.uint64)
@@ -74,8 +67,6 @@ class Resident:
         narrowed = [g_type == "float64" and COMPUTE[p_type] == "float32" for p_type, g_type in types]
         most = [limit**2 if concerned else np.inf for limit, concerned in zip(limits, narrowed)]
         self.table = table = Table(np.array(sizes, np.int64), places, types, limits, most, joined)
-        self.whole = Part(0, len(params), 0, len(table.pieces))
-        self.parts = table.parts(cached, sum(_BYTES[kind] for kind in types[0]) if types else 0)
         device.prepare({segment.types for segment in table.segments})
 
         rows = max(len(params), 1)

@@ -12,7 +12,7 @@ from lars_array.kernels.cuda_source import ARRAY, GROUP, PIECE, ROW, SLOTS
 from lars_array.registry import NORM_OF, Rule
 from lars_array.tape import INPUTS, Tape
 
-__all__ = ["Part", "Programs", "Segment", "Table", "piece_lengths", "programs"]
+__all__ = ["Programs", "Segment", "Table", "piece_lengths", "programs"]
 
 PIECE_LENGTH = 1 << 14  # elements that one block visits
 MOST_PIECES = 1 << 12  # of one array: their sums are added by a few threads
@@ -29,15 +29,6 @@ class Segment(NamedTuple):
     """Pieces that one launch visits: those of arrays of the same element types of parameters and gradients."""
 
     types: tuple[str, str]
-    first: int
-    pieces: int
-
-
-class Part(NamedTuple):
-    """Layers that are stepped over while they are in cache: their rows and pieces, from the first to the last."""
-
-    first_row: int
-    last_row: int
     first: int
     pieces: int
 
@@ -112,36 +103,6 @@ class Table:
         of_kind = np.bincount(kind[self.order], counts, len(kinds)).astype(int).tolist()
         ends = np.cumsum(of_kind).tolist()
         self.segments = [Segment(pair, end - n, n) for pair, end, n in zip(kinds, ends, of_kind, strict=True)]
-
-    def parts(self, cached: int, width: int) -> list[Part]:
-        """Return runs of layers whose parameters and gradients fill at most `cached` bytes, or one layer alone.
-
-        Parameters
-        ----------
-        cached : int
-            Bytes; 0 for one part that is the whole model.
-        width : int
-            Bytes of a number of the parameters and one of the gradients together.
-
-        Returns
-        -------
-        list of Part
-            More than one only where all layers are of the same types, and each is one array.
-        """
-        count = len(self.rows)
-        whole = [Part(0, count, 0, len(self.pieces))]
-        if cached <= 0 or len(self.segments) != 1 or self.joined_rows is not self.rows:
-            return whole
-        found, start, held = [], 0, 0
-        bytes_of = (self.arrays["size"] * width).tolist()
-        for row in range(count):
-            if row > start and held + bytes_of[row] > cached:
-                found.append((start, row))
-                start, held = row, 0
-            held += bytes_of[row]
-        found.append((start, count))
-        ends = [*self.rows["first_piece"].tolist(), len(self.pieces)]
-        return [Part(first, last, ends[first], ends[last] - ends[first]) for first, last in found]
 
 
 class Programs(NamedTuple):
