@@ -173,10 +173,7 @@ class Fit:
                     return None
             self._out, room = looks, self._addresses(out)
         self._room = room
-        ends = [
-            starts + looks.column([look.nbytes for look in looks.known])
-            for looks, starts in ((self._out, room), (self._grads, starts))
-        ]
+        ends = [starts + looks.nbytes[looks.which] for looks, starts in ((self._out, room), (self._grads, starts))]
         return np.stack([room, ends[0]], axis=1), np.stack([starts, ends[1]], axis=1)
 
     def move(self, params: Sequence[Any]) -> None:
@@ -215,10 +212,10 @@ class Fit:
                 if not (fits and g.dense and p.writeable):
                     return None
             self._grads, self.dtypes, starts = looks, looks.dtypes, self._addresses(grads)
-        if not np.array_equal(self._params.places(self.params), self._places):
+        stay = self._params.places(self.params)
+        if stay is None or (stay != self._places).any():
             return None
-        lengths = self._grads.column([look.nbytes for look in self._grads.known])
-        clear = written.are_clear(starts, starts + lengths)
+        clear = written.are_clear(starts, starts + self._grads.nbytes[self._grads.which])
         if not self._near:
             self._seen, self._seen_by, self._seen_at = list(map(ref, grads)) if clear else [], written, starts
         return starts if clear else None

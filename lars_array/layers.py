@@ -96,6 +96,7 @@ class Layers:
         self._kernel_type = kernel
         self._kernel: Any = None
         self._keeps: list[tuple[bool, bool]] | None = None  # by group: what the kernel was made for
+        self._settled = False  # whether all that the kernel was made with counts
         self._used = self._used_masters = Rows(0)
         self._new: Any = []
         self._new_masters: list[int] = []
@@ -179,7 +180,7 @@ class Layers:
             new_masters = [i for i in of_half if masters[i] is None]
             masters.put(new_masters, new_buffers([self.params[i] for i in new_masters], self.xp))
             self._kernel = self._kernel_type(self.params, used, self.xp, masters if of_half else None)
-            self._used, self._new, self._keeps = used, new, keeps
+            self._used, self._new, self._keeps, self._settled = used, new, keeps, False
             self._used_masters, self._new_masters = masters, new_masters
         for i in self._new_masters:
             master = self._used_masters[i]
@@ -191,6 +192,10 @@ class Layers:
             self.params = out
             self.fit.move(out)
             self._kernel.move(out)
+        if self._settled:
+            self.has_new_state = False
+            return
+        self._settled = True
         gone = (self.masters.present() & ~self._used_masters.present()).any()
         self.has_new_state = bool(len(self._new) or self._new_masters or gone)
         if not self.has_new_state:

@@ -47,6 +47,8 @@ class Looks:
         Each once, but that dtypes which are equal can be several objects.
     which : int32 array of shape (arrays,)
         The index of each array's there.
+    nbytes : int64 array of shape (looks,)
+        How long an array of each look is.
     """
 
     def __init__(self, arrays: Sequence[Any], addresses: Callable[[Sequence[Any]], Any]) -> None:
@@ -55,6 +57,7 @@ class Looks:
         looks = ((id(look.dtype), look) for look in map(Look.of, arrays))
         self.which = np.fromiter((known.setdefault(look, len(known)) for look in looks), np.int32, len(arrays))
         self.known = [look for _, look in known]
+        self.nbytes = np.array([look.nbytes for look in self.known], np.int64)
 
     def places(self, arrays: Sequence[Any]) -> Any:
         """Return where the data of arrays begin, or None if there is one that does not look as was noted."""
@@ -68,7 +71,3 @@ class Looks:
         """Return the dtype of each array."""
         kinds = [look.dtype for look in self.known]
         return [kinds[k] for k in self.which.tolist()]
-
-    def column(self, values: Sequence[Any]) -> Any:
-        """Return a number for each array, given one for each look."""
-        return np.array(values)[self.which]

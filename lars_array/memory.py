@@ -128,7 +128,7 @@ class Spans:
 
     def are_clear(self, starts: Any, ends: Any) -> bool:
         """Return whether it is certain that nobody is in any of these stretches of addresses, integer arrays."""
-        return bool(np.all(self._reach[np.searchsorted(self._starts, ends)] <= starts))
+        return bool((self._reach[self._starts.searchsorted(ends)] <= starts).all())
 
     def _find(self, view: Any, low: int, before: int) -> int | None:
         """Look through the spans that begin before the given one and reach beyond `low`, where `view` begins."""

@@ -438,7 +438,7 @@ def test_what_looks_otherwise_is_noticed(kind: str, how: str) -> None:
     assert looks.places([another, y, x]).tolist() == [a.ctypes.data for a in (another, y, x)]
     assert looks.places([x, y]) is None
     assert looks.places([x, y, spoilt(how, x)]) is None
-    assert looks.column([1, 7]).tolist() == [1, 7, 1]
+    assert looks.nbytes[looks.which].tolist() == [a.nbytes for a in (x, y, x)]
 
 
 # ---------------------------------------------------------------------------------------- nothing by halves, in threads

@@ -23,8 +23,7 @@ __all__ = ["Seen", "Table", "Walk", "coefficients", "programs"]
 # Elements that make up for waking another thread.
 SHARE = 1 << 17
 
-# The third sum is the second again, and no coefficients are asked for.
-_NO_WEIGHTS = np.array([[1.0, 0.0, 0.0]])
+# No coefficients are asked for.
 _NO_HYPER = np.empty((1, 0))
 _NO_PROGRAMS = np.empty((0, 4), np.int64), np.empty((0, 4), np.int64), np.empty(0), np.empty((0, 6), np.int64)
 
@@ -73,10 +72,6 @@ class Types(NamedTuple):
     v: Any
     copy: Any
     moves: bool | None = None
-
-    def likes(self) -> tuple[Any, ...]:
-        """Return arguments of `lars_array.kernels.machine.work` of these types."""
-        return *(None if kind is None else np.empty(0, kind) for kind in self[:4]), self.moves
 
 
 class Table:
@@ -133,7 +128,7 @@ class Table:
         S : array of shape (layers, 3)
             Where the sums are added.
         """
-        weights, kind_of = _NO_WEIGHTS, np.zeros(len(S), np.int32)
+        weights, kind_of = _no_weights(1), np.zeros(len(S), np.int32)
         if operand is not None:
             weights, kind_of = _weights(*operand), np.arange(len(S), dtype=np.int32)
         return self._walk(MEASURE, grads, kind_of, weights, _NO_HYPER, *_NO_PROGRAMS, S, np.empty((len(S), 0)))
@@ -142,14 +137,11 @@ class Table:
         """Return the way to `core.apply` of this table's layers, in place or to where `grads` says; see `sums`."""
         kind_of, no_sums = np.zeros(len(C), np.int32), np.empty((len(C), 0))
         C = np.ascontiguousarray(C)
-        return self._walk(WRITE, grads, kind_of, _NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS, no_sums, C)
+        return self._walk(WRITE, grads, kind_of, _no_weights(1), _NO_HYPER, *_NO_PROGRAMS, no_sums, C)
 
     def take(self, grads: Any, prepared: Prepared, kind_of: Any, programs: Any, S: Any, C: Any, *, write: bool) -> Walk:
         """Return the way to S and C of this table's layers, and to the step; see `lars_array.kernels.compiled`."""
-        gamma = prepared.gamma
-        weights = _weights(np.ones_like(gamma), np.zeros_like(gamma), None)
-        if prepared.operand is not None:
-            weights = _weights(*prepared.operand)
+        weights = _no_weights(len(prepared.gamma)) if prepared.operand is None else _weights(*prepared.operand)
         what = MEASURE | WRITE if write else MEASURE
         return self._walk(what, grads, kind_of, weights, _hyper(prepared), *programs, S, C)
 
@@ -176,7 +168,7 @@ class Table:
             self.layers,
             np.zeros((self.shared_pieces, 3)),
             *by_layer,
-            *types.likes(),
+            *_likes(types),
         )
         return Walk(arguments, threads, (self.held, grads.held))
 
@@ -187,7 +179,7 @@ def coefficients(S: Any, prepared: Prepared, kind_of: Any, programs: Any, C: Any
 
 
 def _hyper(prepared: Prepared) -> Any:
-    return np.stack([prepared.gamma, *prepared.hyper], axis=1)
+    return np.array(np.array([prepared.gamma, *prepared.hyper]).T, order="C")
 
 
 class Seen(NamedTuple):
@@ -212,16 +204,28 @@ def _places(arrays: Sequence[Any]) -> Any:
 def _compile_for(types: Types) -> None:
     """Have `work` compiled for these types, by a walk over nothing."""
     none, nowhere, nothing = np.empty(0, np.int64), np.empty(0, np.int32), np.empty((0, 3))
-    by_kind = (_NO_WEIGHTS, _NO_HYPER, *_NO_PROGRAMS)
+    by_kind = (_no_weights(1), _NO_HYPER, *_NO_PROGRAMS)
     places = np.empty((0, 3), np.int64)
     counters = np.zeros(1, np.int64), none, none
     arguments = (np.empty((0, 5), np.int64), *counters, places, none, none, nowhere, nothing, nowhere, *by_kind)
-    at_first(work, *arguments, nothing, np.empty((0, 6)), *types.likes())
+    at_first(work, *arguments, nothing, np.empty((0, 6)), *_likes(types))
+
+
+@cache
+def _likes(types: Types) -> tuple[Any, ...]:
+    """Return arguments of `lars_array.kernels.machine.work` of these types."""
+    return *(None if kind is None else np.empty(0, kind) for kind in types[:4]), types.moves
 
 
 def _stored_as(dtype: Any) -> Any:
     """Return the type that compiled code reads and writes: bits of half precision, the parts of complex numbers."""
     return _BITS.get(dtype_name(dtype)) or np.empty(0, dtype).real.dtype.type
+
+
+@cache
+def _no_weights(kinds: int) -> Any:
+    """Return weights with which the third sum is the second again."""
+    return np.tile([1.0, 0.0, 0.0], (kinds, 1))
 
 
 def _weights(gamma: Any, w: Any, h: Any) -> Any:
