@@ -18,7 +18,7 @@ import lars_array
 import lars_jax
 from lars_array import NonFiniteError
 from lars_array.buffers import aligned_zeros
-from lars_jax import LARS, lars
+from lars_jax import LARS, host, lars
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
 
@@ -29,9 +29,12 @@ def strict() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[False, True], ids=["kept", "donated"])
-def donate(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+@pytest.fixture(params=["kept", "lent", "donated"])
+def donate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether to donate; where not, large arrays are lent, which these are to be for once."""
+    if request.param == "lent":
+        monkeypatch.setattr(host, "LARGE", 0)
+    return bool(request.param == "donated")
 
 
 def draw(seed: int, dtype: Any = "float32") -> dict[str, Any]:
@@ -93,8 +96,10 @@ def test_nothing_is_copied_on_the_way_in_or_out(donate: bool, dtype: str, monkey
     assert len(used) == 1 or not donate, "a step in place stays there"
 
 
+@pytest.mark.parametrize("large", [0, host.LARGE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_anybody_holds_is_never_written_to(dtype: str) -> None:
+def test_what_anybody_holds_is_never_written_to(dtype: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "LARGE", large)
     optimizer = LARS(draw(0, dtype), **OPTIONS)
     history = [optimizer.params]
     snapshots = [bits(optimizer.params)]
@@ -109,6 +114,22 @@ def test_what_anybody_holds_is_never_written_to(dtype: str) -> None:
         assert views[-1].tobytes() == kept
     assert [bits(params) for params in history] == snapshots
     assert len({place for params in history for place in places(params)}) == 2 * len(history)
+
+
+def test_large_arrays_go_back_and_forth_between_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory from the system takes longer than the step: it comes page by page, and zeroed."""
+    monkeypatch.setattr(host, "LARGE", 1000)
+    optimizer = LARS(draw(0), **OPTIONS)
+    params, used = optimizer.params, set()
+    for t in range(8):
+        params = optimizer.step(draw(1 + t))
+        used.add(params["w"].unsafe_buffer_pointer())
+    assert len(used) == 2
+    derived, older = jnp.reshape(params["w"], -1), np.asarray(params["w"])
+    before = older.tobytes()
+    for t in range(4):
+        params = optimizer.step(draw(9 + t))
+    assert older.tobytes() == np.asarray(derived).tobytes() == before
 
 
 def test_a_computation_that_still_reads_is_waited_for_or_left_its_memory(donate: bool) -> None:

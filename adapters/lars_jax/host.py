@@ -11,16 +11,26 @@ import numpy as np
 
 from lars_array.addresses import array_at
 from lars_jax.place import Place
+from lars_jax.rooms import Rooms, lent_copies
 from lars_jax.turns import copied
 from lars_jax.values import first_cpu
 
 __all__ = ["HostPlace"]
+
+# Bytes. From about there on an array has new memory from the system each time, which takes longer than the step.
+LARGE = 32 << 20
 
 
 class HostPlace(Place):
     """See `Place`. Gradients may be arrays of NumPy, too."""
 
     knows = True
+
+    def _start(self, leaves: Sequence[Any]) -> None:
+        super()._start(leaves)
+        # Of bfloat16 NumPy has no word in DLPack.
+        large = [x.nbytes >= max(LARGE, 1) and x.dtype.kind in "fc" for x in self._own]
+        self._rooms = [Rooms() if yes and not self._donate else None for yes in large]
 
     def here(self) -> AbstractContextManager[Any]:
         """Return a context that does nothing."""
@@ -47,9 +57,12 @@ class HostPlace(Place):
     def _handed_out(self) -> list[Any]:
         if self._donate:
             return list(self._own)
-        self._mark, shown = copied(self._mark, self._own, ())
+        self._mark, copies = copied(self._mark, [x for x, room in zip(self._own, self._rooms) if room is None], ())
+        rooms = [room for room in self._rooms if room is not None]
+        lent = iter(lent_copies(rooms, [x for x, room in zip(self.memory, self._rooms) if room is not None]))
         self._sync()
-        return shown
+        others = iter(copies)
+        return [next(others if room is None else lent) for room in self._rooms]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(first_cpu(), state["names"], state["leaves"], state["donate"])  # type: ignore[misc]
