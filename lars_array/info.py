@@ -14,7 +14,7 @@ from lars_array import kernels
 from lars_array._version import __version__
 
 _PACKAGES = ("numpy", "array-api-compat", "numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "optax")
-_SETTINGS = ("LARS_ARRAY_KERNEL", "LARS_ARRAY_THREADS", "LARS_ARRAY_CUDA_CACHE", "NUMBA_CACHE_DIR")
+_SETTINGS = ("LARS_ARRAY_KERNEL", "LARS_ARRAY_THREADS", "NUMBA_CACHE_DIR")
 
 
 def collect() -> dict[str, Any]:
