@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from references import assert_same_bits, tolerance
 from strategies import FEW, any_options, assert_results_close, layers_of, run, seeds
@@ -53,12 +53,12 @@ def test_the_norm_is_of_all_groups_together(seed: int, options: Any, limit: floa
         (["bias"], {"rule": rules[1]}),
         (["fresh", "long"], {"rule": rules[2]}),
     ]
-    want = run(
-        params,
-        clipped_by_hand(gradients, limit, options["rescale_grad"]),
-        groups=groups,
-        **options | {"rescale_grad": 1.0},
+    by_hand = clipped_by_hand(gradients, limit, options["rescale_grad"])
+    want, *before = (
+        run(params, by_hand[:steps], groups=groups, **options | {"rescale_grad": 1.0}) for steps in (3, 2, 1)
     )
+    # A ratio of 1 / lr takes a single number to 0 but for its last digit, on which the next ratio depends.
+    assume(all(abs(then["scalar"]) > 1e-9 for then in before))
     ours = run(params, gradients, groups=groups, **options, max_grad_norm=limit)
     assert_results_close(ours, want, 1e-10, "", 1e-3)
 
