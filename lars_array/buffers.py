@@ -15,7 +15,6 @@ ALIGNMENT = 64  # bytes: a line of cache, and what other libraries ask of memory
 LARGE = 4096  # bytes: what is smaller lies closer, with as little room between as the allocator of C leaves
 CLOSE = 16
 
-
 _NOTHING, _ALONE = -1, -2
 
 

@@ -162,19 +162,13 @@ class Fit:
         self._room = None
         if self._addresses is None or starts is None:
             return None
-        room = None if self._out is None else self._out.places(out)
-        if room is None:
-            if set(map(type, out)) != {type(self.params[0])}:
-                return None
-            looks = self._looks_of(out)
-            for p, x in self._pairs(looks):
-                same = p.dtype == x.dtype and p.shape == x.shape and p.device == x.device
-                if not (same and x.dense and x.writeable):
-                    return None
-            self._out, room = looks, self._addresses(out)
-        self._room = room
-        ends = [starts + looks.nbytes[looks.which] for looks, starts in ((self._out, room), (self._grads, starts))]
-        return np.stack([room, ends[0]], axis=1), np.stack([starts, ends[1]], axis=1)
+        found = self._seen_as(self._out, out, lambda p, x: p.dtype == x.dtype and x.writeable)
+        if found is None:
+            return None
+        self._out, self._room = found
+        both = (self._out, self._room), (self._grads, starts)
+        room, read = (np.stack([begin, begin + looks.nbytes[looks.which]], axis=1) for looks, begin in both)
+        return room, read
 
     def move(self, params: Sequence[Any]) -> None:
         """Know that the parameters are other arrays now, of the same shapes and types."""
@@ -202,25 +196,36 @@ class Fit:
         same = written is self._seen_by and len(grads) == len(self._seen)
         if not self._near and same and all(map(is_, grads, map(call, self._seen))):
             return self._seen_at  # unlike NumPy's, these arrays stay what they are
-        starts = None if self._grads is None else self._grads.places(grads)
-        if starts is None:
-            if set(map(type, grads)) != {type(self.params[0])}:
-                return None
-            looks = self._looks_of(grads)
-            for p, g in self._pairs(looks):
-                fits = gradient_fits(p.dtype, g.dtype) and p.shape == g.shape and p.device == g.device
-                if not (fits and g.dense and p.writeable):
-                    return None
-            self._grads, self.dtypes, starts = looks, looks.dtypes, self._addresses(grads)
+        found = self._seen_as(self._grads, grads, lambda p, g: gradient_fits(p.dtype, g.dtype) and p.writeable)
+        if found is None:
+            return None
+        looks, starts = found
+        if looks is not self._grads:
+            self._grads, self.dtypes = looks, looks.dtypes
         stay = self._params.places(self.params)
         if stay is None or (stay != self._places).any():
             return None
-        clear = written.are_clear(starts, starts + self._grads.nbytes[self._grads.which])
+        clear = written.are_clear(starts, starts + looks.nbytes[looks.which])
         if not self._near:
             self._seen, self._seen_by, self._seen_at = list(map(ref, grads)) if clear else [], written, starts
         return starts if clear else None
 
-    def _pairs(self, others: Looks) -> list[tuple[Look, Look]]:
-        """Return how a parameter looks and what belongs to it, each pair once."""
-        pairs = set(zip(self._params.which.tolist(), others.which.tolist(), strict=True))
-        return [(self._params.known[k], others.known[j]) for k, j in pairs]
+    def _seen_as(
+        self, known: Looks | None, arrays: Sequence[Any], fits: Callable[[Look, Look], bool]
+    ) -> tuple[Looks, Any] | None:
+        """Return how arrays look, `known` if that is still so, and where they begin.
+
+        None where it is not certain that each is dense and of the parameter's library, shape and device, and that it
+        `fits` a parameter that looks so.
+        """
+        places = None if known is None else known.places(arrays)
+        if known is not None and places is not None:
+            return known, places
+        if set(map(type, arrays)) != {type(self.params[0])}:
+            return None
+        looks = self._looks_of(arrays)
+        for k, j in set(zip(self._params.which.tolist(), looks.which.tolist(), strict=True)):
+            p, x = self._params.known[k], looks.known[j]
+            if not (x.dense and p.shape == x.shape and p.device == x.device and fits(p, x)):
+                return None
+        return looks, self._addresses(arrays)
