@@ -65,7 +65,7 @@ def build(
         code = code.replace(*change)
     threads = numbers.get("THREADS", THREADS)
     kernels = [(pair_name(stage, *pair), count) for pair in pairs for stage, count in (("sums", 1), ("apply", 3))]
-    launchers = [_launcher(name, count, threads) for name, count in [*kernels, *COMMON.items()]]
+    launchers = [_launcher(name, count, threads) for name, count in [*kernels, *((name, 0) for name in COMMON)]]
     words = f"run(blocks, {threads}, order, [=] {{ poke(places, *words); }});"
     launchers.append(f"void launch_poke(int blocks, int order, u64* places, const Words* words) {{ {words} }}")
     path = folder / "kernels.cpp"

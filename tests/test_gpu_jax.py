@@ -14,6 +14,7 @@ import pytest
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
+from cuda_busy import busy  # noqa: E402
 from jax_cuda_bodies import BODIES, OPTIONS, assert_close, bits, draw, pair  # noqa: E402
 
 from lars_jax import LARS  # noqa: E402
@@ -36,15 +37,6 @@ def gpu() -> Iterator[Any]:
 @pytest.fixture
 def cp() -> Any:
     return pytest.importorskip("cupy")
-
-
-def busy(cp: Any, seconds: float) -> None:
-    """Keep CuPy's current stream busy for about that long, at 1 to 2 GHz."""
-    code = """extern "C" __global__ void spin(long long cycles) {
-        long long start = clock64();
-        while (clock64() - start < cycles) { }
-    }"""
-    cp.RawKernel(code, "spin")((1,), (1,), (np.int64(seconds * 1.5e9),))
 
 
 @jax.jit

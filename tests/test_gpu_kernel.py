@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_bodies import BODIES, HYPER, Place, model
+from cuda_busy import busy
 
 from lars_array import LARS, RULES, kernels
 from lars_array.kernels import cuda
@@ -91,15 +92,6 @@ def test_a_step_is_three_launches_and_allocates_nothing(cp: Any, place: Place, l
             optimizer.step(grads)
     assert launches == 3 * ["sums", "coefficients", "apply"]
     assert asked == []
-
-
-def busy(cp: Any, seconds: float) -> None:
-    """Keep the current stream busy for about that long, at 1 to 2 GHz."""
-    code = """extern "C" __global__ void spin(long long cycles) {
-        long long start = clock64();
-        while (clock64() - start < cycles) { }
-    }"""
-    cp.RawKernel(code, "spin")((1,), (1,), (np.int64(seconds * 1.5e9),))
 
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip", "rule": "optax", "max_grad_norm": 1.0}])

@@ -264,15 +264,15 @@ __device__ inline void decide(const Model& m, int index, const Sums& s, double (
     if (!ok && group.policy == RAISE) atomicMin(m.refusing, index);
 }
 
-// Second stage: each block has ROWS layers, from `first` on up to but not `last`.
-extern "C" __global__ void __launch_bounds__(THREADS) coefficients(Model m, int first, int last) {
+// Second stage: each block has ROWS layers.
+extern "C" __global__ void __launch_bounds__(THREADS) coefficients(Model m) {
     const int LANES = THREADS / ROWS;  // threads that add up the pieces of a layer
     __shared__ Sums part[ROWS][LANES];
     __shared__ double registers[SLOTS][ROWS];
     int mine = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Sums s = {0, 0, 0};
-    first += (int)blockIdx.x * ROWS;
-    if (first + mine < last) {
+    int first = (int)blockIdx.x * ROWS;
+    if (first + mine < m.row_count) {
         const Row& row = m.rows[first + mine];
         for (int k = lane; k < row.pieces; k += LANES) {
             s.p += m.partial[row.first_piece + k].p;
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) coefficients(Model m, int 
     }
     part[mine][lane] = s;
     __syncthreads();
-    if (threadIdx.x >= ROWS || first + (int)threadIdx.x >= last) return;
+    if (threadIdx.x >= ROWS || first + (int)threadIdx.x >= m.row_count) return;
     s = part[threadIdx.x][0];
     for (int k = 1; k < LANES; ++k) {
         s.p += part[threadIdx.x][k].p;

@@ -157,8 +157,8 @@ class Kernel:
             self._device.launch(pair_name("sums", *types), max(count, 1), self._resident.model, first)
 
     def _launch_coefficients(self) -> None:
-        rows = len(self._layers)
-        self._device.launch("coefficients", -(-rows // self._device.rows), self._resident.model, 0, rows)
+        blocks = -(-len(self._layers) // self._device.rows)
+        self._device.launch("coefficients", blocks, self._resident.model)
 
     def _launch_apply(self, *, tells: bool) -> None:
         segments = self._segments()

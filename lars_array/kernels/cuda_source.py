@@ -118,8 +118,8 @@ STRUCTURES = {"Array": ARRAY, "Row": ROW, "Group": GROUP, "Piece": PIECE, "Model
 # As NumPy has it: subnormal numbers count, every operation is rounded, and a * b + c is two of them.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
-# The kernels that are there once, and their arguments behind a Model; and those that are there for each two types.
-COMMON = {"gradient_norm": 0, "coefficients": 2}
+# The kernels that are there once, for a Model; and those for each two types, with their arguments behind it.
+COMMON = ("gradient_norm", "coefficients")
 _OF_TYPES = {"sums": ("first",), "apply": ("first", "count", "last")}
 
 
