@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,7 +24,7 @@ import lars_array
 from lars_array import LARS, RULES, Rule
 from lars_array.blocks import momentum_form
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.kernels import compiled, headers, machine, pick, table, threads
+from lars_array.kernels import compiled, headers, helpers, machine, pick, table
 from lars_array.kernels.intrinsics import array_at, load, stored
 from lars_array.kernels.machine import MEASURE, OWN, PIECE, WHOLE, WRITE
 from lars_array.kernels.tasks import CACHE, ROOM_FROM, tasks
@@ -463,45 +462,15 @@ def test_several_types_are_compiled_before_anything_is_written(monkeypatch: pyte
 
 @pytest.mark.parametrize("kernel", ["compiled", "blocked"])
 def test_without_threads_one_does_it_all(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Exhausted:
-        def submit(self, work: Any) -> Any:
-            raise RuntimeError("can't start new thread")
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
 
     monkeypatch.setenv("LARS_ARRAY_THREADS", "3")
-    monkeypatch.setattr(threads, "_workers", Exhausted)
+    monkeypatch.setattr(helpers, "_helpers", helpers.Helpers())
+    monkeypatch.setattr(threading.Thread, "start", fails)
     p = np.ones(3_000_000, np.float32)
     LARS([p], lr=0.5, kernel=kernel).step([np.ones_like(p)])
     assert np.all(p == 0.5)
-
-
-def test_an_interrupt_waits_for_the_helpers() -> None:
-    done: list[str] = []
-    begun = threading.Event()
-
-    def work() -> None:
-        if threading.current_thread() is threading.main_thread():
-            begun.wait(10)
-            raise KeyboardInterrupt
-        begun.set()
-        time.sleep(0.2)
-        done.append("helper")
-
-    with pytest.raises(KeyboardInterrupt):
-        threads.together(work, 2)
-    assert done == ["helper"]
-
-
-def test_what_a_helper_raises_is_raised() -> None:
-    begun = threading.Event()
-
-    def work() -> None:
-        if threading.current_thread() is not threading.main_thread():
-            begun.set()
-            raise MemoryError("no room")
-        begun.wait(10)
-
-    with pytest.raises(MemoryError, match="no room"):
-        threads.together(work, 2)
 
 
 def test_the_third_sum_repeats_the_second_where_no_rule_reads_it() -> None:

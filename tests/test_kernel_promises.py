@@ -8,7 +8,7 @@ import sys
 import threading
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from references import LAYOUTS, assert_same_bits, gaussian
 from benchmarks.shapes import resnet50
 from lars_array import LARS
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.kernels import threads
+from lars_array.kernels import helpers
 
 OPTIONS: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-2}
 # The third sum is a way of its own through memory, the second look for clipping as well.
@@ -32,20 +32,9 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def use_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Set how many threads a step has; the pool is made once, so each count needs one of its own."""
-
-    def use(count: int) -> None:
-        monkeypatch.setenv("LARS_ARRAY_THREADS", str(count))
-        drop_pool()
-
-    def drop_pool() -> None:
-        if threads._pool is not None:
-            threads._pool.shutdown()
-        threads._pool = None
-
-    yield use
-    drop_pool()
+def use_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set how many threads a step has."""
+    return lambda count: monkeypatch.setenv("LARS_ARRAY_THREADS", str(count))
 
 
 def trajectory(options: dict[str, Any], shift: int = 0) -> list[Any]:
@@ -154,7 +143,7 @@ def _in_child(queue: Any) -> None:
 def test_a_forked_child_can_step(use_threads: Callable[[int], None]) -> None:
     use_threads(3)
     expected = [x.tobytes() for x in trajectory(WAYS["barlow"])]
-    assert threads._pool is not None, "the parent should have threads that the child lacks"
+    assert helpers._helpers.count > 0, "the parent should have threads that the child lacks"
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     with warnings.catch_warnings():

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_array.buffers import aligned_zeros
-from lars_array.kernels.threads import thread_count, together
+from lars_array.kernels.helpers import together
+from lars_array.kernels.threads import thread_count
 
 __all__ = ["Rooms", "lent_copies"]
 

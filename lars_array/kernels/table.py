@@ -12,10 +12,11 @@ from lars_array.buffers import Rows
 from lars_array.core import Prepared
 from lars_array.dtypes import dtype_name, real_dtype
 from lars_array.kernels.headers import addresses
+from lars_array.kernels.helpers import together
 from lars_array.kernels.intrinsics import at_first
 from lars_array.kernels.machine import DONE, MEASURE, PIECE, WRITE, coefficients_of, work
 from lars_array.kernels.tasks import ROOM_FROM, tasks
-from lars_array.kernels.threads import thread_count, together
+from lars_array.kernels.threads import thread_count
 from lars_array.tape import Tape
 
 __all__ = ["Seen", "Table", "Walk", "coefficients", "programs"]
