@@ -202,13 +202,17 @@ class Fit:
         looks, starts = found
         if looks is not self._grads:
             self._grads, self.dtypes = looks, looks.dtypes
+            self._seen_by = None
         stay = self._params.places(self.params)
-        if stay is None or (stay != self._places).any():
+        if stay is None or not _are_same(stay, self._places):
             return None
-        clear = written.are_clear(starts, starts + looks.nbytes[looks.which])
+        if written is not self._seen_by or not _are_same(starts, self._seen_at):
+            if not written.are_clear(starts, starts + looks.nbytes[looks.which]):
+                return None
+            self._seen_by, self._seen_at = written, starts
         if not self._near:
-            self._seen, self._seen_by, self._seen_at = list(map(ref, grads)) if clear else [], written, starts
-        return starts if clear else None
+            self._seen = list(map(ref, grads))
+        return starts
 
     def _seen_as(
         self, known: Looks | None, arrays: Sequence[Any], fits: Callable[[Look, Look], bool]
@@ -229,3 +233,8 @@ class Fit:
             if not (x.dense and p.shape == x.shape and p.device == x.device and fits(p, x)):
                 return None
         return looks, self._addresses(arrays)
+
+
+def _are_same(places: Any, others: Any) -> bool:
+    """Return whether addresses are the same: of all that NumPy could do the least."""
+    return bool(places.tobytes() == others.tobytes())

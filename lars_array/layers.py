@@ -92,6 +92,7 @@ class Layers:
         self._half = [i for i, p in enumerate(params) if is_half(p)]
         self._least_limit = min(float(self.xp.finfo(kind).max) for kind in {real_dtype(p, self.xp) for p in params})
         self._most: Any = None
+        self._prepared_for: tuple[Any, Any, Any] = (None, None, None)
         self._most_for: Any = self.fit.dtypes
         self._kernel_type = kernel
         self._kernel: Any = None
@@ -228,8 +229,12 @@ class Layers:
         return Taken(self.names, plan(prepared, measure, xp=self.xp, joined=self.joined), None)
 
     def _prepared(self, groups: Any, rows: Sequence[tuple[int, bool, float]]) -> Any:
-        group_of, first, previous_lr = (list(column) for column in zip(*rows, strict=True))
-        return prepare(groups, group_of, first=first, previous_lr=previous_lr, like=self.params[0], xp=self.xp)
+        """Return what a step is prepared with, the same as before if nothing has changed."""
+        if groups is not self._prepared_for[0] or rows != self._prepared_for[1]:
+            group_of, first, previous_lr = (list(column) for column in zip(*rows, strict=True))
+            options = {"first": first, "previous_lr": previous_lr, "like": self.params[0], "xp": self.xp}
+            self._prepared_for = groups, rows, prepare(groups, group_of, **options)
+        return self._prepared_for[2]
 
     def _refused(self, planned: Plan, policies: Sequence[str], grads: Sequence[Any]) -> bool:
         """Return whether the step is to be skipped."""

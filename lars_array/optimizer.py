@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lars_array.arrays import at_home, is_array, is_distant, listed
+from lars_array.arrays import at_home, listed
 from lars_array.checkpoint import read_checkpoint
 from lars_array.gradients import given_order, match_gradients
-from lars_array.hyper import DEFAULTS, at_step, complete
+from lars_array.hyper import DEFAULTS, complete
 from lars_array.moves import read_move
 from lars_array.parameters import read_parameters
 from lars_array.registry import Rule
 from lars_array.roster import KEPT, Roster
 from lars_array.rows import LayerOf
+from lars_array.settings import Settings, checked, options_of
 from lars_array.stepper import Stepper
 from lars_array.telemetry import Norms, trust_ratios
 
@@ -188,12 +189,13 @@ class LARS:
             "layer_axes": layer_axes,
             "master_weights": master_weights,
         }
-        _at_step(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
+        checked(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         self.steps = 0
         self.skipped_steps = 0
         self.param_groups: list[dict[str, Any]] = []
         self._axes: list[int] = []  # of each group, and not to be changed
         self._order: list[int] | None = None
+        self._settings = Settings()
         self._stepper = Stepper(Roster(layer_of), kernel)
         self._add(params)
 
@@ -270,7 +272,7 @@ class LARS:
             found = [i for i, g in enumerate(gradients) if g is not None]
             gradients = [_detached(gradients[i]) for i in found]
             index = found if len(found) < len(index) else index
-        groups = [_at_step(_options(group), self.steps) for group in self.param_groups]
+        groups = self._settings.at(self.param_groups, self.steps)
         self._check_axes(groups)
         move = None if out is None else read_move(out, roster, self._order, index)
         if self._stepper.step(index, gradients, groups, found_inf, move):
@@ -345,7 +347,7 @@ class LARS:
             for key in own.keys() & KEPT:
                 with at_home(own[key]):
                     own[key] = array_namespace(own[key]).asarray(own[key], copy=True)
-        groups = [copy.deepcopy(_options(group)) | {"names": list(group["names"])} for group in self.param_groups]
+        groups = [copy.deepcopy(options_of(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -406,7 +408,7 @@ class LARS:
     def __repr__(self) -> str:
         lines = []
         for number, group in enumerate(self.param_groups):
-            changed = {key: value for key, value in _options(group).items() if value != DEFAULTS.get(key, required)}
+            changed = {key: value for key, value in options_of(group).items() if value != DEFAULTS.get(key, required)}
             options = ", ".join(f"{key}={value!r}" for key, value in changed.items())
             lines.append(f"  group {number}: {len(group['params'])} parameters, {options}")
         return "\n".join(["LARS(", *lines, ")"])
@@ -426,7 +428,7 @@ class LARS:
                 raise ValueError(
                     f"parameter group {which} didn't specify a value of required optimization parameter lr"
                 )
-            _at_step(options, self.steps)
+            checked(options, self.steps)
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
         longer = roster.joined_by(layout.groups, axes, number)
@@ -449,28 +451,15 @@ class LARS:
 
     def _hear(self, *, wait: bool = False) -> None:
         """Count as what they were the steps of which the device has sent news, and raise if one was refused."""
-        before, now, replayed = self._stepper.news(wait=wait)
+        heard = self._stepper.news(wait=wait)
+        if heard is None:
+            return
+        before, now, replayed = heard
         skipped, not_taken = now.skipped - before.skipped, now.refused - before.refused
         self.skipped_steps += skipped
         self.steps += replayed - skipped - not_taken
         if not_taken:
             raise self._stepper.refused(now)
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "names")}
-
-
-def _at_step(options: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Return `hyper.at_step` with numbers for arrays of shape ()."""
-    group = dict(options)
-    if callable(group.get("lr")):
-        group["lr"] = group["lr"](step)
-    return at_step({key: x.item() if _can_be_read(x) else x for key, x in group.items()}, step)
-
-
-def _can_be_read(x: Any) -> bool:
-    return getattr(x, "shape", None) == () and not (is_array(x) and is_distant(x))
 
 
 def _detached(g: Any) -> Any:

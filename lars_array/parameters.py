@@ -123,10 +123,11 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
 
 def listed(items: Any, what: str = "params") -> list[Any]:
     """Return an iterable of arrays as a list, refusing what is none; `what` it is called in messages."""
-    if is_array(items):
-        raise TypeError(f"{what} must be an iterable of arrays or a mapping; got a single {type(items).__name__}")
-    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
-        raise TypeError(f"{what} must be an iterable of arrays or a mapping; got {items!r}")
+    if not isinstance(items, list | tuple):
+        if is_array(items):
+            raise TypeError(f"{what} must be an iterable of arrays or a mapping; got a single {type(items).__name__}")
+        if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+            raise TypeError(f"{what} must be an iterable of arrays or a mapping; got {items!r}")
     return list(items)
 
 

@@ -83,13 +83,16 @@ class Stepper:
             if layers.has_new_state:
                 self._take_over(layers)
         if self._whereabouts is None:
-            roster.previous_lr[layers.place] = np.array([group["lr"] for group in groups])[layers.group_of]
+            roster.previous_lr[layers.place] = _of_layers([group["lr"] for group in groups], layers.group_of)
         return True
 
-    def news(self, *, wait: bool) -> tuple[News, News, int]:
-        """Return what the device had told of its steps before, what it has told by now, and what was replayed."""
+    def news(self, *, wait: bool) -> tuple[News, News, int] | None:
+        """Return what the device had told of its steps before, what it has told by now, and what was replayed.
+
+        None where no device is asked.
+        """
         if self._whereabouts is None:
-            return News(), News(), 0
+            return None
         before, now = self._whereabouts.news(wait=wait)
         return before, now, self._whereabouts.replayed() if wait else 0
 
@@ -182,3 +185,8 @@ class Stepper:
         """Put where the layers of the last step stand beside where the others do."""
         if isinstance(self._layers, DistantLayers) and self._whereabouts is not None:
             self._whereabouts.merge(self._layers.index, self._layers.first, self._layers.previous_lr)
+
+
+def _of_layers(numbers: list[Any], group_of: Any) -> Any:
+    """Return the number of each layer's group; one number where all have the same."""
+    return numbers[0] if len(numbers) == 1 else np.array(numbers)[group_of]

@@ -37,6 +37,8 @@ class Kernel:
         self._looks: Any = None
         self._out_looks: Any = None
         self._tables: list[Any] = []
+        self._prepared: Prepared | None = None
+        self._programs: Any = None
         self.move(params)
 
     @staticmethod
@@ -116,27 +118,36 @@ class Kernel:
             Sums and coefficients, and a row for each kind of what gradients are multiplied by. None, and nothing was
             done, where layers don't lie densely or a rule can't be put on tape.
         """
-        found = self._arranged_for(grads, out)
-        tapes = [record(rule) for rule in prepared.rules]
-        if self._others or any(tape is None for tape in tapes):
+        found, programs = self._arranged_for(grads, out), self._programs_of(prepared)
+        if self._others or programs is None:
             return None
-        programs = _module().programs(tuple(tapes))
         S, C = np.zeros((len(self.params), 3)), np.empty((len(self.params), 6))
         clips = prepared.clips
         if clips:  # by how much, the sums over all layers tell
             self._add_sums(found, None, S)
             of_kinds = [np.bincount(kind_of, column, len(prepared.rules)) for column in S.T]
             prepared = clipped(prepared, np.stack(of_kinds, axis=1), xp=np)
+            programs = (_module().hyper_of(prepared), *programs[1:])
         if clips and prepared.operand is None:
-            _module().coefficients(S, prepared, kind_of, programs, C)
+            _module().coefficients(S, kind_of, programs, C)
         else:
-            S[...] = 0
+            if clips:
+                S[...] = 0
             at_once = write and not clips
             for walk in [table.take(found, prepared, kind_of, programs, S, C, write=at_once) for table in self._tables]:
                 walk.go()
         if clips and write:
             self.apply(grads, C, out=out)
         return S, C, prepared.gamma
+
+    def _programs_of(self, prepared: Prepared) -> Any:
+        """Return what compiled code makes coefficients from, or None where a rule can't be put on tape."""
+        if prepared is not self._prepared:
+            tapes = [record(rule) for rule in prepared.rules]
+            unknown = any(tape is None for tape in tapes)
+            self._programs = None if unknown else (_module().hyper_of(prepared), *_module().programs(tuple(tapes)))
+            self._prepared = prepared
+        return self._programs
 
     def _add_sums(self, grads: Any, operand: Any, S: Any) -> None:
         for walk in [table.sums(grads, operand, S) for table in self._tables]:

@@ -19,7 +19,7 @@ from lars_array.kernels.tasks import ROOM_FROM, tasks
 from lars_array.kernels.threads import thread_count
 from lars_array.tape import Tape
 
-__all__ = ["Seen", "Table", "Walk", "coefficients", "programs"]
+__all__ = ["Seen", "Table", "Walk", "coefficients", "hyper_of", "programs"]
 
 # Elements that make up for waking another thread.
 SHARE = 1 << 17
@@ -144,13 +144,13 @@ class Table:
         """Return the way to S and C of this table's layers, and to the step; see `lars_array.kernels.compiled`."""
         weights = _no_weights(len(prepared.gamma)) if prepared.operand is None else _weights(*prepared.operand)
         what = MEASURE | WRITE if write else MEASURE
-        return self._walk(what, grads, kind_of, weights, _hyper(prepared), *programs, S, C)
+        return self._walk(what, grads, kind_of, weights, *programs, S, C)
 
     def _walk(self, what: int, grads: Any, *by_layer: Any) -> Walk:
         threads = max(1, min(thread_count(), self.threads_worth))
         if (what, threads) not in self._tasks:
             self._tasks[what, threads] = tasks(self.sizes, what, threads)
-        self.places[:, 1] = grads.places[self.layers]
+        self.places[:, 1] = grads.places.take(self.layers)
         places, types = self.places, self.types
         if what & WRITE and grads.out is not None:
             self._out = grads.out[self.layers]
@@ -174,12 +174,13 @@ class Table:
         return Walk(arguments, threads, (self.held, grads.held))
 
 
-def coefficients(S: Any, prepared: Prepared, kind_of: Any, programs: Any, C: Any) -> None:
+def coefficients(S: Any, kind_of: Any, programs: Any, C: Any) -> None:
     """Do what `core.coefficients` does, into C."""
-    at_first(coefficients_of, S, kind_of, _hyper(prepared), *programs, C)
+    at_first(coefficients_of, S, kind_of, *programs, C)
 
 
-def _hyper(prepared: Prepared) -> Any:
+def hyper_of(prepared: Prepared) -> Any:
+    """Return what tapes start from, of shape (kinds, fields)."""
     return np.array(np.array([prepared.gamma, *prepared.hyper]).T, order="C")
 
 
