@@ -27,7 +27,7 @@ from lars_array.kernels import NUMPY_KERNELS as KERNELS
 from lars_array.kernels import compiled, headers, helpers, machine, pick, table
 from lars_array.kernels.intrinsics import array_at, load, stored
 from lars_array.kernels.machine import MEASURE, OWN, PIECE, WHOLE, WRITE
-from lars_array.kernels.tasks import CACHE, ROOM_FROM, tasks
+from lars_array.kernels.tasks import CACHE, LONG, MOST_PARTS, ROOM_FROM, tasks
 from lars_array.looks import Looks
 
 numba = pytest.importorskip("numba")
@@ -80,6 +80,18 @@ def test_layers_too_large_for_a_cache_are_shared() -> None:
     assert tasks([PIECE] * 9, MEASURE | WRITE, 2)[:, 0].tolist() == [MEASURE | WRITE] * 9
     assert len(tasks([100] * 10_000, MEASURE | WRITE, 2)) == 40, "small layers go together"
     assert len(tasks([0] * 1000, WRITE, 2)) == 4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+@pytest.mark.parametrize("pieces", [5, 36, 600, 100_000])
+def test_parts_are_long_but_there_are_enough_for_all_threads(pieces: int, threads: int) -> None:
+    ways = tasks([pieces * PIECE], MEASURE, threads)
+    parts = np.diff(ways[:, 3:]).ravel() if ways[0, 4] != WHOLE else np.array([pieces])
+    assert len(parts) <= MOST_PARTS
+    if pieces <= LONG * MOST_PARTS:
+        assert parts.max() <= LONG
+        assert len(parts) >= min(pieces, 2 * threads)
+    assert parts[:-1].tolist() == [parts[0]] * (len(parts) - 1) and parts.sum() == pieces
 
 
 @given(measured_by=st.lists(st.integers(0, 3), min_size=1, max_size=30), step=st.integers(1, 3), data=st.data())
