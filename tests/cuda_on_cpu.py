@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import lars_array.optimizer
+import lars_array.settings
 from lars_array import hyper, kernels
 from lars_array.kernels import cuda
 from lars_array.kernels.cuda_source import COMMON, ELEMENTS, pair_name, source
@@ -162,7 +162,7 @@ def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
     device = Device(path or library(), order)
     pick, known = kernels.pick, hyper._known
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lars_array.optimizer, lars_array.stepper):
+        for module in (lars_array.settings, lars_array.stepper):
             patch.setattr(module, "is_distant", is_far)
         patch.setattr(hyper, "_known", lambda x: None if is_far(x) else known(x))
         patch.setattr(Kernel, "Device", device)

@@ -67,9 +67,10 @@ def test_a_step_is_three_launches_and_allocates_nothing(device: Any) -> None:
 def test_gradients_that_move_are_followed(device: Any) -> None:
     params, here = numbers(0), [np.asarray(p).copy() for p in numbers(0)]
     optimizer, plain = LARS(params, **HYPER), LARS(here, **HYPER, kernel="portable")
-    for seed in range(1, 5):
-        optimizer.step(numbers(seed))
-        plain.step([np.asarray(g) for g in numbers(seed)])
+    steps = [numbers(seed) for seed in range(1, 5)]  # all of them kept, so that none lies where another was
+    for grads in steps:
+        optimizer.step(grads)
+        plain.step([np.asarray(g) for g in grads])
         assert names(device) == ["poke", *THREE]
     for p, q in zip(params, here, strict=True):
         np.testing.assert_array_equal(np.asarray(p), q)

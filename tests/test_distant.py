@@ -20,7 +20,7 @@ from assertions import assert_close, assert_same, fingerprint, to_numpy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lars_array.memory
-import lars_array.optimizer
+import lars_array.settings
 from lars_array import LARS, RULES, NonFiniteError, kernels
 from lars_array.arrays import is_distant
 from lars_array.hyper import GIVEN
@@ -71,7 +71,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         place = array_api_strict.Device("device1")
         yield Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
         return
-    for module in (lars_array.memory, lars_array.optimizer, lars_array.stepper):
+    for module in (lars_array.memory, lars_array.settings, lars_array.stepper):
         monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
     yield Device(lambda x: torch.tensor(x), NoWaiting)
 

@@ -126,9 +126,13 @@ def interrupts() -> Iterator[Callable[[float], None]]:
         raise InterruptError
 
     before = signal.signal(signal.SIGALRM, strike)
-    yield lambda seconds: (signal.setitimer(signal.ITIMER_REAL, seconds), None)[1]
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    gc.disable()  # others have callbacks there, which swallow what is raised in them
+    try:
+        yield lambda seconds: (signal.setitimer(signal.ITIMER_REAL, seconds), None)[1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        gc.enable()
 
 
 def test_interrupts_at_any_moment_leave_nobody_at_work(interrupts: Callable[[float], None]) -> None:

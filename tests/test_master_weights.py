@@ -18,7 +18,7 @@ from references import LAYOUTS, assert_close, assert_same_bits, gaussian, tolera
 from strategies import FEW, seeds, shapes
 
 import lars_array.memory
-import lars_array.optimizer
+import lars_array.settings
 from lars_array import LARS, NonFiniteError, init, lars_step, update
 from lars_array.arrays import is_distant
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
@@ -426,7 +426,7 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = LARS({"w": near}, **MASTERS, nonfinite="skip")
     for g in steps:
         here.step([torch.tensor(g)])
-    for module in (lars_array.memory, lars_array.optimizer, lars_array.stepper):
+    for module in (lars_array.memory, lars_array.settings, lars_array.stepper):
         monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
     there = LARS({"w": far}, **MASTERS, nonfinite="skip")
     for turn, g in enumerate(steps):

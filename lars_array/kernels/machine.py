@@ -127,7 +127,7 @@ def _write_stretch(
     three alike is late for v, and is told. Where results go elsewhere, it has enough to wait for, and that costs more
     than it saves.
     """
-    step = stop - start if copy_like is not None else BLOCK
+    step = max(stop - start, 1) if copy_like is not None else BLOCK
     for first in range(start, stop, step):
         last = min(first + step, stop)
         if copy_like is None and place[2] != 0:
