@@ -15,7 +15,7 @@ from benchmarks.contestant import OPTIONS, UnavailableError
 from benchmarks.contestants import CPU
 from benchmarks.machine import ROOT, commit, machine, versions
 
-FORMAT = 1  # of the JSON; another number for each change of what its cases hold
+FORMAT = 2  # of the JSON; another number for each change of what its cases hold
 OUT = ROOT / "benchmarks" / "results"
 
 

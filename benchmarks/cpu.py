@@ -14,15 +14,14 @@ from benchmarks.check import Truth
 from benchmarks.contestant import Contestant, Run, UnavailableError
 from benchmarks.contestants import LIMIT_NAME, REFERENCE
 from benchmarks.machine import available_bytes, give_back, plain, used_by_others
+from benchmarks.parties import parties
 from benchmarks.timing import interleaved, ratios, summary
 
 __all__ = ["absent", "measure"]
 
 STEPS = 3  # until buffers are made and everything is compiled; after them the parameters are checked
 
-# The memory rule: contestants have arrays of their own, since an array that another one has just read is in cache. If
-# those of all fit into this share of the memory that is free, every round has all contestants; if not, one contestant
-# after the other takes all of its rounds, and one that doesn't fit even alone is left out.
+# Of the memory that is free, for the arrays of those who are timed in the same rounds.
 SHARE = 0.85
 
 
@@ -72,18 +71,19 @@ def measure(
     """
     skipped = {c.name: reason for c in contestants if (reason := _reason(c, case, reasons or {}))}
     ready = [c for c in contestants if c.name not in skipped]
-    together = _bytes(ready, case) <= SHARE * available_bytes()
+    room = int(SHARE * available_bytes())
+    together = parties(ready, (REFERENCE, LIMIT_NAME), lambda who: _bytes(who, case), room)
     failed: dict[str, str] = {}
-    first: dict[str, dict[str, float]] = {}
-    seconds: dict[str, list[float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     others = 0.0
     truth = Truth(case.shapes())
-    for group in [ready] if together else [[c] for c in ready]:
+    for party in together:
         runs: dict[str, Run] = {}
-        for contestant in group:
-            needed = _bytes([contestant], case)
-            if not together and needed > SHARE * available_bytes():
-                skipped[contestant.name] = f"needs {needed / 1e9:.1f} GB, {available_bytes() / 1e9:.1f} GB are free"
+        first: dict[str, dict[str, float]] = {}
+        for contestant in party:
+            if _bytes([contestant], case) > room:
+                needed = _bytes([contestant], case) / 1e9
+                skipped[contestant.name] = f"needs {needed:.1f} GB, {available_bytes() / 1e9:.1f} GB are free"
                 continue
             try:
                 runs[contestant.name], first[contestant.name] = _warm(contestant, truth)
@@ -91,12 +91,13 @@ def measure(
                 failed[contestant.name] = f"{type(error).__name__}: {plain(error)}"
             _say(f"{name}: {contestant.name}: {failed.get(contestant.name, 'ready')}")
         start, used = time.perf_counter(), used_by_others()
-        seconds |= interleaved(runs, rounds)
+        seconds = interleaved(runs, rounds)
         others = max(others, (used_by_others() - used) / (time.perf_counter() - start))
+        rows |= {c.name: _row(c, seconds, first) for c in party if c.name in seconds and c.name not in rows}
         del runs
         give_back()
 
-    rows = {c.name: _row(c, seconds, first) for c in ready if c.name in seconds}
+    rows = {c.name: rows[c.name] for c in ready if c.name in rows}
     for contestant in ready:
         if with_memory and contestant.name in rows:
             rows[contestant.name]["memory"] = memory.measure(name, contestant.name)
@@ -106,7 +107,7 @@ def measure(
         "arrays": len(sizes),
         "elements": sum(sizes),
         "rounds": rounds,
-        "interleaved": together,
+        "parties": [[c.name for c in party] for party in together],
         "cores_used_by_others": others,
         "contestants": rows,
         "skipped": skipped,
@@ -126,7 +127,7 @@ def _reason(contestant: Contestant, case: Case, reasons: dict[str, str]) -> str 
 
 
 def _bytes(contestants: Sequence[Contestant], case: Case) -> int:
-    """Return what the arrays of all contestants take, and what the hungriest step allocates: optax's, three copies."""
+    """Return what the arrays of contestants take, and what the hungriest step allocates: optax's, three copies."""
     copies = sum(contestant.copies for contestant in contestants) + 3 * any(not c.ours for c in contestants)
     return 4 * sum(case.sizes) * copies
 

@@ -66,7 +66,7 @@ def _case(name: str, case: dict[str, Any]) -> str:
         f"## {name}: {case['title']}, {arrays}, {case['elements']:,} parameters",
         "",
         f"{case['rounds']} rounds, {case['date']}, commit {case['commit'] or 'unknown'}."
-        + ("" if case["interleaved"] else " One contestant after the other: memory does not hold the arrays of all.")
+        + _parties(case["parties"])
         + f" Other processes used {case['cores_used_by_others']:.2f} cores"
         + (", so these figures say little." if case["cores_used_by_others"] > DISTURBED else "."),
         "",
@@ -76,6 +76,18 @@ def _case(name: str, case: dict[str, Any]) -> str:
         if reasons:
             lines += ["", f"{title}:", "", *_reasons(reasons)]
     return "\n".join(lines) + "\n"
+
+
+def _parties(parties: list[list[str]]) -> str:
+    if len(parties) == 1:
+        return ""
+    always = set.intersection(*map(set, parties))
+    how = (
+        f"In {len(parties)} parties, each with {' and '.join(sorted(always))}"
+        if always
+        else "Not all in the same rounds"
+    )
+    return f" {how}: memory does not hold the arrays of all."
 
 
 def _reasons(reasons: dict[str, str]) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import benchmarks.__main__ as command
 from benchmarks import cpu, memory, plot, results, table
@@ -16,6 +19,7 @@ from benchmarks.check import RATIOS, Truth, WrongArithmeticError
 from benchmarks.contestant import FLOOR, LIMIT, Contestant, Run, UnavailableError
 from benchmarks.contestants import CPU, LIMIT_NAME, REFERENCE
 from benchmarks.machine import machine, plain, versions
+from benchmarks.parties import parties
 from benchmarks.peers import flat_pass, optax_lars, our_lars, our_update
 from benchmarks.timing import REST, interleaved, ratios, summary
 from lars_array import LARS
@@ -131,8 +135,8 @@ def stepped(build: Any, steps: int = 3, shapes: list[Any] = SHAPES) -> list[Any]
     ("build", "rule", "other"),
     [
         (our_lars.blocked, "flash", "optax"),
-        (our_update.build, "flash", "optax"),
-        (optax_lars.build, "optax", "flash"),
+        (partial(our_update.build, donate=False), "flash", "optax"),
+        (partial(optax_lars.build, donate=True), "optax", "flash"),
         (flat_pass.build, "sgd", "flash"),
     ],
 )
@@ -225,7 +229,8 @@ def measured(*contestants: Contestant) -> dict[str, Any]:
 def test_smoke(capsys: pytest.CaptureFixture[str]) -> None:
     slow = Contestant(REFERENCE, our_lars.blocked)
     case = measured(BLOCKED, slow, LIMIT_HERE)
-    assert (case["arrays"], case["elements"], case["interleaved"]) == (4, 1627, True)
+    assert (case["arrays"], case["elements"]) == (4, 1627)
+    assert case["parties"] == [[BLOCKED.name, REFERENCE, LIMIT_NAME]]
     assert (case["skipped"], case["failed"]) == ({}, {})
     assert list(case["contestants"]) == [BLOCKED.name, REFERENCE, LIMIT_NAME]
     assert case["contestants"][REFERENCE]["ratio"]["median"] == 1
@@ -259,14 +264,41 @@ def test_who_is_wrong_is_not_timed() -> None:
     assert case["failed"]["idle"].startswith("WrongArithmeticError: array 0 of shape (7, 3) is off by ")
 
 
-def test_without_memory_for_all_they_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Three copies of 1627 numbers of 4 bytes each are needed.
-    monkeypatch.setattr(cpu, "available_bytes", lambda: 30_000)
-    big = Contestant("big", our_lars.blocked, copies=6, ours=True)
-    case = measured(BLOCKED, big, LIMIT_HERE)
-    assert not case["interleaved"]
-    assert list(case["contestants"]) == [BLOCKED.name, LIMIT_NAME]
-    assert case["skipped"] == {"big": "needs 0.0 GB, 0.0 GB are free"}
+def test_without_memory_for_all_they_meet_in_parties(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three copies of 1627 numbers of 4 bytes each are needed, and room is for three contestants.
+    monkeypatch.setattr(cpu, "available_bytes", lambda: 70_000)
+    asked: list[str] = []
+
+    def build(params: list[Any], grads: list[Any]) -> Run:
+        asked.append("limit")
+        return flat_pass.build(params, grads)
+
+    others = [Contestant(f"blocked {k}", our_lars.blocked, ours=True) for k in range(3)]
+    big = Contestant("big", our_lars.blocked, copies=9, ours=True)
+    huge = Contestant("huge", our_lars.blocked, copies=12, ours=True)
+    limit = Contestant(LIMIT_NAME, build, "sgd", LIMIT, ours=True)
+    case = cpu.measure("small", SMALL, [*others, big, huge, limit], 2, with_memory=False)
+    assert case["parties"] == [[LIMIT_NAME, "blocked 0", "blocked 1"], ["big"], ["huge"], [LIMIT_NAME, "blocked 2"]]
+    assert list(case["contestants"]) == ["blocked 0", "blocked 1", "blocked 2", "big", LIMIT_NAME]
+    assert case["skipped"] == {"huge": "needs 0.0 GB, 0.0 GB are free"}
+    assert len(asked) == 2
+    for name, row in case["contestants"].items():
+        assert (row["ratio_to_limit"] is None) == (name == "big")
+
+
+@given(copies=st.lists(st.integers(1, 12), min_size=1, max_size=12), room=st.integers(1, 40), limit=st.integers(1, 12))
+def test_everyone_is_in_one_party_and_those_compared_to_in_all_that_are_several(
+    copies: list[int], room: int, limit: int
+) -> None:
+    who = [Contestant(f"{k}", our_lars.blocked, copies=n) for k, n in enumerate(copies)]
+    always = Contestant("limit", our_lars.blocked, copies=limit)
+    found = parties([*who, always], ["limit"], lambda party: sum(c.copies for c in party), room)
+    met = [c.name for party in found for c in party if c is not always]
+    assert sorted(met) == sorted(c.name for c in who)
+    assert any(always in party for party in found)
+    for party in found:
+        assert len(set(party)) == len(party)
+        assert len(party) == 1 or (always in party and sum(c.copies for c in party) <= room)
 
 
 def test_memory() -> None:
@@ -293,7 +325,7 @@ def document() -> dict[str, Any]:
             "arrays": arrays,
             "elements": elements,
             "rounds": 5,
-            "interleaved": True,
+            "parties": [["a", "b"]],
             "cores_used_by_others": 0.0123,
             "date": "2030-01-02",
             "commit": "abc",
@@ -314,7 +346,7 @@ def document() -> dict[str, Any]:
         "options": {"lr": 1.0, "weight_decay": 1e-4},
         "cases": {
             "net": case(3, 3000, contestants=peers, skipped={"x": "no reason", "y": "no reason"}, failed={"z": "bad"}),
-            "growth-1m": case(1, 10**6, contestants={"lars_array blocked": mine}, interleaved=False),
+            "growth-1m": case(1, 10**6, contestants={"lars_array blocked": mine}, parties=[["a", "c"], ["b", "c"]]),
             "growth-10m": case(1, 10**7, contestants={"lars_array blocked": mine}),
         },
         "latency": {
@@ -340,7 +372,7 @@ def test_table() -> None:
     assert ["lars_array blocked", "10.0", "1.00"] in rows  # nanoseconds an element
     assert ["blocked, warm", "30.0", "10.0", "100.0", "40.0"] in rows
     assert "* x; y: no reason" in text and "* z: bad" in text and "* compiled: not here" in text
-    assert text.count("One contestant after the other") == 1
+    assert text.count("In 2 parties, each with c: memory does not hold the arrays of all.") == 1
 
 
 @pytest.mark.parametrize("cases", [["growth-1m"], ["net", "growth-1m", "growth-10m"]])

@@ -13,9 +13,14 @@ __all__ = ["jax_run", "moved"]
 
 
 def jax_run(
-    params: list[Any], grads: list[Any], init: Callable[[Any], Any], update: Callable[[Any, Any, Any], Any]
+    params: list[Any],
+    grads: list[Any],
+    init: Callable[[Any], Any],
+    update: Callable[[Any, Any, Any], Any],
+    *,
+    donate: bool,
 ) -> Run:
-    """Return the run of a pure function under ``jax.jit``, which may write into the old parameters and state.
+    """Return the run of a pure function under ``jax.jit``.
 
     Parameters
     ----------
@@ -25,6 +30,8 @@ def jax_run(
         From parameters to the state.
     update : callable
         ``update(params, state, grads) -> (params, state)``.
+    donate : bool
+        Whether it may write into the old parameters and state.
 
     Returns
     -------
@@ -36,7 +43,7 @@ def jax_run(
     with jax.default_device(jax.devices("cpu")[0]):
         own_params, own_grads = moved(params), moved(grads)
         held = (own_params, init(own_params))
-    compiled = jax.jit(update, donate_argnums=(0, 1))
+    compiled = jax.jit(update, donate_argnums=(0, 1) if donate else ())
 
     def step() -> None:
         nonlocal held

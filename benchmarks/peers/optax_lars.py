@@ -10,7 +10,7 @@ from benchmarks.peers.jax_run import jax_run
 __all__ = ["build"]
 
 
-def build(params: list[Any], grads: list[Any]) -> Run:
+def build(params: list[Any], grads: list[Any], *, donate: bool) -> Run:
     """``optax.lars`` and ``optax.apply_updates`` in one compiled function."""
     import optax
 
@@ -20,4 +20,4 @@ def build(params: list[Any], grads: list[Any]) -> Run:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax_run(params, grads, optimizer.init, update)
+    return jax_run(params, grads, optimizer.init, update, donate=donate)

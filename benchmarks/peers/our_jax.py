@@ -12,7 +12,7 @@ from benchmarks.peers.jax_run import jax_run, moved
 __all__ = ["build", "build_eager", "build_eager_copying"]
 
 
-def build(params: list[Any], grads: list[Any]) -> Run:
+def build(params: list[Any], grads: list[Any], *, donate: bool) -> Run:
     """``lars_jax.lars`` and ``optax.apply_updates`` in one compiled function."""
     import optax
 
@@ -24,7 +24,7 @@ def build(params: list[Any], grads: list[Any]) -> Run:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax_run(params, grads, optimizer.init, update)
+    return jax_run(params, grads, optimizer.init, update, donate=donate)
 
 
 def build_eager(params: list[Any], grads: list[Any]) -> Run:
