@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cpu, latency, plot, results, table
-from benchmarks.cases import CASES, GROUPS, chosen
+from benchmarks import cpu, growth, latency, plot, results, table
+from benchmarks.cases import CASES, GROUPS, GROWTH, chosen
 from benchmarks.contestant import OPTIONS, UnavailableError
 from benchmarks.contestants import CPU
 from benchmarks.machine import ROOT, commit, machine, versions
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         document["latency"] = latency.measure()
     _write(path, document)
     print(table.markdown(document))
-    return int(any(document["cases"][name]["failed"] for name in names))
+    return int(any((document["growth"] if name == "growth" else document["cases"][name])["failed"] for name in names))
 
 
 def _gpu(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -87,7 +87,13 @@ def _render(path: Path) -> int:
 def _measure(document: dict[str, Any], names: list[str], contestants: list[Any], rounds: int | None, path: Any) -> None:
     when = {"date": datetime.now(UTC).date().isoformat(), "commit": commit()}
     reasons = cpu.absent(contestants)
+    if "growth" in names:
+        who = growth.growing(contestants, reasons)
+        document["growth"] = when | growth.measure(GROWTH, who, rounds or growth.ROUNDS)
+        _write(path, document)
     for name in names:
+        if name == "growth":
+            continue
         case = CASES[name]
         measured = cpu.measure(name, case, contestants, rounds or case.rounds, reasons=reasons)
         document["cases"][name] = when | measured

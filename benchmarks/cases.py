@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks import shapes
 
-__all__ = ["CASES", "GROUPS", "Case", "chosen"]
+__all__ = ["CASES", "GROUPS", "GROWTH", "Case", "chosen"]
 
 
 class Case(NamedTuple):
@@ -23,14 +23,11 @@ class Case(NamedTuple):
         Returns the shapes.
     rounds : int
         How often each contestant is timed, if the command line does not say.
-    everyone : bool
-        False: only lars_array's kernels and the limit.
     """
 
     title: str
     shapes: Callable[[], list[shapes.Shape]]
     rounds: int
-    everyone: bool = True
 
     @property
     def sizes(self) -> list[int]:
@@ -43,28 +40,25 @@ CASES = {
     "vit-b": Case("ViT-B/16", shapes.vit_b, 21),
     "alexnet": Case("AlexNet", shapes.alexnet, 21),
     "tiny": Case("many small arrays", shapes.tiny, 15),
-    "growth-1m": Case("one array", partial(shapes.flat, 10**6), 101, everyone=False),
-    "growth-10m": Case("one array", partial(shapes.flat, 10**7), 51, everyone=False),
-    "growth-100m": Case("one array", partial(shapes.flat, 10**8), 11, everyone=False),
     "flat-100m": Case("one array", partial(shapes.flat, 10**8), 11),
-    "flat-1b": Case("one array", partial(shapes.flat, 10**9), 5, everyone=False),
 }
 
-_GROWTH = ["growth-1m", "growth-10m", "growth-100m"]
+# Of one array, and measured by `benchmarks.growth`.
+GROWTH = {f"growth-{name}": Case("one array", partial(shapes.flat, size), 11) for name, size in shapes.SIZES.items()}
+
 GROUPS = {
-    "growth": _GROWTH,
-    "default": ["resnet50", "vit-b", "alexnet", "tiny", *_GROWTH],
-    "all": list(CASES),
+    "default": ["resnet50", "vit-b", "alexnet", "tiny", "growth"],
+    "all": [*CASES, "growth"],
 }
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Return the names of cases that are meant, each once, in the order of `CASES`.
+    """Return the names of cases that are meant, each once, in the order of `CASES`, and then "growth".
 
     Parameters
     ----------
     names : sequence of str
-        Names in `CASES` and `GROUPS`.
+        Names in `CASES` and `GROUPS`, and "growth".
 
     Raises
     ------
@@ -72,7 +66,8 @@ def chosen(names: Sequence[str]) -> list[str]:
         For a name that is in neither.
     """
     meant = {name for group in names for name in GROUPS.get(group, [group])}
-    unknown = meant - CASES.keys()
+    known = [*CASES, "growth"]
+    unknown = meant.difference(known)
     if unknown:
-        raise ValueError(f"case must be one of {', '.join([*CASES, *GROUPS])}; got {min(unknown)!r}")
-    return [name for name in CASES if name in meant]
+        raise ValueError(f"case must be one of {', '.join([*known, *GROUPS])}; got {min(unknown)!r}")
+    return [name for name in known if name in meant]

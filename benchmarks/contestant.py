@@ -84,7 +84,7 @@ class Contestant:
     most_arrays : int, optional
         Beyond so many it is skipped, because compiling takes minutes or hours.
     ours : bool
-        Whether it takes part in cases that are not for everyone.
+        Whether `tracemalloc` sees what it allocates, as it does all of NumPy's.
     """
 
     name: str

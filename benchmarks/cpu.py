@@ -17,7 +17,7 @@ from benchmarks.machine import available_bytes, give_back, plain, used_by_others
 from benchmarks.parties import parties
 from benchmarks.timing import interleaved, ratios, summary
 
-__all__ = ["absent", "measure"]
+__all__ = ["SHARE", "absent", "bytes_of", "measure", "say", "warmed"]
 
 STEPS = 3  # until buffers are made and everything is compiled; after them the parameters are checked
 
@@ -72,7 +72,7 @@ def measure(
     skipped = {c.name: reason for c in contestants if (reason := _reason(c, case, reasons or {}))}
     ready = [c for c in contestants if c.name not in skipped]
     room = int(SHARE * available_bytes())
-    together = parties(ready, (REFERENCE, LIMIT_NAME), lambda who: _bytes(who, case), room)
+    together = parties(ready, (REFERENCE, LIMIT_NAME), lambda who: bytes_of(who, case), room)
     failed: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
     others = 0.0
@@ -81,15 +81,15 @@ def measure(
         runs: dict[str, Run] = {}
         first: dict[str, dict[str, float]] = {}
         for contestant in party:
-            if _bytes([contestant], case) > room:
-                needed = _bytes([contestant], case) / 1e9
+            if bytes_of([contestant], case) > room:
+                needed = bytes_of([contestant], case) / 1e9
                 skipped[contestant.name] = f"needs {needed:.1f} GB, {available_bytes() / 1e9:.1f} GB are free"
                 continue
             try:
-                runs[contestant.name], first[contestant.name] = _warm(contestant, truth)
+                runs[contestant.name], first[contestant.name] = warmed(contestant, truth)
             except Exception as error:  # of any library, and it is in the table
                 failed[contestant.name] = f"{type(error).__name__}: {plain(error)}"
-            _say(f"{name}: {contestant.name}: {failed.get(contestant.name, 'ready')}")
+            say(f"{name}: {contestant.name}: {failed.get(contestant.name, 'ready')}")
         start, used = time.perf_counter(), used_by_others()
         seconds = interleaved(runs, rounds)
         others = max(others, (used_by_others() - used) / (time.perf_counter() - start))
@@ -118,21 +118,19 @@ def measure(
 def _reason(contestant: Contestant, case: Case, reasons: dict[str, str]) -> str | None:
     if contestant.name in reasons:
         return reasons[contestant.name]
-    if not case.everyone and not contestant.ours:
-        return "this case is for lars_array's kernels and the limit"
     arrays = len(case.sizes)
     if contestant.most_arrays is not None and arrays > contestant.most_arrays:
         return f"compiling {arrays:,} arrays takes too long; the most is {contestant.most_arrays:,}"
     return None
 
 
-def _bytes(contestants: Sequence[Contestant], case: Case) -> int:
+def bytes_of(contestants: Sequence[Contestant], case: Case) -> int:
     """Return what the arrays of contestants take, and what the hungriest step allocates: optax's, three copies."""
     copies = sum(contestant.copies for contestant in contestants) + 3 * any(not c.ours for c in contestants)
     return 4 * sum(case.sizes) * copies
 
 
-def _warm(contestant: Contestant, truth: Truth) -> tuple[Run, dict[str, float]]:
+def warmed(contestant: Contestant, truth: Truth) -> tuple[Run, dict[str, float]]:
     """Return a run that was found right, the seconds of building it and of its first steps, and their error."""
     params, grads = make(truth.shapes, PARAMETER), make(truth.shapes, GRADIENT)
     start = time.perf_counter()
@@ -155,5 +153,6 @@ def _row(contestant: Contestant, seconds: dict[str, list[float]], first: dict[st
     return row | compared | summary(own) | first[contestant.name]
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell who waits how far it is."""
     print(text, file=sys.stderr, flush=True)

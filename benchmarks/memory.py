@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arrays import GRADIENT, PARAMETER, make
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, GROWTH
 from benchmarks.contestant import Contestant, Run
 from benchmarks.contestants import CPU
 from benchmarks.machine import ROOT, give_back, plain
@@ -124,4 +124,4 @@ def _forget_peak() -> bool:
 if __name__ == "__main__":
     case, name = sys.argv[1:]
     contestant = next(contestant for contestant in CPU if contestant.name == name)
-    print(json.dumps(measured_here(CASES[case].shapes(), contestant)))
+    print(json.dumps(measured_here((CASES | GROWTH)[case].shapes(), contestant)))

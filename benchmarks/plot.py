@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.contestant import LARS
 from benchmarks.contestants import CPU
-from benchmarks.table import grown
 
 __all__ = ["draw"]
 
@@ -33,15 +32,15 @@ def draw(document: dict[str, Any]) -> bytes:
         for name, case in document["cases"].items()
         if any(row["ratio"] is not None for row in case["contestants"].values())
     }
-    growth = grown(document)
-    heights = [1.2 + 0.3 * _count(cases)] * bool(cases) + [3.4] * (len(growth) > 1)
+    growth = document.get("growth")
+    heights = [1.2 + 0.3 * _count(cases)] * bool(cases) + [3.4] * bool(growth)
     if not heights:
         heights = [1.0]
     figure = Figure(figsize=(13, sum(heights)), layout="constrained")
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if cases:
         _bars(parts.pop(0), cases)
-    if len(growth) > 1:
+    if growth:
         _lines(parts.pop(0), growth)
     image = BytesIO()
     figure.savefig(image, format="png", dpi=130)
@@ -96,15 +95,14 @@ def _bar(axes: Axes, place: int, name: str, ratio: dict[str, Any] | None) -> Non
     axes.text(min(high, LONGEST) + 0.05, place, f"{median:.2f}", **style)
 
 
-def _lines(figure: Any, cases: list[dict[str, Any]]) -> None:
+def _lines(figure: Any, growth: dict[str, Any]) -> None:
     """Nanoseconds an element, and memory, against the size of one array."""
     left, right = figure.subplots(1, 2)
-    names = [c.name for c in CPU if c.ours and any(c.name in case["contestants"] for case in cases)]
-    for name, mark in zip(names, MARKS):
-        here = [(case["elements"], case["contestants"][name]) for case in cases if name in case["contestants"]]
-        style = {"marker": mark, "color": _colour(name), "label": here[0][1]["label"], "alpha": 0.8}
-        left.plot([size for size, _ in here], [1e6 * row["median_ms"] / size for size, row in here], **style)
-        memory = [(size, row.get("memory", {}).get("resident")) for size, row in here]
+    for (name, row), mark in zip(growth["contestants"].items(), MARKS):
+        here = [(size, x) for size, x in zip(growth["sizes"], row["sizes"]) if x is not None]
+        style = {"marker": mark, "color": _colour(name), "label": row["label"], "alpha": 0.8}
+        left.plot([size for size, _ in here], [1e6 * x["median_ms"] / size for size, x in here], **style)
+        memory = [(size, x.get("memory", {}).get("resident")) for size, x in here]
         known = [(size, bytes_ / 1e6) for size, bytes_ in memory if bytes_ is not None]
         right.plot([size for size, _ in known], [megabytes for _, megabytes in known], **style)
     for axes in (left, right):

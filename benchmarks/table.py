@@ -41,16 +41,9 @@ def markdown(document: dict[str, Any]) -> str:
     parts += [_case(name, case) for name, case in document["cases"].items()]
     if document.get("latency"):
         parts.append(_latency(document["latency"]))
-    growth = grown(document)
-    if len(growth) > 1:
-        parts.append(_growth(growth))
+    if document.get("growth"):
+        parts.append(_growth(document["growth"]))
     return "\n".join(parts)
-
-
-def grown(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the cases of one array by size, of one size the first."""
-    cases = {case["elements"]: case for case in reversed(document["cases"].values()) if case["arrays"] == 1}
-    return [cases[size] for size in sorted(cases)]
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -133,19 +126,27 @@ def _latency(latency: dict[str, Any]) -> str:
     return "\n".join(["## The first step", "", text, "", *_table(head, rows), *notes]) + "\n"
 
 
-def _growth(cases: list[dict[str, Any]]) -> str:
-    """Nanoseconds an element, a column a size."""
-    labels = {name: row["label"] for case in cases for name, row in case["contestants"].items()}
-    names = [name for name in labels if sum(name in case["contestants"] for case in cases) > 1]
-    rows = []
-    for name in names:
-        cells = []
-        for case in cases:
-            row = case["contestants"].get(name)
-            cells.append("–" if row is None else f"{_digits(1e6 * row['median_ms'] / case['elements'])}")
-        rows.append([labels[name], *cells])
-    head = ["ns an element", *(f"{case['elements']:,}" for case in cases)]
-    return "\n".join(["## Growth", "", *_table(head, rows)]) + "\n"
+def _growth(growth: dict[str, Any]) -> str:
+    """Nanoseconds an element and megabytes, a column a size."""
+    times, memories = [], []
+    for row in growth["contestants"].values():
+        found = list(zip(growth["sizes"], row["sizes"]))
+        times.append([row["label"], *("–" if x is None else _digits(1e6 * x["median_ms"] / size) for size, x in found)])
+        memories.append([row["label"], *("–" if x is None else _memory(x.get("memory")) for _, x in found)])
+    sizes = [f"{size:,}" for size in growth["sizes"]]
+    lines = [
+        "## Growth: one array",
+        "",
+        f"{growth['rounds']} rounds, in each of them all sizes of a contestant, {growth['date']}, commit "
+        f"{growth['commit'] or 'unknown'}. Other processes used {growth['cores_used_by_others']:.2f} cores.",
+        "",
+        *_table(["ns an element", *sizes], times),
+        "",
+        *_table(["memory MB", *sizes], memories),
+    ]
+    if growth["failed"]:
+        lines += ["", "Failed:", "", *_reasons(growth["failed"])]
+    return "\n".join(lines) + "\n"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

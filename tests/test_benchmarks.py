@@ -12,15 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import benchmarks.__main__ as command
-from benchmarks import cpu, memory, plot, results, table
+from benchmarks import cpu, growth, memory, plot, results, table
 from benchmarks.arrays import BLOCK, GRADIENT, PARAMETER, blocks, make
-from benchmarks.cases import CASES, GROUPS, Case, chosen
+from benchmarks.cases import CASES, GROUPS, GROWTH, Case, chosen
 from benchmarks.check import RATIOS, Truth, WrongArithmeticError
 from benchmarks.contestant import FLOOR, LIMIT, Contestant, Run, UnavailableError
 from benchmarks.contestants import CPU, LIMIT_NAME, REFERENCE
+from benchmarks.growth import growing
 from benchmarks.machine import machine, plain, versions
 from benchmarks.parties import parties
 from benchmarks.peers import flat_pass, optax_lars, our_lars, our_update
+from benchmarks.shapes import flat
 from benchmarks.timing import REST, interleaved, ratios, summary
 from lars_array import LARS
 
@@ -40,9 +42,7 @@ LIMIT_HERE = Contestant(LIMIT_NAME, flat_pass.build, "sgd", LIMIT, ours=True)
         ("vit-b", 152, 86_567_656),
         ("alexnet", 16, 61_100_840),
         ("tiny", 10_000, 1_000_000),
-        ("growth-1m", 1, 1_000_000),
         ("flat-100m", 1, 100_000_000),
-        ("flat-1b", 1, 1_000_000_000),
     ],
 )
 def test_size_of_a_case(name: str, arrays: int, elements: int) -> None:
@@ -50,8 +50,9 @@ def test_size_of_a_case(name: str, arrays: int, elements: int) -> None:
 
 
 def test_groups_of_cases() -> None:
-    assert chosen(["growth", "resnet50", "growth-1m"]) == ["resnet50", *GROUPS["growth"]]
-    assert chosen(["all"]) == list(CASES)
+    assert chosen(["growth", "resnet50", "tiny", "resnet50"]) == ["resnet50", "tiny", "growth"]
+    assert chosen(["all"]) == GROUPS["all"] == [*CASES, "growth"]
+    assert [sum(case.sizes) for case in GROWTH.values()] == [10**6, 10**7, 10**8, 10**9]
     with pytest.raises(ValueError, match=r"^case must be one of resnet50, .*; got 'resnet'$"):
         chosen(["resnet"])
 
@@ -301,6 +302,21 @@ def test_everyone_is_in_one_party_and_those_compared_to_in_all_that_are_several(
         assert len(party) == 1 or (always in party and sum(c.copies for c in party) <= room)
 
 
+def test_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {f"growth-{n}": Case("one array", partial(flat, 1000 * n), 2) for n in (1, 2, 4)}
+    monkeypatch.setattr(growth, "available_bytes", lambda: 2 * 4 * 3 * 3000)  # for the first two
+    who = growing([*CPU, Contestant("lars_array idle", nothing_is_done)], {"lars_array compiled": "not here"})
+    names = ["lars_array compiled, nonfinite=propagate", "lars_array blocked", LIMIT_NAME, "lars_array idle"]
+    assert [c.name for c in who] == names
+    found = growth.measure(cases, [BLOCKED, LIMIT_HERE, who[-1]], 2, with_memory=False)
+    assert found["sizes"] == [1000, 2000, 4000]
+    assert list(found["contestants"]) == [BLOCKED.name, LIMIT_NAME]
+    for row in found["contestants"].values():
+        first, second, third = row["sizes"]
+        assert first["median_ms"] > 0 and second["median_ms"] > 0 and third is None
+    assert found["failed"]["lars_array idle"].startswith("WrongArithmeticError")
+
+
 def test_memory() -> None:
     found = memory.measured_here([(1000, 100)] * 3, BLOCKED)
     assert 0 < found["allocated"] < 1_000_000
@@ -346,8 +362,16 @@ def document() -> dict[str, Any]:
         "options": {"lr": 1.0, "weight_decay": 1e-4},
         "cases": {
             "net": case(3, 3000, contestants=peers, skipped={"x": "no reason", "y": "no reason"}, failed={"z": "bad"}),
-            "growth-1m": case(1, 10**6, contestants={"lars_array blocked": mine}, parties=[["a", "c"], ["b", "c"]]),
-            "growth-10m": case(1, 10**7, contestants={"lars_array blocked": mine}),
+            "flat": case(1, 10**6, contestants={"lars_array blocked": mine}, parties=[["a", "c"], ["b", "c"]]),
+        },
+        "growth": {
+            "sizes": [10**6, 10**7, 10**8],
+            "rounds": 5,
+            "cores_used_by_others": 0.0,
+            "date": "2030-01-02",
+            "commit": "abc",
+            "contestants": {"lars_array blocked": {"label": "lars_array blocked", "sizes": [mine, mine, None]}},
+            "failed": {"z": "worse"},
         },
         "latency": {
             "blocked": {
@@ -369,16 +393,21 @@ def test_table() -> None:
     assert rows[3] == [REFERENCE, "1.00", "–", "10.0", "9.00 – 1,234", "0.5", "47.0", "1e-05"]
     assert rows[4][-2] == "took more than 900 s"
     assert ["lars_array blocked", "–", "–", "10.0", "9.00 – 1,234", "0.5", "2.5 (0.24)", "1e-05"] in rows
-    assert ["lars_array blocked", "10.0", "1.00"] in rows  # nanoseconds an element
+    assert ["lars_array blocked", "10.0", "1.00", "–"] in rows  # nanoseconds an element
+    assert ["lars_array blocked", "2.5 (0.24)", "2.5 (0.24)", "–"] in rows  # megabytes
+    assert "* z: worse" in text
     assert ["blocked, warm", "30.0", "10.0", "100.0", "40.0"] in rows
     assert "* x; y: no reason" in text and "* z: bad" in text and "* compiled: not here" in text
     assert text.count("In 2 parties, each with c: memory does not hold the arrays of all.") == 1
 
 
-@pytest.mark.parametrize("cases", [["growth-1m"], ["net", "growth-1m", "growth-10m"]])
-def test_picture_of_any_cases(cases: list[str]) -> None:
+@pytest.mark.parametrize("has_growth", [True, False])
+@pytest.mark.parametrize("cases", [[], ["flat"], ["net", "flat"]])
+def test_picture_of_any_cases(cases: list[str], has_growth: bool) -> None:
     whole = document()
     whole["cases"] = {name: whole["cases"][name] for name in cases}
+    if not has_growth:
+        del whole["growth"]
     assert plot.draw(whole).startswith(b"\x89PNG")
 
 
