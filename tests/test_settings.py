@@ -1,0 +1,197 @@
+"""What is remembered of hyper-parameters from step to step: nothing that has changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lars_array import LARS, Rule
+from lars_array.blocks import momentum_form
+from lars_array.hyper import complete
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
+from lars_array.settings import Settings
+
+START = [np.linspace(-1, 1, 12).reshape(3, 4), np.arange(1.0, 6.0)]
+GRADIENTS = [np.full((3, 4), 0.25), np.linspace(1, 2, 5)]
+OPTIONS: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}
+
+# Another value for each hyper-parameter with which steps differ.
+CHANGES: dict[str, Any] = {
+    "lr": 0.25,
+    "momentum": 0.5,
+    "dampening": 0.5,
+    "weight_decay": 0.1,
+    "nesterov": True,
+    "trust_coefficient": 0.01,
+    "eps": 1.0,
+    "rule": "paper",
+    "trust_clip": True,
+    "trust_bounds": (0.0, 1e-4),
+    "always_adapt": True,
+    "adapt": False,
+    "maximize": True,
+    "rescale_grad": 0.5,
+    "max_grad_norm": 0.1,
+}
+
+# What they show with.
+WITH: dict[str, Any] = {
+    "trust_clip": {"weight_decay": 1e-6, "trust_coefficient": 1.0},
+    "always_adapt": {"weight_decay": 0.0},
+}
+
+
+def own_rule(S: Any, hyper: Any, xp: Any) -> Any:
+    return momentum_form(hyper.trust_coefficient * S[:, 0], hyper.lr, hyper.weight_decay, hyper, xp)
+
+
+def steps(kernel: str, *options: dict[str, Any]) -> list[Any]:
+    """Return parameters after a step with each of these, by an optimizer that is made anew for each."""
+    params, state = [p.copy() for p in START], None
+    for own in options:
+        optimizer = LARS(params, **OPTIONS | own, kernel=kernel)
+        if state is not None:
+            optimizer.attach_state(state)
+        optimizer.step(GRADIENTS)
+        state = optimizer.state_views()
+    return params
+
+
+def assert_same(params: list[Any], expected: list[Any]) -> None:
+    for p, q in zip(params, expected, strict=True):
+        np.testing.assert_array_equal(p, q)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_between_steps_counts_at_once(name: str, kernel: str) -> None:
+    lasting = WITH.get(name, {})
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, **OPTIONS | lasting, kernel=kernel)
+    optimizer.step(GRADIENTS)
+    before = optimizer.param_groups[0][name]
+    optimizer.step(GRADIENTS)
+    optimizer.param_groups[0][name] = CHANGES[name]
+    optimizer.step(GRADIENTS)
+    optimizer.param_groups[0][name] = before
+    optimizer.step(GRADIENTS)
+    changed = lasting | {name: CHANGES[name]}
+    assert_same(params, steps(kernel, lasting, lasting, changed, lasting))
+    unchanged = steps(kernel, *4 * [lasting])
+    assert any(not np.array_equal(p, q) for p, q in zip(params, unchanged)), "then this test says nothing"
+
+
+def test_a_schedule_is_asked_at_every_step() -> None:
+    asked: list[int] = []
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return 0.1 * (step + 1)
+
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, **OPTIONS | {"lr": schedule})
+    asked.clear()
+    for _ in range(3):
+        optimizer.step(GRADIENTS)
+    assert asked == [0, 1, 2]
+    here = [p.copy() for p in START]
+    plain = LARS(here, **OPTIONS)
+    for k in range(3):
+        plain.param_groups[0]["lr"] = 0.1 * (k + 1)
+        plain.step(GRADIENTS)
+    assert_same(params, here)
+
+
+def test_what_is_changed_in_place_counts_too() -> None:
+    lr, bounds = np.array(0.5), [0.0, 1.0]
+    params, here = ([p.copy() for p in START] for _ in range(2))
+    options = OPTIONS | {"always_adapt": True}
+    optimizer, plain = (LARS(ps, **options | {"lr": lr, "trust_bounds": bounds}) for ps in (params, here))
+    optimizer.step(GRADIENTS)
+    plain.step(GRADIENTS)
+    lr[...], bounds[1] = 0.125, 1e-4
+    optimizer.step(GRADIENTS)
+    plain.param_groups[0].update(lr=0.125, trust_bounds=(0.0, 1e-4))
+    plain.step(GRADIENTS)
+    assert_same(params, here)
+    assert max(optimizer.trust_ratios().values()) == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "message"),
+    [
+        ("momentum", True, TypeError, "^momentum must be a number; got True$"),
+        ("nesterov", 0, TypeError, "^nesterov must be True or False; got 0$"),
+        ("weight_decay", np.ones(2), TypeError, "^weight_decay must be a number; got array"),
+        ("lr", -1.0, ValueError, "^Invalid learning rate: -1.0$"),
+        ("weight", 1, ValueError, "^unknown hyper-parameter 'weight'"),
+        ("rule", "no such", ValueError, "^rule must be one of .* got 'no such'$"),
+    ],
+)
+def test_what_is_wrong_is_refused_and_can_be_put_right(
+    name: str, value: Any, kind: type[Exception], message: str
+) -> None:
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, **OPTIONS | {"momentum": 1.0})
+    group = optimizer.param_groups[0]
+    optimizer.step(GRADIENTS)
+    before, after_one = group.get(name), [p.copy() for p in params]
+    for _ in range(2):
+        group[name] = value
+        with pytest.raises(kind, match=message):
+            optimizer.step(GRADIENTS)
+    assert_same(params, after_one)
+    group[name] = before
+    if before is None:
+        del group[name]
+    optimizer.step(GRADIENTS)
+    here = [p.copy() for p in START]
+    plain = LARS(here, **OPTIONS | {"momentum": 1.0})
+    for _ in range(2):
+        plain.step(GRADIENTS)
+    assert_same(params, here)
+
+
+def test_without_lr_there_is_no_step() -> None:
+    optimizer = LARS([START[0].copy()], **OPTIONS)
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match=r"^a parameter group must have the key 'lr'$"):
+        optimizer.step(GRADIENTS[:1])
+
+
+def test_the_same_object_comes_back_while_nothing_changes() -> None:
+    settings = Settings()
+    groups = [{"params": [], "names": [], **complete({"lr": 0.1, "rule": Rule(own_rule)})} for _ in range(2)]
+    found = settings.at(groups, 0)
+    assert settings.at(groups, 1) is found
+    assert settings.at(copy.copy(groups), 2) is found
+    groups[1]["momentum"] = 0.5
+    changed = settings.at(groups, 3)
+    assert changed is not found and [group["momentum"] for group in changed] == [0, 0.5]
+    assert settings.at(groups, 4) is changed
+    assert settings.at([*groups, groups[0]], 5) is not changed
+    groups[0]["trust_bounds"] = [0.0, 1.0]  # may be changed in place
+    assert settings.at(groups, 6) is not settings.at(groups, 6)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_remembers_nothing_wrong(twin: Any) -> None:
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, **OPTIONS)
+    optimizer.step(GRADIENTS)
+    other = twin(optimizer)
+    other.param_groups[0]["lr"] = 0.25
+    for one in (optimizer, other):
+        one.step(GRADIENTS)
+        one.step(GRADIENTS)
+    here = [p.copy() for p in START]
+    plain = LARS(here, **OPTIONS)
+    plain.step(GRADIENTS)
+    plain.param_groups[0]["lr"] = 0.25
+    plain.step(GRADIENTS)
+    plain.step(GRADIENTS)
+    assert_same(other.param_groups[0]["params"], here)
