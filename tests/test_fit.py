@@ -1,0 +1,93 @@
+"""Gradients that look as others did are not asked again, and nothing that matters is overlooked by that."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lars_array import LARS, NonFiniteError, gradients
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_types_gradients_have_is_known_after_one_that_was_looked_at_alone(kernel: str) -> None:
+    p = np.ones(4, np.float32)
+    optimizer = LARS([p], 0.1, kernel=kernel)
+    optimizer.step([np.ones(4)])
+    optimizer.step([np.ones(8, np.float32)[::2]])
+    before = p.copy()
+    with pytest.raises(NonFiniteError):  # float32 has no room for it
+        optimizer.step([np.full(4, 1e100)])
+    np.testing.assert_array_equal(p, before)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", [np.ndarray, Subclass])
+def test_arrays_that_change_are_noticed(kind: Any, kernel: str) -> None:
+    p, g = (np.ones(4, np.float32).view(kind) for _ in range(2))
+    optimizer = LARS({"w": p}, 0.1, kernel=kernel)
+    optimizer.step([g])
+    optimizer.step([g])
+    p.setflags(write=False)
+    with pytest.raises(ValueError, match=r"^parameter 'w' must be writable; got a read-only array$"):
+        optimizer.step([g])
+    p.setflags(write=True)
+    g.dtype = np.int32
+    with pytest.raises(TypeError, match="'w'"):
+        optimizer.step([g])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", [np.ndarray, Subclass])
+def test_gradients_that_come_to_lie_elsewhere_are_looked_at(kind: Any, kernel: str) -> None:
+    p, g = (np.ones(4, np.float32).view(kind) for _ in range(2))
+    optimizer = LARS({"w": p}, 0.1, momentum=0.9, kernel=kernel)
+    optimizer.step([g])
+    optimizer.step([g])
+    for taken in (p, optimizer.state_views()["w"]["momentum_buffer"]):
+        with pytest.raises(ValueError, match=r"^the gradient of 'w' must not share memory with"):
+            optimizer.step([taken.view(kind)])
+    optimizer.step([g])
+    assert optimizer.steps == 3
+
+
+def test_an_interrupt_leaves_no_other_gradients_addresses() -> None:
+    """They would be taken for those of gradients that were seen before."""
+    memory = np.ones(64, np.float32)
+    first, second = memory[8:12].view(Subclass), np.ones(4, np.float32).view(Subclass)
+
+    def room() -> Any:
+        return np.ones(4, np.float32).view(Subclass)
+
+    optimizer = LARS([room()], 0.1, kernel="blocked")
+    for _ in range(2):
+        optimizer.step([first], out=[room()])
+    code = gradients.Fit._if_plain.__code__
+    lines = range(code.co_firstlineno, code.co_firstlineno + len(inspect.getsourcelines(code)[0]))
+    for line in lines:
+
+        def strike(frame: Any, event: str, argument: Any, line: int = line) -> Any:
+            if event == "line" and frame.f_lineno == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return strike
+
+        before = sys.gettrace()
+        sys.settrace(lambda frame, *_, strike=strike: strike if frame.f_code is code else None)
+        try:
+            optimizer.step([second], out=[room()])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        with pytest.raises(ValueError, match="share memory"):
+            optimizer.step([first], out=[memory[6:10].view(Subclass)])
+        optimizer.step([first], out=[room()])
