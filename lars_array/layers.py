@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 
 from lars_array.arrays import check_buffer, check_master
 from lars_array.buffers import Rows, new_buffers
-from lars_array.core import Plan, plan, prepare
+from lars_array.core import Plan, Prepared, plan, prepare
 from lars_array.dtypes import is_half, real_dtype
 from lars_array.gradients import Fit
 from lars_array.hyper import needs_buffer
@@ -92,7 +92,6 @@ class Layers:
         self._half = [i for i, p in enumerate(params) if is_half(p)]
         self._least_limit = min(float(self.xp.finfo(kind).max) for kind in {real_dtype(p, self.xp) for p in params})
         self._most: Any = None
-        self._prepared_for: tuple[Any, Any, Any] = (None, None, None)
         self._most_for: Any = self.fit.dtypes
         self._kernel_type = kernel
         self._kernel: Any = None
@@ -105,6 +104,7 @@ class Layers:
         of_layers = zip(group_of.tolist(), (~buffers.present()).tolist(), previous_lr.tolist(), strict=True)
         self._kind_of = np.fromiter((kinds.setdefault(kind, len(kinds)) for kind in of_layers), np.int32, len(params))
         self._kinds = list(kinds)
+        self._remembered: tuple[Any, Any, Any] = (None, None, None)
 
     def check(self, grads: Sequence[Any], written: Spans) -> Any:
         """Refuse gradients that don't fit, and return what `lars_array.gradients.Fit.check` does."""
@@ -213,7 +213,11 @@ class Layers:
         """Let the kernel do all that it can do by itself."""
         if self.joined or not hasattr(self._kernel, "take"):
             return None
-        prepared = self._prepared(groups, self._kinds)
+        known_groups, known_kinds, prepared = self._remembered
+        # The same groups, by `lars_array.settings.Settings`: nothing in them has changed.
+        if groups is not known_groups or self._kinds != known_kinds:
+            prepared = self._prepared(groups, self._kinds)
+            self._remembered = groups, self._kinds, prepared
         found = self._kernel.take(grads, prepared, self._kind_of, write=write, out=out)
         if found is None:
             return None
@@ -228,13 +232,9 @@ class Layers:
 
         return Taken(self.names, plan(prepared, measure, xp=self.xp, joined=self.joined), None)
 
-    def _prepared(self, groups: Any, rows: Sequence[tuple[int, bool, float]]) -> Any:
-        """Return what a step is prepared with, the same as before if nothing has changed."""
-        if groups is not self._prepared_for[0] or rows != self._prepared_for[1]:
-            group_of, first, previous_lr = (list(column) for column in zip(*rows, strict=True))
-            options = {"first": first, "previous_lr": previous_lr, "like": self.params[0], "xp": self.xp}
-            self._prepared_for = groups, rows, prepare(groups, group_of, **options)
-        return self._prepared_for[2]
+    def _prepared(self, groups: Any, rows: Sequence[tuple[int, bool, float]]) -> Prepared:
+        group_of, first, previous_lr = (list(column) for column in zip(*rows, strict=True))
+        return prepare(groups, group_of, first=first, previous_lr=previous_lr, like=self.params[0], xp=self.xp)
 
     def _refused(self, planned: Plan, policies: Sequence[str], grads: Sequence[Any]) -> bool:
         """Return whether the step is to be skipped."""

@@ -89,6 +89,7 @@ def test_who_comes_late_finds_nothing_and_keeps_nothing(fresh: Helpers, monkeypa
             self.calls += 1
 
     monkeypatch.setattr(threading.Thread, "start", fails)
+    fresh.count = 2  # who are busy elsewhere
     work = Work()
     known = weakref.ref(work)
     together(work, 3)
@@ -100,6 +101,55 @@ def test_who_comes_late_finds_nothing_and_keeps_nothing(fresh: Helpers, monkeypa
     del work
     gc.collect()
     assert known() is None
+
+
+def test_nothing_piles_up_where_there_are_no_threads(fresh: Helpers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    calls: list[int] = []
+    for _ in range(3):
+        together(lambda: calls.append(1), 4)
+    assert len(calls) == 3 and fresh.queue.qsize() == 0
+
+
+def test_what_a_helper_raises_keeps_nothing(fresh: Helpers) -> None:
+    class Work:
+        begun = threading.Event()
+
+        def __call__(self) -> None:
+            if is_helper():
+                self.begun.set()
+                raise MemoryError("no room")
+            self.begun.wait(10)
+
+    work = Work()
+    known = weakref.ref(work)
+    gc.disable()
+    try:
+        with pytest.raises(MemoryError) as caught:
+            together(work, 2)
+        del work, caught
+        assert known() is None
+    finally:
+        gc.enable()
+
+
+def test_a_handler_that_comes_while_threads_start_may_ask_for_some_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, own = threading.Thread.start, Helpers()
+
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        own.offer([Job(lambda: None), Job(lambda: None)])
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    job = Job(lambda: None)
+    starter = threading.Thread(target=lambda: own.offer([job]), daemon=True)
+    start(starter)
+    starter.join(10)
+    assert not starter.is_alive()
 
 
 def test_a_job_is_done_once_or_taken_back() -> None:
@@ -158,8 +208,25 @@ def test_interrupts_at_any_moment_leave_nobody_at_work(interrupts: Callable[[flo
     assert struck > 50
 
 
-def test_helpers_keep_no_program_from_ending() -> None:
-    code = "from lars_array.kernels.helpers import together; together(lambda: None, 4); print('done')"
+# The interpreter has begun to end when the last one goes, and a thread that is started then is waited for without end.
+LAST = """
+import os, sys
+from lars_array.kernels.helpers import together
+
+class Last:
+    def __init__(self, together, write):
+        self.together, self.write = together, write
+    def __del__(self):
+        self.together(lambda: self.write(1, b"done\\n"), 3)
+
+kept = sys.modules["kept"] = type(sys)("kept")
+kept.last = Last(together, os.write)
+"""
+PLAIN = "from lars_array.kernels.helpers import together; together(lambda: None, 4); print('done')"
+
+
+@pytest.mark.parametrize("code", [PLAIN, LAST])
+def test_helpers_keep_no_program_from_ending(code: str) -> None:
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("done\n", "")

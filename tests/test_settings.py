@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_array import LARS, Rule
+from lars_array import LARS, RULES, Rule
 from lars_array.blocks import momentum_form
 from lars_array.hyper import complete
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
@@ -176,6 +176,97 @@ def test_the_same_object_comes_back_while_nothing_changes() -> None:
     assert settings.at([*groups, groups[0]], 5) is not changed
     groups[0]["trust_bounds"] = [0.0, 1.0]  # may be changed in place
     assert settings.at(groups, 6) is not settings.at(groups, 6)
+
+
+class Odd:
+    """A rule that calls itself equal to others, or to nothing that can be told."""
+
+    def __init__(self, equal: Any, lr: float) -> None:
+        self.equal, self.lr = equal, lr
+
+    def __eq__(self, other: object) -> Any:
+        return self.equal
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, S: Any, hyper: Any, xp: Any) -> Any:
+        return own_rule(S, hyper._replace(lr=hyper.lr * self.lr), xp)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("equal", [True, np.ones(2)])
+@pytest.mark.parametrize("as_rule", [lambda f: f, Rule])
+def test_rules_are_not_asked_whether_they_are_equal(as_rule: Any, equal: Any, kernel: str) -> None:
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, **OPTIONS, rule=as_rule(Odd(equal, 1.0)), kernel=kernel)
+    optimizer.step(GRADIENTS)
+    optimizer.step(GRADIENTS)
+    optimizer.param_groups[0].update(rule=as_rule(Odd(equal, 0.0)))
+    before = [p.copy() for p in params]
+    optimizer.step(GRADIENTS)
+    assert_same(params, before)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_name_stands_for_the_rule_that_it_is_registered_for_now(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "own", Rule(own_rule))
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, **OPTIONS, rule="own", kernel=kernel)
+    optimizer.step(GRADIENTS)
+    optimizer.step(GRADIENTS)
+    monkeypatch.setitem(RULES, "own", Rule(Odd(True, 0.0)))
+    before = [p.copy() for p in params]
+    optimizer.step(GRADIENTS)
+    assert_same(params, before)
+    monkeypatch.delitem(RULES, "own")
+    with pytest.raises(ValueError, match=r"^rule must be one of"):
+        optimizer.step(GRADIENTS)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_rule_that_writes_to_what_it_is_given_does_so_once(kernel: str) -> None:
+    def rule(S: Any, hyper: Any, xp: Any) -> Any:
+        hyper.lr[...] *= 0.5  # none should, but nothing of it may last
+        return momentum_form(1.0, hyper.lr, hyper.weight_decay, hyper, xp)
+
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, 1.0, rule=rule, kernel=kernel)
+    for k in range(1, 4):
+        optimizer.step(GRADIENTS)
+        np.testing.assert_allclose(params[0], START[0] - 0.5 * k * GRADIENTS[0])
+
+
+def test_order_and_types_are_not_mixed_up() -> None:
+    optimizer = LARS([START[0].copy()], **OPTIONS | {"momentum": 1, "nesterov": True})
+    optimizer.step(GRADIENTS[:1])
+    group = optimizer.param_groups[0]
+    swapped = {"momentum": "nesterov", "nesterov": "momentum"}
+    optimizer.param_groups[0] = {swapped.get(key, key): value for key, value in group.items()}
+    with pytest.raises(TypeError, match=r"^momentum must be a number; got True$"):
+        optimizer.step(GRADIENTS[:1])
+
+
+@pytest.mark.parametrize("bounds", [(np.array(0.0), np.array(5.0)), (np.array([0.0, 1.0]), 5.0)])
+def test_bounds_are_checked_however_equal_they_are(bounds: Any) -> None:
+    optimizer = LARS([START[0].copy()], **OPTIONS, trust_bounds=(0.0, 5.0))
+    optimizer.step(GRADIENTS[:1])
+    optimizer.param_groups[0]["trust_bounds"] = bounds
+    with pytest.raises(TypeError, match=r"^trust_bounds must be None or a pair of numbers"):
+        optimizer.step(GRADIENTS[:1])
+
+
+def test_a_schedule_may_return_another() -> None:
+    p = np.zeros(1)
+    optimizer = LARS([p], lambda step: lambda step: 0.5 * (step + 1))
+    for moved in (-0.5, -1.5, -3.0):
+        optimizer.step([np.ones(1)])
+        assert p.tolist() == [moved]
+
+
+def test_a_function_as_rule_is_no_obstacle_to_pickling() -> None:
+    optimizer = LARS([START[0].copy()], **OPTIONS, rule=own_rule)
+    optimizer.step(GRADIENTS[:1])
+    assert pickle.loads(pickle.dumps(optimizer)).steps == 1
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -38,7 +38,7 @@ class Kernel:
         self._out_looks: Any = None
         self._tables: list[Any] = []
         self._prepared: Prepared | None = None
-        self._programs: Any = None
+        self._known: Any = None
         self.move(params)
 
     @staticmethod
@@ -118,36 +118,39 @@ class Kernel:
             Sums and coefficients, and a row for each kind of what gradients are multiplied by. None, and nothing was
             done, where layers don't lie densely or a rule can't be put on tape.
         """
-        found, programs = self._arranged_for(grads, out), self._programs_of(prepared)
-        if self._others or programs is None:
+        found, known = self._arranged_for(grads, out), self._read(prepared)
+        if self._others or known is None:
             return None
+        hyper, programs = known
         S, C = np.zeros((len(self.params), 3)), np.empty((len(self.params), 6))
         clips = prepared.clips
         if clips:  # by how much, the sums over all layers tell
             self._add_sums(found, None, S)
             of_kinds = [np.bincount(kind_of, column, len(prepared.rules)) for column in S.T]
             prepared = clipped(prepared, np.stack(of_kinds, axis=1), xp=np)
-            programs = (_module().hyper_of(prepared), *programs[1:])
+            hyper = _module().hyper_of(prepared)
         if clips and prepared.operand is None:
-            _module().coefficients(S, kind_of, programs, C)
+            _module().coefficients(S, kind_of, hyper, programs, C)
         else:
             if clips:
                 S[...] = 0
             at_once = write and not clips
-            for walk in [table.take(found, prepared, kind_of, programs, S, C, write=at_once) for table in self._tables]:
+            asked = found, prepared, kind_of, hyper, programs, S, C
+            for walk in [table.take(*asked, write=at_once) for table in self._tables]:
                 walk.go()
         if clips and write:
             self.apply(grads, C, out=out)
         return S, C, prepared.gamma
 
-    def _programs_of(self, prepared: Prepared) -> Any:
-        """Return what compiled code makes coefficients from, or None where a rule can't be put on tape."""
+    def _read(self, prepared: Prepared) -> Any:
+        """Return what tapes start from, and the tapes; None where a rule can't be put on tape. As long as `prepared` is
+        the same object, nothing in it has changed."""
         if prepared is not self._prepared:
             tapes = [record(rule) for rule in prepared.rules]
             unknown = any(tape is None for tape in tapes)
-            self._programs = None if unknown else (_module().hyper_of(prepared), *_module().programs(tuple(tapes)))
+            self._known = None if unknown else (_module().hyper_of(prepared), _module().programs(tuple(tapes)))
             self._prepared = prepared
-        return self._programs
+        return self._known
 
     def _add_sums(self, grads: Any, operand: Any, S: Any) -> None:
         for walk in [table.sums(grads, operand, S) for table in self._tables]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -41,9 +42,9 @@ class Job:
         """Do it, unless it was taken back."""
         if not self._is_for("helper"):
             return
+        assert self._work is not None
         try:
-            if self._work is not None:
-                self._work()
+            self._work()
         except BaseException as error:
             self.failure = error
         finally:
@@ -59,6 +60,7 @@ class Job:
             self._done.acquire()
 
     def _is_for(self, taker: str) -> bool:
+        # Of several threads that ask at the same time, all are given what the first has set.
         return self._takers.setdefault("first", taker) == taker
 
 
@@ -68,21 +70,21 @@ class Helpers:
     def __init__(self) -> None:
         self.queue: SimpleQueue[Job] = SimpleQueue()
         self.count = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come between that takes a step
 
     def offer(self, jobs: Sequence[Job]) -> None:
         """Have the jobs done, each by another thread, as far as threads are to be had."""
         if self.count < len(jobs):
             self._start(len(jobs))
-        for job in jobs:
+        for job in jobs[: self.count]:  # with nobody to fetch them they would pile up
             self.queue.put(job)
 
     def _start(self, count: int) -> None:
         with self._lock:
-            while self.count < count:
+            while self.count < count and not sys.is_finalizing():  # else a thread is waited for that never begins
                 try:
                     threading.Thread(target=self._work_off, name=f"lars-array-{self.count}", daemon=True).start()
-                except RuntimeError:  # none is to be had, at exit say
+                except RuntimeError:  # none is to be had
                     return
                 self.count += 1
 
@@ -104,6 +106,11 @@ def together(work: Callable[[], object], count: int) -> None:
         Does what is left to do, whoever else does so at the same time; called when nothing is left it does nothing.
     count : int
         How many threads it is worth.
+
+    Raises
+    ------
+    BaseException
+        An interrupt that has come meanwhile, else what a helper has raised, else what ``work`` has raised here.
     """
     jobs = [Job(work) for _ in range(count - 1)]
     interrupt: BaseException | None = None
@@ -112,8 +119,9 @@ def together(work: Callable[[], object], count: int) -> None:
             _helpers.offer(jobs)
         work()
     finally:
-        # An interrupt has to wait too: helpers work on memory that the caller may free. It comes at calls and where
-        # loops end, so there is none of these between the two `try`.
+        # An interrupt has to wait too: helpers write to what the caller sees. It comes at calls and where loops end, so
+        # there is none of these between the two `try`. A second one at the same moment does not wait; but what helpers
+        # work on they also hold.
         while True:
             try:
                 for job in jobs:
@@ -121,9 +129,14 @@ def together(work: Callable[[], object], count: int) -> None:
                 break
             except BaseException as error:
                 interrupt = error
-        for failure in (interrupt, *(job.failure for job in jobs)):
-            if failure is not None:
-                raise failure
+        failures = [x for x in (interrupt, *(job.failure for job in jobs)) if x is not None]
+        for job in jobs:
+            job.failure = None  # it leads to the frames that it has passed, and they would lead back to it
+        if failures:
+            try:
+                raise failures[0]
+            finally:
+                failures, interrupt = [], None
 
 
 def _forget_helpers() -> None:

@@ -140,11 +140,13 @@ class Table:
         C = np.ascontiguousarray(C)
         return self._walk(WRITE, grads, kind_of, _no_weights(1), _NO_HYPER, *_NO_PROGRAMS, no_sums, C)
 
-    def take(self, grads: Any, prepared: Prepared, kind_of: Any, programs: Any, S: Any, C: Any, *, write: bool) -> Walk:
+    def take(
+        self, grads: Any, prepared: Prepared, kind_of: Any, hyper: Any, programs: Any, S: Any, C: Any, *, write: bool
+    ) -> Walk:
         """Return the way to S and C of this table's layers, and to the step; see `lars_array.kernels.compiled`."""
         weights = _no_weights(len(prepared.gamma)) if prepared.operand is None else _weights(*prepared.operand)
         what = MEASURE | WRITE if write else MEASURE
-        return self._walk(what, grads, kind_of, weights, *programs, S, C)
+        return self._walk(what, grads, kind_of, weights, hyper, *programs, S, C)
 
     def _walk(self, what: int, grads: Any, *by_layer: Any) -> Walk:
         threads = max(1, min(thread_count(), self.threads_worth))
@@ -174,9 +176,9 @@ class Table:
         return Walk(arguments, threads, (self.held, grads.held))
 
 
-def coefficients(S: Any, kind_of: Any, programs: Any, C: Any) -> None:
+def coefficients(S: Any, kind_of: Any, hyper: Any, programs: Any, C: Any) -> None:
     """Do what `core.coefficients` does, into C."""
-    at_first(coefficients_of, S, kind_of, *programs, C)
+    at_first(coefficients_of, S, kind_of, hyper, *programs, C)
 
 
 def hyper_of(prepared: Prepared) -> Any:
