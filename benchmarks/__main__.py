@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         document["latency"] = latency.measure()
     _write(path, document)
     print(table.markdown(document))
-    return int(any((document["growth"] if name == "growth" else document["cases"][name])["failed"] for name in names))
+    measured = [document["growth"] if name == "growth" else document["cases"][name] for name in names]
+    return int(any(part["failed"] for part in measured))
 
 
 def _gpu(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -87,16 +88,13 @@ def _render(path: Path) -> int:
 def _measure(document: dict[str, Any], names: list[str], contestants: list[Any], rounds: int | None, path: Any) -> None:
     when = {"date": datetime.now(UTC).date().isoformat(), "commit": commit()}
     reasons = cpu.absent(contestants)
-    if "growth" in names:
-        who = growth.growing(contestants, reasons)
-        document["growth"] = when | growth.measure(GROWTH, who, rounds or growth.ROUNDS)
-        _write(path, document)
     for name in names:
         if name == "growth":
-            continue
-        case = CASES[name]
-        measured = cpu.measure(name, case, contestants, rounds or case.rounds, reasons=reasons)
-        document["cases"][name] = when | measured
+            document["growth"] = when | growth.measure(GROWTH, growth.growing(contestants, reasons), rounds)
+        else:
+            case = CASES[name]
+            measured = cpu.measure(name, case, contestants, rounds or case.rounds, reasons=reasons)
+            document["cases"][name] = when | measured
         document["cases"] = {key: document["cases"][key] for key in CASES if key in document["cases"]}
         _write(path, document)  # what was measured is not lost if a later case ends badly
 

@@ -83,8 +83,8 @@ class Contestant:
         digits.
     most_arrays : int, optional
         Beyond so many it is skipped, because compiling takes minutes or hours.
-    ours : bool
-        Whether `tracemalloc` sees what it allocates, as it does all of NumPy's.
+    in_place : bool
+        Whether a step allocates next to nothing; `tracemalloc` tells how much.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Contestant:
     copies: int = 3
     float32_norms: bool = False
     most_arrays: int | None = None
-    ours: bool = False
+    in_place: bool = False
 
     @property
     def label(self) -> str:

@@ -39,16 +39,16 @@ def _jitted(name: str, build: Callable[..., Run], rule: str = "flash", **options
 
 
 CPU = [
-    Contestant("lars_array compiled, nonfinite=propagate", our_lars.compiled_unchecked, ours=True),
-    Contestant("lars_array compiled", our_lars.compiled, ours=True),
-    Contestant("lars_array blocked", our_lars.blocked, ours=True),
+    Contestant("lars_array compiled, nonfinite=propagate", our_lars.compiled_unchecked, in_place=True),
+    Contestant("lars_array compiled", our_lars.compiled, in_place=True),
+    Contestant("lars_array blocked", our_lars.blocked, in_place=True),
     Contestant("lars_torch", our_torch.build),
     Contestant("lars_torch, new gradients", our_torch.build_with_new_gradients, copies=5),
     Contestant("lars_torch, torch.compile", our_torch.build_compiled, most_arrays=TRACED),
     *_jitted("lars_array.update", our_update.build),
     *_jitted("lars_jax.lars", our_jax.build),
-    Contestant("lars_jax.LARS, donate=True", our_jax.build_eager, ours=True),
-    Contestant("lars_jax.LARS", our_jax.build_eager_copying, ours=True),
+    Contestant("lars_jax.LARS, donate=True", our_jax.build_eager, in_place=True),
+    Contestant("lars_jax.LARS", our_jax.build_eager_copying),
     Contestant(REFERENCE, flash_lars.torch_optimizer, distribution="torch_optimizer", float32_norms=True),
     Contestant("lightning-flash", flash_lars.lightning_flash, distribution="lightning-flash", float32_norms=True),
     Contestant("timm", timm_lars.build, "timm", distribution="timm", float32_norms=True),
@@ -65,5 +65,5 @@ CPU = [
     *_jitted("optax", optax_lars.build, "optax", distribution="optax"),
     Contestant("torch SGD, fused", torch_sgd.build_fused, "sgd", FLOOR, distribution="torch"),
     Contestant("torch SGD, foreach", torch_sgd.build_foreach, "sgd", FLOOR, distribution="torch"),
-    Contestant(LIMIT_NAME, flat_pass.build, "sgd", LIMIT, ours=True),
+    Contestant(LIMIT_NAME, flat_pass.build, "sgd", LIMIT, in_place=True),
 ]

@@ -89,11 +89,16 @@ def measure(
                 runs[contestant.name], first[contestant.name] = warmed(contestant, truth)
             except Exception as error:  # of any library, and it is in the table
                 failed[contestant.name] = f"{type(error).__name__}: {plain(error)}"
+                rows.pop(contestant.name, None)  # of an earlier party
             say(f"{name}: {contestant.name}: {failed.get(contestant.name, 'ready')}")
         start, used = time.perf_counter(), used_by_others()
         seconds = interleaved(runs, rounds)
         others = max(others, (used_by_others() - used) / (time.perf_counter() - start))
-        rows |= {c.name: _row(c, seconds, first) for c in party if c.name in seconds and c.name not in rows}
+        rows |= {
+            c.name: _row(c, seconds, first)
+            for c in party
+            if c.name in seconds and c.name not in rows and c.name not in failed
+        }
         del runs
         give_back()
 
@@ -126,7 +131,7 @@ def _reason(contestant: Contestant, case: Case, reasons: dict[str, str]) -> str 
 
 def bytes_of(contestants: Sequence[Contestant], case: Case) -> int:
     """Return what the arrays of contestants take, and what the hungriest step allocates: optax's, three copies."""
-    copies = sum(contestant.copies for contestant in contestants) + 3 * any(not c.ours for c in contestants)
+    copies = sum(contestant.copies for contestant in contestants) + 3 * any(not c.in_place for c in contestants)
     return 4 * sum(case.sizes) * copies
 
 

@@ -177,13 +177,13 @@ def _compiled(optimizer: Any, params: list[Any], grads: list[Any]) -> Run:
 OWN_STREAM = {"optax, jax.jit", "lars_jax.lars, jax.jit", "lars_jax.LARS", "lars_jax.LARS, donate=True"}
 
 GPU = [
-    Contestant("lars_array, CuPy, captured in a graph", cupy_graph, ours=True),
-    Contestant("lars_array, CuPy, nonfinite=propagate", partial(cupy_lars, **UNCHECKED), ours=True),
-    Contestant("lars_array, CuPy", cupy_lars, ours=True),
-    Contestant("lars_torch", torch_adapter, ours=True),
-    Contestant("lars_jax.lars, jax.jit", jax_transformation, copies=6, most_arrays=1000, ours=True, float32_norms=True),
-    Contestant("lars_jax.LARS, donate=True", partial(jax_adapter, donate=True), ours=True),
-    Contestant("lars_jax.LARS", partial(jax_adapter, donate=False), copies=4, ours=True),
+    Contestant("lars_array, CuPy, captured in a graph", cupy_graph),
+    Contestant("lars_array, CuPy, nonfinite=propagate", partial(cupy_lars, **UNCHECKED)),
+    Contestant("lars_array, CuPy", cupy_lars),
+    Contestant("lars_torch", torch_adapter),
+    Contestant("lars_jax.lars, jax.jit", jax_transformation, copies=6, most_arrays=1000, float32_norms=True),
+    Contestant("lars_jax.LARS, donate=True", partial(jax_adapter, donate=True)),
+    Contestant("lars_jax.LARS", partial(jax_adapter, donate=False), copies=4),
     Contestant(REFERENCE, torch_optimizer, distribution="torch_optimizer", float32_norms=True),
     Contestant("timm, foreach", timm, "timm", distribution="timm", copies=6, float32_norms=True),
     Contestant(

@@ -18,9 +18,7 @@ from benchmarks.cpu import SHARE, bytes_of, say, warmed
 from benchmarks.machine import available_bytes, give_back, plain, used_by_others
 from benchmarks.timing import interleaved, summary
 
-__all__ = ["ROUNDS", "growing", "measure"]
-
-ROUNDS = 11
+__all__ = ["growing", "measure"]
 
 
 def growing(contestants: Sequence[Contestant], reasons: Mapping[str, str]) -> list[Contestant]:
@@ -30,7 +28,7 @@ def growing(contestants: Sequence[Contestant], reasons: Mapping[str, str]) -> li
 
 
 def measure(
-    cases: Mapping[str, Case], contestants: Sequence[Contestant], rounds: int = ROUNDS, *, with_memory: bool = True
+    cases: Mapping[str, Case], contestants: Sequence[Contestant], rounds: int | None = None, *, with_memory: bool = True
 ) -> dict[str, Any]:
     """Return what goes into the JSON.
 
@@ -40,8 +38,8 @@ def measure(
         One array each, the smallest first. A contestant takes as many of them as memory holds together.
     contestants : sequence of Contestant
         Who takes part.
-    rounds : int
-        How often each size is timed.
+    rounds : int, optional
+        How often each size is timed; else as often as the cases say.
     with_memory : bool
         Whether memory is measured, in a new process for each.
 
@@ -51,6 +49,7 @@ def measure(
         "sizes", and by the names of contestants "sizes" of theirs: a list as long, with None for what was too large.
         "failed", reasons by name.
     """
+    rounds = rounds or max(case.rounds for case in cases.values())
     failed: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
     others = 0.0

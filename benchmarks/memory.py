@@ -83,7 +83,7 @@ def measured_here(shapes: list[tuple[int, ...]], contestant: Contestant) -> dict
         run.step()
         peak = _status("VmHWM")
         resident = None if peak is None else peak - before - kept
-    allocated = _allocated(run) if contestant.ours else None
+    allocated = _allocated(run) if contestant.in_place else None
     return {"resident": resident, "allocated": allocated}
 
 

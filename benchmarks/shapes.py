@@ -4,8 +4,6 @@ from __future__ import annotations
 
 Shape = tuple[int, ...]
 
-SIZES = {"1m": 10**6, "10m": 10**7, "100m": 10**8, "1b": 10**9}
-
 
 def resnet50() -> list[Shape]:
     """Return the 161 shapes of torchvision's ResNet-50: 25,557,032 parameters."""

@@ -28,8 +28,8 @@ from lars_array import LARS
 
 SHAPES = [(7, 3), (5,), (), (40, 40)]
 SMALL = Case("small", lambda: list(SHAPES), rounds=2)
-BLOCKED = Contestant("lars_array blocked", our_lars.blocked, ours=True)
-LIMIT_HERE = Contestant(LIMIT_NAME, flat_pass.build, "sgd", LIMIT, ours=True)
+BLOCKED = Contestant("lars_array blocked", our_lars.blocked, in_place=True)
+LIMIT_HERE = Contestant(LIMIT_NAME, flat_pass.build, "sgd", LIMIT, in_place=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- cases
@@ -274,10 +274,10 @@ def test_without_memory_for_all_they_meet_in_parties(monkeypatch: pytest.MonkeyP
         asked.append("limit")
         return flat_pass.build(params, grads)
 
-    others = [Contestant(f"blocked {k}", our_lars.blocked, ours=True) for k in range(3)]
-    big = Contestant("big", our_lars.blocked, copies=9, ours=True)
-    huge = Contestant("huge", our_lars.blocked, copies=12, ours=True)
-    limit = Contestant(LIMIT_NAME, build, "sgd", LIMIT, ours=True)
+    others = [Contestant(f"blocked {k}", our_lars.blocked, in_place=True) for k in range(3)]
+    big = Contestant("big", our_lars.blocked, copies=9, in_place=True)
+    huge = Contestant("huge", our_lars.blocked, copies=12, in_place=True)
+    limit = Contestant(LIMIT_NAME, build, "sgd", LIMIT, in_place=True)
     case = cpu.measure("small", SMALL, [*others, big, huge, limit], 2, with_memory=False)
     assert case["parties"] == [[LIMIT_NAME, "blocked 0", "blocked 1"], ["big"], ["huge"], [LIMIT_NAME, "blocked 2"]]
     assert list(case["contestants"]) == ["blocked 0", "blocked 1", "blocked 2", "big", LIMIT_NAME]
