@@ -33,7 +33,7 @@ gpu: ## On a machine with a GPU: tests, compute-sanitizer, benchmark, by what PY
 	@$(PYTHON) tests/on_a_gpu.py $(ARGS)
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
-	.venv/bin/python -m mutmut run $(ARGS)
+	NUMBA_DISABLE_JIT=1 .venv/bin/python -m mutmut run $(ARGS)
 
 clean: ## Remove everything that make makes
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build demo-output dist docs/_build mutants
