@@ -80,6 +80,9 @@ def _render(path: Path) -> int:
         print(f"there is no {path.name} in that folder yet", file=sys.stderr)
         return 2
     document = json.loads(path.read_text())
+    if document.get("format") != FORMAT:
+        print(f"{path.name} is of format {document.get('format')!r}; only {FORMAT!r} can be drawn", file=sys.stderr)
+        return 2
     _write(path, document)
     print(table.markdown(document))
     return 0

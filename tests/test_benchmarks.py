@@ -474,6 +474,12 @@ def test_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert command.main(["cpu", "--render", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "cpu.md").read_text() == written
 
+    monkeypatch.setattr(command, "FORMAT", "another")
+    assert command.main(["cpu", "--render", "--out", str(tmp_path)]) == 2
+    assert "cpu.json is of format" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    monkeypatch.setattr(command, "CASES", {"resnet50": SMALL})
     monkeypatch.setattr(command, "versions", lambda: {"python": "2.7"})
     assert command.main(arguments) == 2
     assert "another setting" in capsys.readouterr().err
