@@ -230,7 +230,7 @@ class LARS:
                 refused = False
             finally:
                 same = refused or (self._place.knows and self._inner.skipped_steps > skipped)
-                if self._donate or not same:
+                if self._donate or not same or self._is_gone():
                     self._tree = self._shown()
         return self._tree
 
@@ -267,8 +267,13 @@ class LARS:
                     f"got {x.shape!r} and {x.dtype!r}"
                 )
         with self._place.here():
+            has_masters = any("master" in own for own in self._inner.state_views(wait=False).values())
+            if has_masters:
+                self._inner.synchronize()  # what it has to say comes before anything is changed
             if self._place.refill(new):
                 self._follow()
+            if has_masters:
+                self._forget_masters()
             self._tree = self._shown()
 
     def norms(self) -> dict[str, Norms]:
@@ -360,6 +365,15 @@ class LARS:
             raise
         self._inner = self._moved()
 
+    def _forget_masters(self) -> None:
+        """Have the next step make masters anew, of the parameters as they are now."""
+        state = self._inner.state_views()
+        self._inner.attach_state({name: _without(own, "master") for name, own in state.items()})
+
+    def _is_gone(self) -> bool:
+        """Return whether the owner of the copies that were handed out has given one away."""
+        return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(self._tree))
+
     def _shown(self) -> Any:
         """Return the parameters as a tree of JAX arrays."""
         leaves: list[Any] = [self._others.get(i) for i in range(self._structure.num_leaves)]
@@ -373,7 +387,7 @@ class LARS:
         options = [{key: x for key, x in group.items() if key not in ("params", "names")} for group in old.param_groups]
         new = self._made(options)
         new.attach_state(self._place.inside(old.state_views()))
-        new.steps, new.skipped_steps = old.steps, old.skipped_steps
+        new.steps, new.skipped_steps, new._stepper.last = old.steps, old.skipped_steps, old._stepper.last
         for group, mine in zip(old.param_groups, new.param_groups, strict=True):
             group["params"] = mine["params"]
         new.param_groups = old.param_groups  # which the user may hold
@@ -397,3 +411,7 @@ def _is_parameter(name: str, leaf: Any) -> bool:
 
 def _is_state(state: Any) -> bool:
     return isinstance(state, Mapping) and all(isinstance(own, Mapping) for own in state.values())
+
+
+def _without(own: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: x for name, x in own.items() if name != key}

@@ -121,6 +121,7 @@ class Place:
         """
         if self._wide and not jax.config.jax_enable_x64:
             raise TypeError("parameters of 64 bits can be stepped only where jax_enable_x64 is set, as it was for them")
+        given = [_in_order(x, p) for x, p in zip(given, self._own)]
         self._given = [x for x in given if isinstance(x, jax.Array)]
         seen = [x.unsafe_buffer_pointer() for x in self._given]
         also = self._awaited(self._given)
@@ -144,7 +145,8 @@ class Place:
                 f"parameter {self._names[deleted.index(True)]!r} was deleted: with donate=True what a step returns are "
                 "the parameters themselves, and they must be there for the next one"
             )
-        apart = self._occupied.isdisjoint(seen)  # gradients may be the parameters themselves
+        # Gradients may be the parameters themselves, also those that occupy nothing.
+        apart = self._occupied.isdisjoint(seen) and set(map(id, self._own)).isdisjoint(map(id, self._given))
         self._mark, self._own = (handed_over if apart else copied)(self._mark, self._own, also)
 
     def _viewed(self, given: Sequence[Any], seen: list[int]) -> list[Any]:
@@ -205,3 +207,11 @@ class Place:
     def __getstate__(self) -> dict[str, Any]:
         number, leaves = self._device.local_hardware_id, [np.array(x) for x in self._own]
         return {"number": number, "names": self._names, "leaves": leaves, "donate": self._donate}
+
+
+def _in_order(x: Any, p: Any) -> Any:
+    """Return an array whose elements lie in the order of the parameter's, as views take for granted."""
+    # `Array.format` tells it too, in forty times as long.
+    if not isinstance(x, jax.Array) or getattr(x, "_pjrt_layout", None) == getattr(p, "_pjrt_layout", None):
+        return x
+    return jax.device_put(x, p.format if hasattr(p, "format") else p.layout)

@@ -222,7 +222,7 @@ def lars(
             d, new_v = displacement(p, g, v, stack.coefficients(step.C, xp=jnp), xp=jnp)
             new_updates[i] = chosen(-d, jnp.zeros_like(d)).astype(p.dtype)
             new_trace[i] = None if v is None else chosen(new_v, v)
-        rates = step.hyper.lr[jnp.asarray([stack.start for stack in stacks])]
+        rates = step.hyper.lr[jnp.asarray([stack.start for stack in stacks])].astype(state.previous_lr.dtype)
         new_state = LarsState(
             count=chosen(optax.safe_increment(state.count), state.count),
             trace=structure.unflatten(new_trace) if keeps else None,

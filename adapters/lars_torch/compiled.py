@@ -32,8 +32,9 @@ def step(optimizer: Any) -> None:
             params.append(p)
             grads.append(p.grad)
             places.append(place)
-    if params:
-        _step(params, grads, places, optimizer._number)
+    # Also where none has a gradient, since others may be put into a group; and an operator that writes to nothing would
+    # be left out of the graph.
+    _step(params or optimizer._params[:1], grads, places, optimizer._number)
 
 
 @torch.library.custom_op("lars_torch::step", mutates_args={"params"})
@@ -41,5 +42,8 @@ def _step(params: list[torch.Tensor], grads: list[torch.Tensor], places: list[in
     """Step the tensors that a graph has in the place of an optimizer's parameters."""
     optimizer = _optimizers[number]
     given = {optimizer._params[place]: (p, g) for place, p, g in zip(places, params, grads)}
+    known = set(optimizer._params)  # the graph knows no parameters that were put into a group since
+    new = (p for group in optimizer.param_groups for p in group["params"] if p not in known)
+    given |= {p: (p, p.grad) for p in new if p.grad is not None}
     with torch.no_grad():
         optimizer._step(given)

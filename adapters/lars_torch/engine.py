@@ -84,6 +84,7 @@ class Engine:
         self.library = library_of(device, tensors)
         self._cast_buffers()
         self._layouts = list(map(layout, tensors))
+        self._has_complex = any(map(torch.is_complex, tensors))
         self._gradients: list[Any] = [None] * len(members)
         self._gradient_layouts: list[Any] = [None] * len(members)
         inner = []
@@ -95,13 +96,17 @@ class Engine:
             self.inner = lars_array.LARS(inner, layer_of=layer_of, kernel=kernel)
             self._kept = {key: self._in_state(key) for key in KEPT}
             self._attach(previous_lr)
+        self._kept_at = {key: list(map(_address, kept)) for key, kept in self._kept.items()}
 
     def _cast_buffers(self) -> None:
-        """Have momentum buffers of the type that is computed in, where parameters were cast since they were made."""
+        """Have momentum buffers of the type that is computed in, where parameters were cast since they were made, and
+        no masters of those that are not of half precision any more."""
         for p, v in zip(self.params, self._in_state("momentum_buffer")):
             kind = computed_in(p.dtype)
             if v is not None and v.dtype != kind and v.is_complex() == kind.is_complex:
                 self.state[p]["momentum_buffer"] = v.to(kind)
+            if not is_half(p):
+                self.state.get(p, {}).pop("master", None)
 
     def _attach(self, previous_lr: Mapping[torch.Tensor, float]) -> None:
         found: dict[str, dict[str, Any]] = {}
@@ -118,7 +123,13 @@ class Engine:
         """Return whether all memory lies where it did, and the state holds the tensors that steps write to."""
         if state is not self.state or list(map(layout, tensors)) != self._layouts:
             return False
-        return all(all(map(is_, self._in_state(key), self._kept[key])) for key in self._keys())
+        if self._has_complex and not all(map(_is_plain, tensors)):  # a conjugate lies where the number does
+            return False
+        return all(
+            all(map(is_, self._in_state(key), self._kept[key]))
+            and list(map(_address, self._kept[key])) == self._kept_at[key]  # a tensor's memory may be put elsewhere
+            for key in self._keys()
+        )
 
     def step(
         self, groups: Sequence[Mapping[str, Any]], grads: Sequence[torch.Tensor | None], grad_scale: Any, found_inf: Any
@@ -183,10 +194,8 @@ class Engine:
         if len(self._keys()) > 1:
             halves = [i for i, p in enumerate(self.params) if is_half(p)]
             new += [("master", i) for i in halves if self._kept["master"][i] is None]
-        elif any(master is not None for master in self._kept["master"]):  # the option was taken back
-            for p in self.params:
-                self.state.get(p, {}).pop("master", None)
-            self._kept["master"] = [None] * len(self.params)
+        if any(master is not None for master in self._kept["master"]):
+            self._forget_masters()
         if not new:
             return
         views = self.inner.state_views(wait=False)
@@ -194,6 +203,15 @@ class Engine:
             made = views[self.members[i].name].get(key)
             if made is not None:
                 self._kept[key][i] = self.state[self.params[i]][key] = self._tensor(made)
+                self._kept_at[key][i] = _address(self._kept[key][i])
+
+    def _forget_masters(self) -> None:
+        """Forget those of groups that want none any more."""
+        wanted = {k: own["master_weights"] for own, k in zip(self.inner.param_groups, self.group_of)}
+        for i, member in enumerate(self.members):
+            if self._kept["master"][i] is not None and not wanted[member.group]:
+                self.state.get(member.param, {}).pop("master", None)
+                self._kept["master"][i] = self._kept_at["master"][i] = None
 
     def _array(self, tensor: torch.Tensor) -> Any:
         return tensor.detach() if self.library == "torch" else view(tensor)
@@ -253,3 +271,7 @@ def _check_is_memory(what: str, tensor: torch.Tensor) -> None:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Return whether the numbers in memory are those of the tensor."""
     return tensor.layout is torch.strided and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

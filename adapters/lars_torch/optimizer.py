@@ -388,6 +388,7 @@ class LARS(Optimizer):
         labels = self._labels()
         _check_layers(labels, on)
         self._settle()
+        self._previous_lr = {m.param: self._previous_lr[m.param] for m in members if m.param in self._previous_lr}
         for device, own in on.items():
             tensors = _memory([member.param for member in own], given)
             known = self.param_groups, self.state, self._previous_lr, self._kernel
