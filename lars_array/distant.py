@@ -176,13 +176,17 @@ class DistantLayers(Layers):
                 return None
             found_inf = None
         self._make_room([(needs_buffer(group), bool(group["master_weights"])) for group in groups])
-        self._table.refresh(groups)
+        capturing = getattr(self._kernel, "is_capturing", bool)()
+        self._table.refresh(groups, captured=capturing)
         self._read_policies(tuple(group["nonfinite"] for group in groups))
         verdict = Verdict(self._strict, self._raises, found_inf, self._limit, self._most, self._place)
+        # Masters are the host's: the step that makes or forgets them is waited for.
+        asks = not (self._settled or capturing) and self._changes_masters()
+        before = int(self._whereabouts.counts[0]) if asks else 0
         with np.errstate(all="ignore"):  # what is not finite is reported by name
             taken = self._enqueued(groups, grads, found_inf, out) or self._by_stages(groups, grads, verdict, out)
         self._whereabouts.post(news=self._strict is not None or found_inf is not None)
-        self._take_over(out)
+        self._take_over(out, taken=not asks or int(self._whereabouts.counts[0]) > before)
         return taken
 
     def _make_room(self, keeps: list[tuple[bool, bool]]) -> None:

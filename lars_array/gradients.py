@@ -108,6 +108,7 @@ class Fit:
         self.dtypes: Callable[[], list[Any]] = lambda: list(map(_DTYPE, params))
         self._addresses: Any = getattr(kernel, "addresses", None)
         self._near = isinstance(params[0], np.ndarray)
+        self._forms = None if self._addresses is not None else [(p.dtype, p.shape) for p in params]
         self._seen: Sequence[Any] = []
         self._seen_by: Any = None
         self._seen_at: Any = None
@@ -181,7 +182,13 @@ class Fit:
 
     def _check_parameters(self) -> None:
         """Refuse NumPy arrays that were changed in place: kernels and momentum buffers know them as they were."""
-        if self._addresses is None:
+        if self._forms is not None:
+            for name, form, p in zip(self.names, self._forms, self.params, strict=True):
+                if form != (p.dtype, p.shape):
+                    raise ValueError(
+                        f"parameter {name!r} must keep its shape and dtype; it had shape {form[1]!r} and dtype "
+                        f"{form[0]!r}, and now has {p.shape!r} and {p.dtype!r}"
+                    )
             return
         now = zip(self.params, self._addresses(self.params).tolist(), strict=True)
         known = zip((self._params.known[k] for k in self._params.which.tolist()), self._places.tolist(), strict=True)

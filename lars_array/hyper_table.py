@@ -36,8 +36,9 @@ class HyperTable:
         self.like, self.xp = like, xp
         self.array: Any = None
         self._known: list[list[Any]] = []
+        self._in_graphs: set[tuple[int, int]] = set()  # what replays write: nobody here knows what stands there
 
-    def refresh(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def refresh(self, groups: Sequence[Mapping[str, Any]], *, captured: bool = False) -> None:
         """Have the table hold these hyper-parameters, complete and checked, one mapping a group."""
         rows = [given(group) for group in groups]
         if self.array is None:
@@ -48,8 +49,10 @@ class HyperTable:
             for column, value in enumerate(values):
                 if isinstance(value, Real):
                     value = float(value)
-                    if value == known[column]:
+                    if value == known[column] and (row, column) not in self._in_graphs:
                         continue
+                if captured:
+                    self._in_graphs.add((row, column))
                 # A slice, not an element: torch fills the one and brings the other from the host.
                 self.array[row : row + 1, column : column + 1] = value
                 known[column] = value if isinstance(value, float) else None

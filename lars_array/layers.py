@@ -187,18 +187,17 @@ class Layers:
             master = self._used_masters[i]
             master[...] = self.xp.astype(self.params[i], master.dtype)
 
-    def _take_over(self, out: Sequence[Any] | None) -> None:
+    def _take_over(self, out: Sequence[Any] | None, *, taken: bool = True) -> None:
         """Let arrays count that are new, and forget the masters that were not asked for."""
         if out is not None:
             self.params = out
             self.fit.move(out)
             self._kernel.move(out)
-        if self._settled:
+        if self._settled or not taken:
             self.has_new_state = False
             return
         self._settled = True
-        gone = (self.masters.present() & ~self._used_masters.present()).any()
-        self.has_new_state = bool(len(self._new) or self._new_masters or gone)
+        self.has_new_state = bool(len(self._new)) or self._changes_masters()
         if not self.has_new_state:
             return
         if (self._used.present() | ~self.buffers.present()).all():
@@ -208,6 +207,9 @@ class Layers:
             self.buffers.put(self._new, self._used.at(self._new))
         self.masters = self._used_masters
         self._new, self._new_masters = [], []
+
+    def _changes_masters(self) -> bool:
+        return bool(self._new_masters or (self.masters.present() & ~self._used_masters.present()).any())
 
     def _without_asking(self, groups: Any, grads: Any, out: Any, *, write: bool) -> Taken | None:
         """Let the kernel do all that it can do by itself."""

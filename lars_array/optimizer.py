@@ -395,7 +395,8 @@ class LARS:
         Parameters
         ----------
         state : mapping
-            By name of parameter; those that are missing keep what they have.
+            By name of parameter; those that are missing keep what they have. The arrays must keep their memory, shape
+            and dtype from then on, which isn't looked at again.
 
         Raises
         ------

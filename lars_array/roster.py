@@ -179,7 +179,9 @@ class Roster:
 
     def gradients(self, grads: list[Any]) -> list[Any]:
         """Return the gradients of all rows from those of the parameters."""
-        return sliced_gradients([self.stack(i) for i in range(len(grads))], grads) if self.stacks else grads
+        return (
+            sliced_gradients([self.stack(i) for i in range(len(grads))], grads, self.params) if self.stacks else grads
+        )
 
     def rows_of(self, arrays: list[Any]) -> list[Any]:
         """Return arrays of the parameters' shapes, or None, by rows."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array.arrays import check_gradient
 from lars_array.buffers import new_buffers
+from lars_array.memory import check_writable
 from lars_array.rows import Stack
 
 __all__ = ["sliced_gradients", "whole"]
 
 
-def sliced_gradients(stacks: Sequence[Stack], grads: Sequence[Any]) -> list[Any]:
+def sliced_gradients(stacks: Sequence[Stack], grads: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
     """Return the gradients of all rows from those of the parameters, which are checked where they are cut up.
 
     Raises
@@ -28,9 +30,26 @@ def sliced_gradients(stacks: Sequence[Stack], grads: Sequence[Any]) -> list[Any]
     found: list[Any] = []
     for stack, g in zip(stacks, grads, strict=True):
         if stack.lead and g is not None:
+            _check_still(stack, rows)
             check_gradient(stack.name, g, stack.param)
         found += stack.slices(g)
     return found
+
+
+def _check_still(stack: Stack, rows: Sequence[Any]) -> None:
+    """Refuse a NumPy array that was changed in place: its rows are views of what it was."""
+    p = stack.param
+    if not isinstance(p, np.ndarray) or not stack.rows:
+        return
+    if not p.flags.writeable:
+        check_writable(stack.name, p)
+    known = [rows[row].__array_interface__ for row in (stack.start, stack.start + stack.rows - 1)]
+    axes = len(stack.lead)
+    if p.shape[:axes] != stack.lead or known != [p[(*axes * (k,), ...)].__array_interface__ for k in (0, -1)]:
+        raise ValueError(
+            f"parameter {stack.name!r} must keep its memory, shape and dtype; now, or elsewhere, it has shape "
+            f"{p.shape!r} and dtype {p.dtype!r}"
+        )
 
 
 def whole(stack: Stack, parts: Sequence[Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lars_array import kernels
-from lars_array.arrays import at_home, is_distant, listed
+from lars_array.arrays import at_home, is_array, is_distant, listed
 from lars_array.buffers import Rows
 from lars_array.distant import DistantLayers, Whereabouts, refused
 from lars_array.layers import Layers, Taken
@@ -65,11 +65,13 @@ class Stepper:
             Where the parameters go; None: they stay where they are.
         """
         if not index:
-            return True
+            unknown = found_inf is None or (is_array(found_inf) and is_distant(found_inf))
+            return unknown or not bool(found_inf)
         roster = self.roster
         with at_home(roster.params[0]):
             if self._layers is None or self._layers.index != index:
                 self._layers = self._layers_at(index)
+                self._spans = self._surroundings = None  # parameters that sat out may have been changed in place
             layers = self._layers
             self._check(layers, grads, move)
             taken = layers.step(groups, grads, found_inf, None if move is None else move.rows)
@@ -109,6 +111,7 @@ class Stepper:
     def settle(self) -> None:
         """Bring home what only the device knows, and let the next step begin anew from there."""
         self.roster.buffers.rows, previous_lr = self.standing()
+        self.roster.bring_together()  # and so forget the whole of slices that are not used
         self.roster.previous_lr = np.array(previous_lr)
         self._layers = self._spans = self._surroundings = self._whereabouts = None
 

@@ -16,7 +16,7 @@ from cuda_on_cpu import FarArray, far
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_array import LARS, RULES, kernels
+from lars_array import LARS, RULES, NonFiniteError, kernels
 from lars_array.kernels import cuda, cuda_device, cuda_table
 from lars_array.kernels.cuda_source import ELEMENTS, GROUP, SLOTS, STRUCTURES, WORDS, source
 from lars_array.kernels.cuda_table import Segment, Table, piece_lengths, programs
@@ -400,3 +400,71 @@ def test_the_kernel_is_for_arrays_of_cupy() -> None:
     listed = dict((name, (usable, reason)) for name, usable, reason in kernels.report())
     reason = cuda_device.problem()
     assert listed["cuda"] == (reason is None, reason or cuda.Kernel.TAKES)
+
+
+def test_gradients_of_another_width_may_have_the_strides_of_parameters(device: Any) -> None:
+    p, g = far(np.ones(4)), far(np.arange(8, dtype=np.float32))[::2]
+    assert p.strides == g.strides
+    optimizer = LARS([p], lr=1.0)
+    optimizer.step([g])
+    optimizer.synchronize()
+    assert np.asarray(p).tolist() == [1.0, -1.0, -3.0, -5.0]
+
+
+@pytest.mark.parametrize("how", ["copied", "extended"])
+def test_buffers_of_slices_that_a_refused_step_made_do_not_count(how: str, device: Any) -> None:
+    p = far(np.ones((2, 3), np.float32))
+    optimizer = LARS({"w": p}, lr=0.5, momentum=0.9, dampening=0.5, layer_axes=1)
+    optimizer.step([far(np.full((2, 3), np.nan, np.float32))])
+    with pytest.raises(NonFiniteError):
+        optimizer.synchronize()
+    grads = {"w": far(np.ones((2, 3), np.float32))}
+    if how == "copied":
+        optimizer = copy.deepcopy(optimizer)
+    else:
+        optimizer.add_param_group({"params": {"v": far(np.ones(3, np.float32))}, "layer_axes": 0})
+        grads["v"] = far(np.ones(3, np.float32))
+    assert "momentum_buffer" not in optimizer.state_dict()["state"]["w"]
+    for expected in (1.0, 1.4):
+        optimizer.step(grads)
+        found = np.asarray(optimizer.state_dict()["state"]["w"]["momentum_buffer"])
+        np.testing.assert_allclose(found, np.full((2, 3), expected), rtol=1e-6)
+
+
+def test_numbers_that_a_graph_writes_are_not_taken_for_known(device: Any) -> None:
+    """What is launched and written while capturing is done at a replay."""
+    graph: list[Any] = []
+    launch = device.launch
+
+    class Recorded(FarArray):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            def write() -> None:
+                np.ndarray.__setitem__(self, key, value)
+
+            graph.append(write) if device.capturing else write()
+
+    def launching(*asked: Any) -> None:
+        kept = [copy.deepcopy(x) if type(x) is np.ndarray else x for x in asked]
+        graph.append(lambda: launch(*kept)) if device.capturing else launch(*kept)
+
+    device.launch = launching
+    p, grads = far(np.zeros(1)), [far(np.ones(1))]
+    optimizer = LARS([p], lr=1.0, nonfinite="propagate")
+
+    def moved(do: Any) -> float:
+        before = np.asarray(p)[0]
+        do()
+        return round(float(before - np.asarray(p)[0]), 6)
+
+    assert moved(lambda: optimizer.step(grads)) == 1.0
+    table = optimizer._stepper._layers._table  # type: ignore[union-attr]
+    table.array = table.array.view(Recorded)
+    optimizer.param_groups[0]["lr"] = 10.0
+    device.capturing = True
+    assert moved(lambda: optimizer.step(grads)) == 0.0
+    device.capturing = False
+    assert moved(lambda: optimizer.step(grads)) == 10.0
+    optimizer.param_groups[0]["lr"] = 100.0
+    assert moved(lambda: optimizer.step(grads)) == 100.0
+    assert moved(lambda: [do() for do in graph]) == 10.0
+    assert moved(lambda: optimizer.step(grads)) == 100.0

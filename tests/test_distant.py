@@ -420,3 +420,38 @@ def test_a_loss_scaler_skips_in_numpy_too() -> None:
     optimizer = LARS([p], lr=0.1, nonfinite="propagate")
     optimizer.step([np.full(2, np.nan)], found_inf=True)
     assert_same([p, optimizer.steps, optimizer.skipped_steps], [np.ones(2), 0, 1])
+
+
+def half(device: Device, value: float, size: int) -> Any:
+    try:
+        return device.put(np.full(size, value, np.float16))
+    except TypeError as error:
+        pytest.skip(f"this library has no half precision: {error}")
+
+
+def test_a_refused_step_forgets_no_master(device: Device) -> None:
+    one, nan = half(device, 1.0, 3), half(device, np.nan, 3)
+    optimizer = LARS({"w": half(device, 1.0, 3)}, lr=1e-5, master_weights=True)
+    for _ in range(3):
+        optimizer.step([one])
+    before = to_numpy(optimizer.state_dict()["state"]["w"]["master"])
+    optimizer.param_groups[0]["master_weights"] = False
+    optimizer.step([nan])
+    with pytest.raises(NonFiniteError):
+        optimizer.synchronize()
+    np.testing.assert_array_equal(to_numpy(optimizer.state_dict()["state"]["w"]["master"]), before)
+    optimizer.step([one])
+    assert "master" not in optimizer.state_dict()["state"]["w"]
+
+
+def test_a_refused_step_makes_no_master(device: Device) -> None:
+    p = half(device, 1.0, 2)
+    optimizer = LARS({"w": p}, lr=0.125, master_weights=True)
+    optimizer.step([half(device, np.nan, 2)])
+    with pytest.raises(NonFiniteError):
+        optimizer.synchronize()
+    assert "master" not in optimizer.state_dict()["state"]["w"]
+    p[...] = 100.0
+    optimizer.step([half(device, 1.0, 2)])
+    optimizer.synchronize()
+    assert to_numpy(p).tolist() == [99.875, 99.875]

@@ -91,3 +91,39 @@ def test_an_interrupt_leaves_no_other_gradients_addresses() -> None:
         with pytest.raises(ValueError, match="share memory"):
             optimizer.step([first], out=[memory[6:10].view(Subclass)])
         optimizer.step([first], out=[room()])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_parameter_that_was_resized_is_refused_before_others_are_written(kernel: str) -> None:
+    a, b = np.ones(3), np.ones(4)
+    optimizer = LARS({"a": a, "b": b}, 0.5, momentum=0.9, kernel=kernel)
+    optimizer.step([np.ones(3), np.ones(4)])
+    b.resize(5, refcheck=False)
+    before = a.copy()
+    with pytest.raises(ValueError, match=r"^parameter 'b' must keep its (memory, )?shape and dtype"):
+        optimizer.step([np.ones(3), np.ones(5)])
+    np.testing.assert_array_equal(a, before)
+    assert optimizer.steps == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_parameter_that_sat_out_may_come_back_elsewhere(kernel: str) -> None:
+    a, b = np.ones(3), np.ones(4)
+    optimizer = LARS({"a": a, "b": b}, 0.5, kernel=kernel)
+    optimizer.step([np.ones(3), None])
+    b.resize(50_000, refcheck=False)
+    b[:] = 1
+    for gradients_ in ([np.ones(3), b], [b[10:13], np.ones(50_000)]):
+        with pytest.raises(ValueError, match="must not share memory with parameter 'b'"):
+            optimizer.step(gradients_)
+    optimizer.step([np.ones(3), np.ones(50_000)])
+    assert b.min() == b.max() == 0.5
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_step_without_gradients_can_be_skipped_too(kernel: str) -> None:
+    optimizer = LARS({"w": np.ones(3)}, 0.1, kernel=kernel)
+    optimizer.step([None], found_inf=True)
+    assert (optimizer.steps, optimizer.skipped_steps) == (0, 1)
+    optimizer.step([None], found_inf=np.zeros(()))
+    assert (optimizer.steps, optimizer.skipped_steps) == (1, 1)

@@ -11,6 +11,7 @@ import pytest
 from assertions import assert_close, assert_refused, assert_same, to_numpy
 
 from lars_array import LARS, NonFiniteError, init, lars_step, update
+from lars_array.kernels import NUMPY_KERNELS
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
 CASES = [{}, {"rule": "simclr-popular", "max_grad_norm": 1.0}, {"rule": "optax", "nesterov": True}]
@@ -193,3 +194,26 @@ def test_the_axes_stay_what_they_were() -> None:
     stacked = LARS([w], lr=0.1, layer_axes=1)
     message = "the gradient of '0' must have the parameter's shape (2, 2); got (3, 2)"
     assert_refused(lambda: stacked.step([np.ones((3, 2))]), ValueError, message, w)
+
+
+@pytest.mark.parametrize("kernel", NUMPY_KERNELS)
+def test_a_stacked_parameter_that_was_changed_in_place_is_refused(kernel: str) -> None:
+    """Its rows are views of what it was."""
+    p = np.ones((2, 3))
+    optimizer = LARS({"w": p}, 0.5, momentum=0.9, layer_axes=1, kernel=kernel)
+    optimizer.step([np.ones((2, 3))])
+    before = p.copy()
+    p.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^parameter 'w' must be writable; got a read-only array$"):
+        optimizer.step([np.ones((2, 3))])
+    p.flags.writeable = True
+    np.testing.assert_array_equal(p, before)
+    for shape in [(3, 2), (50_000, 3), (2, 3, 1)]:
+        q = np.ones((2, 3))
+        optimizer = LARS({"w": q}, 0.5, layer_axes=1, kernel=kernel)
+        optimizer.step([np.ones((2, 3))])
+        q.resize(shape, refcheck=False)
+        before = q.copy()
+        with pytest.raises(ValueError, match=r"^parameter 'w' must keep its memory, shape and dtype"):
+            optimizer.step([np.ones(shape)])
+        np.testing.assert_array_equal(q, before)

@@ -60,6 +60,10 @@ class Kernel:
         """Return where the data of arrays begin."""
         return np.array([x.data.ptr for x in arrays], np.int64)
 
+    def is_capturing(self) -> bool:
+        """Return whether what is launched goes into a graph."""
+        return bool(self._device.is_capturing())
+
     def move(self, params: Sequence[Any]) -> None:
         """Take `params` for the parameters from now on."""
         self.params = params
@@ -204,7 +208,8 @@ class Kernel:
         """Make the tables for gradients that lie so and are of these types, and for what is written to."""
         self._layout = strides, dtypes, out_strides
         dense = self._dense
-        if strides != self._strides or out_strides != self._strides:
+        widths = [(np.dtype(x).itemsize, p.dtype.itemsize) for x, p in zip(dtypes, self.params, strict=True)]
+        if strides != self._strides or out_strides != self._strides or any(g != p for g, p in widths):
             dense = [self._is_dense(i, *others) for i, others in enumerate(zip(grads, out))]
         self._layers, self._others = ([i for i, yes in enumerate(dense) if yes is which] for which in (True, False))
 
