@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import memory
@@ -17,7 +17,7 @@ from benchmarks.machine import available_bytes, give_back, plain, used_by_others
 from benchmarks.parties import parties
 from benchmarks.timing import interleaved, ratios, summary
 
-__all__ = ["SHARE", "absent", "bytes_of", "measure", "say", "warmed"]
+__all__ = ["SHARE", "absent", "bytes_of", "measure", "say", "timed", "warmed"]
 
 STEPS = 3  # until buffers are made and everything is compiled; after them the parameters are checked
 
@@ -91,9 +91,8 @@ def measure(
                 failed[contestant.name] = f"{type(error).__name__}: {plain(error)}"
                 rows.pop(contestant.name, None)  # of an earlier party
             say(f"{name}: {contestant.name}: {failed.get(contestant.name, 'ready')}")
-        start, used = time.perf_counter(), used_by_others()
-        seconds = interleaved(runs, rounds)
-        others = max(others, (used_by_others() - used) / (time.perf_counter() - start))
+        seconds, cores = timed(runs, rounds)
+        others = max(others, cores)
         rows |= {
             c.name: _row(c, seconds, first)
             for c in party
@@ -146,6 +145,13 @@ def warmed(contestant: Contestant, truth: Truth) -> tuple[Run, dict[str, float]]
     seconds = time.perf_counter() - start
     error = truth.check(run.parameters(), contestant.rule, STEPS, float32_norms=contestant.float32_norms)
     return run, {"first_steps_s": seconds, "error": error}
+
+
+def timed(runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Return what `benchmarks.timing.interleaved` does, and how many cores other processes used meanwhile."""
+    start, used = time.perf_counter(), used_by_others()
+    seconds = interleaved(runs, rounds)
+    return seconds, (used_by_others() - used) / (time.perf_counter() - start)
 
 
 def _row(contestant: Contestant, seconds: dict[str, list[float]], first: dict[str, Any]) -> dict[str, Any]:

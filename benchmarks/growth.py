@@ -5,7 +5,6 @@ All sizes of a contestant are timed in the same rounds, so what changes the spee
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from benchmarks.cases import Case
 from benchmarks.check import Truth
 from benchmarks.contestant import Contestant, Run
 from benchmarks.contestants import LIMIT_NAME
-from benchmarks.cpu import SHARE, bytes_of, say, warmed
-from benchmarks.machine import available_bytes, give_back, plain, used_by_others
-from benchmarks.timing import interleaved, summary
+from benchmarks.cpu import SHARE, bytes_of, say, timed, warmed
+from benchmarks.machine import available_bytes, give_back, plain
+from benchmarks.timing import summary
 
 __all__ = ["growing", "measure"]
 
@@ -64,10 +63,10 @@ def measure(
                 break
             say(f"{name}: {contestant.name}: ready")
         if contestant.name not in failed:
-            start, used = time.perf_counter(), used_by_others()
-            for name, seconds in interleaved(runs, rounds).items():
-                found[name] |= summary(seconds)
-            others = max(others, (used_by_others() - used) / (time.perf_counter() - start))
+            seconds, cores = timed(runs, rounds)
+            others = max(others, cores)
+            for name, own in seconds.items():
+                found[name] |= summary(own)
             rows[contestant.name] = {"label": contestant.label, "sizes": [found.get(name) for name in cases]}
         del runs
         give_back()

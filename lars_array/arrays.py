@@ -13,6 +13,7 @@ from lars_array.dtypes import COMPUTE, compute_dtype, dtype_name, gradient_fits,
 __all__ = [
     "asarray",
     "at_home",
+    "changed_in_place",
     "check_buffer",
     "check_gradient",
     "check_master",
@@ -60,6 +61,14 @@ def of_dtype(x: Any, dtype: Any, xp: Any) -> Any:
 def listed(x: Any) -> list[float]:
     """Return the numbers in an array of shape (size,), waiting for them if need be."""
     return [float(y) for y in (x.tolist() if hasattr(x, "tolist") else map(x.__getitem__, range(x.shape[0])))]
+
+
+def changed_in_place(name: str, dtype: Any, shape: Any, p: Any) -> ValueError:
+    """Return the error that tells of a parameter that is no longer what it was, or not where."""
+    return ValueError(
+        f"parameter {name!r} must keep its memory, shape and dtype; it had shape {shape!r} and dtype {dtype!r}, and "
+        f"now, or elsewhere, has {p.shape!r} and {p.dtype!r}"
+    )
 
 
 def check_parameter(name: str, p: Any) -> None:

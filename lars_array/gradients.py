@@ -9,7 +9,7 @@ from weakref import ref
 
 import numpy as np
 
-from lars_array.arrays import check_gradient
+from lars_array.arrays import changed_in_place, check_gradient
 from lars_array.dtypes import gradient_fits
 from lars_array.looks import Look, Looks
 from lars_array.memory import Spans, check_writable
@@ -185,13 +185,13 @@ class Fit:
         if self._forms is not None:
             for name, form, p in zip(self.names, self._forms, self.params, strict=True):
                 if form != (p.dtype, p.shape):
-                    raise _changed(name, *form, p)
+                    raise changed_in_place(name, *form, p)
             return
         now = zip(self.params, self._addresses(self.params).tolist(), strict=True)
         known = zip((self._params.known[k] for k in self._params.which.tolist()), self._places.tolist(), strict=True)
         for name, (look, place), (p, today) in zip(self.names, known, now, strict=True):
             if (look.dtype, look.shape, look.strides, place) != (p.dtype, p.shape, p.strides, today):
-                raise _changed(name, look.dtype, look.shape, p)
+                raise changed_in_place(name, look.dtype, look.shape, p)
 
     def _if_plain(self, grads: Sequence[Any], written: Spans) -> Any:
         """Return where gradients begin if all is well for certain; those that look as they did are not asked again."""
@@ -239,10 +239,3 @@ class Fit:
 def _are_same(places: Any, others: Any) -> bool:
     """Return whether addresses are the same. With nothing in cache it takes NumPy ten times as long to compare them."""
     return bool(places.tobytes() == others.tobytes())
-
-
-def _changed(name: str, dtype: Any, shape: Any, p: Any) -> ValueError:
-    return ValueError(
-        f"parameter {name!r} must keep its memory, shape and dtype; it had shape {shape!r} and dtype {dtype!r}, and "
-        f"now, or elsewhere, has {p.shape!r} and {p.dtype!r}"
-    )

@@ -39,7 +39,10 @@ class HyperTable:
         self._in_graphs: set[tuple[int, int]] = set()  # what replays write: nobody here knows what stands there
 
     def refresh(self, groups: Sequence[Mapping[str, Any]], *, captured: bool = False) -> None:
-        """Have the table hold these hyper-parameters, complete and checked, one mapping a group."""
+        """Have the table hold these hyper-parameters, complete and checked, one mapping a group.
+
+        What is `captured` is not written now, but by each replay of a graph.
+        """
         rows = [given(group) for group in groups]
         if self.array is None:
             numbers = [[float(value) if isinstance(value, Real) else 0.0 for value in row] for row in rows]

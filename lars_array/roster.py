@@ -179,9 +179,9 @@ class Roster:
 
     def gradients(self, grads: list[Any]) -> list[Any]:
         """Return the gradients of all rows from those of the parameters."""
-        return (
-            sliced_gradients([self.stack(i) for i in range(len(grads))], grads, self.params) if self.stacks else grads
-        )
+        if not self.stacks:
+            return grads
+        return sliced_gradients([self.stack(i) for i in range(len(grads))], grads, self.params)
 
     def rows_of(self, arrays: list[Any]) -> list[Any]:
         """Return arrays of the parameters' shapes, or None, by rows."""

@@ -41,9 +41,7 @@ def checked(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     ValueError, TypeError
         As `lars_array.hyper.at_step` does.
     """
-    group = dict(options)
-    if callable(group.get("lr")):
-        group["lr"] = group["lr"](step)
+    group = _scheduled(options, step)
     return at_step({key: x.item() if _can_be_read(x) else x for key, x in group.items()}, step)
 
 
@@ -80,12 +78,7 @@ class Settings:
         ValueError, TypeError
             As `lars_array.hyper.at_step` does.
         """
-        all_options = []
-        for group in groups:
-            options = options_of(group)
-            if callable(options.get("lr")):
-                options["lr"] = options["lr"](step)
-            all_options.append(options)
+        all_options = [_scheduled(options_of(group), step) for group in groups]
         looks = [_Look.of(options) for options in all_options]
         before, settings = self._remembered
         if before is None or len(before) != len(looks) or not all(map(_Look.is_still, before, looks)):
@@ -116,10 +109,10 @@ class _Look(NamedTuple):
     def of(cls, options: Mapping[str, Any]) -> _Look:
         numbers = dict(options)
         rule, bounds = numbers.pop("rule", None), numbers.pop("trust_bounds", None)
+        if type(rule) is str:
+            rule = RULES.get(rule)
         values = list(numbers.values())
-        return cls(
-            list(numbers), list(map(type, values)), values, RULES.get(rule) if type(rule) is str else rule, bounds
-        )
+        return cls(list(numbers), list(map(type, values)), values, rule, bounds)
 
     def is_lasting(self) -> bool:
         """Return whether all of it can only change by something else taking its place."""
@@ -135,6 +128,13 @@ class _Look(NamedTuple):
             and self.rule is now.rule
             and self.bounds is now.bounds
         )
+
+
+def _scheduled(options: Mapping[str, Any], step: int) -> dict[str, Any]:
+    group = dict(options)
+    if callable(group.get("lr")):
+        group["lr"] = group["lr"](step)
+    return group
 
 
 def _can_be_read(x: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lars_array.arrays import check_gradient
+from lars_array.arrays import changed_in_place, check_gradient
 from lars_array.buffers import new_buffers
 from lars_array.memory import check_writable
 from lars_array.rows import Stack
@@ -46,10 +46,8 @@ def _check_still(stack: Stack, rows: Sequence[Any]) -> None:
     known = [rows[row].__array_interface__ for row in (stack.start, stack.start + stack.rows - 1)]
     axes = len(stack.lead)
     if p.shape[:axes] != stack.lead or known != [p[(*axes * (k,), ...)].__array_interface__ for k in (0, -1)]:
-        raise ValueError(
-            f"parameter {stack.name!r} must keep its memory, shape and dtype; now, or elsewhere, it has shape "
-            f"{p.shape!r} and dtype {p.dtype!r}"
-        )
+        row = rows[stack.start]
+        raise changed_in_place(stack.name, row.dtype, (*stack.lead, *row.shape), p)
 
 
 def whole(stack: Stack, parts: Sequence[Any]) -> Any:

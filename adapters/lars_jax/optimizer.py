@@ -368,7 +368,7 @@ class LARS:
     def _forget_masters(self) -> None:
         """Have the next step make masters anew, of the parameters as they are now."""
         state = self._inner.state_views()
-        self._inner.attach_state({name: _without(own, "master") for name, own in state.items()})
+        self._inner.attach_state({name: own | {"master": None} for name, own in state.items()})
 
     def _is_gone(self) -> bool:
         """Return whether the owner of the copies that were handed out has given one away."""
@@ -411,7 +411,3 @@ def _is_parameter(name: str, leaf: Any) -> bool:
 
 def _is_state(state: Any) -> bool:
     return isinstance(state, Mapping) and all(isinstance(own, Mapping) for own in state.values())
-
-
-def _without(own: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: x for name, x in own.items() if name != key}

@@ -185,7 +185,7 @@ class Kernel:
 
     def _refresh(self, grads: Sequence[Any], out: Sequence[Any] | None = None) -> None:
         """Have the tables speak of these gradients, and of what is written to in the place of the parameters."""
-        capturing = self._device.is_capturing()
+        capturing = self.is_capturing()
         self._captured = self._captured or capturing
         if capturing and out is not None:
             raise ValueError("out must be None in a step that goes into a graph: replays move nothing; got arrays")
