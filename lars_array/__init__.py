@@ -1,18 +1,14 @@
 """LARS (You et al. 2017, arXiv 1708.03888) for arrays of any Array API library."""
 
 from lars_array._version import __version__
-from lars_array.core import apply, coefficients, lars_step, sums
-from lars_array.functional import State, init, update
-from lars_array.groups import is_bias_or_norm, param_groups
-from lars_array.hyper import Hyper
+from lars_array.core import RULES, Hyper, Rule, apply, coefficients, register, sums
+from lars_array.functional import State, init, lars_step, update
 from lars_array.nonfinite import NonFiniteError
 from lars_array.optimizer import LARS
-from lars_array.presets import preset
-from lars_array.registry import RULES, Rule, register
+from lars_array.param_groups import is_bias_or_norm, param_groups
+from lars_array.rules import preset
 from lars_array.schedules import linear_scaled_lr, warmup_cosine, warmup_polynomial
 from lars_array.telemetry import Norms
-
-from lars_array import rules as rules  # isort: skip  # registers the rules
 
 __all__ = [
     "LARS",

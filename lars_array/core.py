@@ -9,46 +9,52 @@ A step is three stages, and data flows one way through them::
 
 p is a layer's parameters, g its gradient, v its momentum buffer. Every published variant of LARS is this affine map;
 the variants differ in six scalars a layer, which a *rule* computes from three sums over the layer. The default rule,
-flash's, stands here; `lars_array.rules` holds the others and `lars_array.blocks` what all are made of.
+flash's, stands here; `lars_array.rules` holds the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
-
-from lars_array.arrays import asarray, check_buffer, check_gradient, check_parameter, of_dtype
-from lars_array.blocks import momentum_form, norms, trust_ratio, update_weights
-from lars_array.dtypes import accumulation_dtype, compute_dtype, is_half, real_parts
-from lars_array.hyper import Hyper, at_step, needs_buffer, vectors
-from lars_array.nonfinite import finite, largest, most_squares, refuse_nonfinite
-from lars_array.registry import Rule, evaluate, register, resolve
-from lars_array.rows import stack_of, together
+from lars_array._arrays import accumulation_dtype, asarray, compute_dtype, of_dtype, real_parts
+from lars_array.layers import LayerRows, LayerSlices
 
 __all__ = [
-    "Plan",
-    "Prepared",
+    "BOOLEANS",
+    "NORM_OF",
+    "RULES",
+    "Hyper",
+    "Rule",
+    "RuleInputs",
+    "StageOutputs",
     "apply",
+    "clip_gradients",
     "coefficients",
     "difference",
     "difference_without_buffer",
     "displacement",
     "flash",
     "gradient_factor",
-    "lars_step",
-    "over_slices",
+    "momentum_form",
+    "norms",
     "plan",
-    "prepare",
-    "prepare_from",
+    "register",
+    "resolve",
+    "rule_inputs",
+    "step",
     "sums",
+    "trust_ratio",
+    "update_weights",
 ]
 
 Array = Any
 Namespace = Any
 Operand = tuple[Array, Array, Array | None]
+
+
+# -------------------------------------------------------------------------------------------------- first stage: sums
 
 
 def sums(
@@ -58,20 +64,20 @@ def sums(
     operand: Operand | None = None,
     *,
     xp: Namespace,
-    leads: Sequence[tuple[int, ...]] | None = None,
+    slices: Sequence[LayerSlices] | None = None,
 ) -> Array:
     r"""First stage: three sums of squares a layer.
 
     Parameters
     ----------
     params, grads, buffers : sequences of arrays
-        One entry a layer, the arrays of a layer of one shape; a buffer may be None. Nothing is modified.
+        One entry a parameter, its arrays of one shape; a buffer may be None. Nothing is modified.
     operand : tuple (gamma, w, h) of arrays of shape (layers,), optional
         The weights of the third sum; h may be None. Without them it repeats the second.
     xp : Array API namespace
         Namespace of the arrays.
-    leads : sequence of tuple of int, optional
-        An entry that isn't () says that the slices along these leading axes are layers, and have a row each.
+    slices : sequence of LayerSlices, optional
+        The layers of each parameter; None: every parameter is one layer.
 
     Returns
     -------
@@ -83,24 +89,25 @@ def sums(
     wide = accumulation_dtype(xp)
     tables: list[Array] = []
     row = 0
-    for p, g, v, lead in zip(params, grads, buffers, leads or [()] * len(params), strict=True):
+    leads = [()] * len(params) if slices is None else [own.lead for own in slices]
+    for p, g, v, lead in zip(params, grads, buffers, leads, strict=True):
         rows = row if not lead else slice(row, row + prod(lead))
         p_parts, g_parts = real_parts(p, wide, xp), real_parts(g, wide, xp)
         d_parts = g_parts
         if operand is not None:
-            gamma, w, h = (None if x is None else over_slices(x[rows], lead, p.ndim, xp) for x in operand)
+            gamma, w, h = (None if x is None else _over_slices(x[rows], lead, p.ndim, xp) for x in operand)
             d_parts = [gamma * g_part + w * p_part for g_part, p_part in zip(g_parts, p_parts)]
             if h is not None and v is not None:
                 v_parts = real_parts(v, wide, xp)
                 d_parts = [d_part + h * v_part for d_part, v_part in zip(d_parts, v_parts)]
         squares = [sum(_sum_of_squares(part, lead, xp) for part in parts) for parts in (p_parts, g_parts, d_parts)]
-        tables.append(xp.reshape(xp.stack(squares, axis=-1), (-1, 3)) if leads else xp.stack(squares))
+        tables.append(xp.reshape(xp.stack(squares, axis=-1), (-1, 3)) if slices else xp.stack(squares))
         row += prod(lead)
-    return xp.concat(tables, axis=0) if leads else xp.stack(tables)
+    return xp.concat(tables, axis=0) if slices else xp.stack(tables)
 
 
-def over_slices(x: Array, lead: tuple[int, ...], ndim: int, xp: Namespace) -> Array:
-    """Return one number for each slice along leading axes in a shape that goes with arrays of `ndim` axes."""
+def _over_slices(x: Array, lead: tuple[int, ...], ndim: int, xp: Namespace) -> Array:
+    """Return one number for each slice along leading axes in a shape that broadcasts over arrays of `ndim` axes."""
     return xp.reshape(x, (*lead, *[1] * (ndim - len(lead)))) if lead else x
 
 
@@ -110,19 +117,198 @@ def _sum_of_squares(x: Array, lead: tuple[int, ...], xp: Namespace) -> Array:
     return xp.sum(x * x, axis=tuple(range(len(lead), x.ndim))) if x.ndim > len(lead) else x * x
 
 
+def _sum_over_parts(S: Array, joined: Sequence[Sequence[int]], xp: Namespace) -> Array:
+    """Return the sums, in each row of a layer of several the sum over all of them."""
+    if not joined:
+        return S
+    place = list(range(S.shape[0]))
+    totals = []
+    for k, rows in enumerate(joined, S.shape[0]):
+        totals.append(xp.sum(xp.take(S, asarray(list(rows), like=S, xp=xp), axis=0), axis=0, keepdims=True))
+        for row in rows:
+            place[row] = k
+    return xp.take(xp.concat([S, *totals], axis=0), asarray(place, like=S, xp=xp), axis=0)
+
+
+# ------------------------------------------------------------------------------------- second stage: hyper-parameters
+
+
+class Hyper(NamedTuple):
+    """The hyper-parameters of one step, each an array of shape ``(layers,)``: a rule is written once for all layers.
+
+    `trust_lower` and `trust_upper` are `trust_bounds`; `first` is true where the layer has no momentum buffer yet;
+    `previous_lr` is the learning rate of the layer's last step, 0 before the first. `maximize`, `rescale_grad` and
+    `max_grad_norm` have already acted on the sums that a rule receives.
+    """
+
+    lr: Any
+    momentum: Any
+    dampening: Any
+    weight_decay: Any
+    nesterov: Any
+    trust_coefficient: Any
+    eps: Any
+    trust_clip: Any
+    trust_lower: Any
+    trust_upper: Any
+    always_adapt: Any
+    adapt: Any
+    maximize: Any
+    rescale_grad: Any
+    max_grad_norm: Any
+    first: Any
+    previous_lr: Any
+
+
+BOOLEANS = ("nesterov", "trust_clip", "always_adapt", "adapt", "maximize")
+
+
+def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
+    r"""Return :math:`\gamma`, the factor that a layer's gradient is multiplied by before anything else.
+
+    .. math::
+        \gamma = \pm s \cdot \min\Bigl(1, \frac{\text{max\_grad\_norm}}{\|s\,g\|_{\text{all layers}}}\Bigr),
+        \qquad s = \text{rescale\_grad}
+
+    with minus for ``maximize``: a function of the sums, so that clipping by the global norm needs no pass of its own.
+
+    Parameters
+    ----------
+    hyper : Hyper
+        Hyper-parameters, arrays of shape (layers,).
+    S : array of shape (layers, 3), or None
+        The result of `sums`. None: nothing is clipped.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    array of shape (layers,)
+        The factor of each layer.
+    """
+    gamma = xp.where(hyper.maximize, -hyper.rescale_grad, hyper.rescale_grad)
+    if S is None:
+        return gamma
+    norm = xp.sqrt(xp.sum(hyper.rescale_grad**2 * S[:, 1]))
+    clipped = norm > hyper.max_grad_norm
+    return gamma * xp.where(clipped, hyper.max_grad_norm / xp.where(clipped, norm, 1.0), 1.0)
+
+
+# --------------------------------------------------------------------------------------------- second stage: the rule
+
+RuleFunction = Callable[[Any, Any, Any], Any]
+NORM_OF = ("gradient", "decayed gradient", "update")
+
+
+class Rule(NamedTuple):
+    """A variant of LARS: a function from sums to coefficients, and its demands on the stages around it.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(S, hyper, xp) -> C`` on Array API arrays, pure: kernels may call it once, with symbols, and replay
+        its operations at every step. S of shape (layers, 3) holds the sums of p², of g²
+        and the one that `norm_of` names, hyper is a `Hyper`, C of shape (layers, 6) is stacked from the columns
+        m, alpha, beta, kappa, lambda, mu. Branches on values are ``xp.where``.
+    norm_of : str
+        The vector of the third sum: "gradient", g, for rules that do not use it; "decayed gradient", g + w p; or
+        "update", g + w p + h v with the h that makes it the direction in which SGD with momentum would step.
+    keeps_buffer : bool
+        Whether the momentum buffer is kept although momentum is 0, as some originals do.
+    damped_nesterov : bool
+        Whether nesterov together with dampening is allowed.
+    trust_bounds : pair of float, optional
+        The bounds where the user gives none.
+    """
+
+    function: RuleFunction
+    norm_of: str = "gradient"
+    keeps_buffer: bool = False
+    damped_nesterov: bool = False
+    trust_bounds: tuple[float, float] | None = None
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFunction]:
+    """Return a decorator that registers a function as a rule under each of `names`.
+
+    Parameters
+    ----------
+    *names : str
+        The names, new ones.
+    **properties
+        The fields of `Rule` beside `function`.
+
+    Returns
+    -------
+    callable
+        The decorator; it returns the function unchanged.
+
+    Raises
+    ------
+    ValueError
+        If a name is taken.
+    """
+
+    def decorate(function: RuleFunction) -> RuleFunction:
+        rule = resolve(Rule(function, **properties))
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"rule names must be new; {name!r} is taken")
+        RULES.update(dict.fromkeys(names, rule))
+        return function
+
+    return decorate
+
+
+def resolve(rule: Any) -> Rule:
+    """Return the `Rule` for a name, a function or a `Rule`; a bare function gets the norm of the decayed gradient.
+
+    Parameters
+    ----------
+    rule : str, callable or Rule
+        As given by the user.
+
+    Returns
+    -------
+    Rule
+        The rule.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or a `Rule` with an unknown `norm_of`.
+    TypeError
+        For anything else.
+    """
+    if isinstance(rule, Rule):
+        if rule.norm_of not in NORM_OF:
+            raise ValueError(f"norm_of must be one of {', '.join(map(repr, NORM_OF))}; got {rule.norm_of!r}")
+        return rule
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, or a function; got {rule!r}")
+        return RULES[rule]
+    if callable(rule):
+        return Rule(rule, norm_of="decayed gradient")
+    raise TypeError(f"rule must be a name, a function or a Rule; got {rule!r}")
+
+
 def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *, xp: Namespace) -> Array:
     r"""Second stage: from the sums of all layers to the six scalars of each.
 
     Parameters
     ----------
     S : array of shape (layers, 3)
-        What `sums` returned.
+        The result of `sums`.
     hyper : Hyper
         Hyper-parameters, arrays of shape (layers,).
     rules : sequence of Rule
         The variant of LARS of each layer.
     gamma : array of shape (layers,)
-        What a layer's gradient is multiplied by first, see `gradient_factor`; rules do not see it.
+        The factor of each layer's gradient, see `gradient_factor`; rules do not see it.
     xp : Array API namespace
         Namespace of the arrays.
 
@@ -136,10 +322,139 @@ def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *,
     ValueError
         If a rule returns an array of another shape.
     """
-    seen = xp.stack([S[:, 0], gamma**2 * S[:, 1], S[:, 2]], axis=1)
-    C = evaluate(rules, seen, hyper, xp)
+    scaled = xp.stack([S[:, 0], gamma**2 * S[:, 1], S[:, 2]], axis=1)
+    C = _evaluate(rules, scaled, hyper, xp)
     m, alpha, beta, kappa, lam, mu = (C[:, i] for i in range(6))
     return xp.stack([m, gamma * alpha, beta, kappa, gamma * lam, mu], axis=1)
+
+
+def _evaluate(rules: Sequence[Rule], S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    """Return the coefficients of each layer by its own rule."""
+    layers_of: dict[int, list[int]] = {}
+    for layer, rule in enumerate(rules):
+        layers_of.setdefault(id(rule), []).append(layer)
+    if len(layers_of) == 1:
+        return _evaluate_one(rules[0], S, hyper, xp)
+    rows = []
+    for layers in layers_of.values():
+        index = asarray(layers, like=S, xp=xp)
+        own = Hyper(*(xp.take(field, index, axis=0) for field in hyper))
+        rows.append(_evaluate_one(rules[layers[0]], xp.take(S, index, axis=0), own, xp))
+    place = {layer: row for row, layer in enumerate(layer for layers in layers_of.values() for layer in layers)}
+    order = asarray([place[layer] for layer in range(len(rules))], like=S, xp=xp)
+    return xp.take(xp.concat(rows, axis=0), order, axis=0)
+
+
+def _evaluate_one(rule: Rule, S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    C = rule.function(S, hyper, xp)
+    if tuple(C.shape) != (S.shape[0], 6):
+        raise ValueError(f"a rule must return an array of shape ({S.shape[0]}, 6); got shape {tuple(C.shape)!r}")
+    return C if C.dtype == S.dtype else xp.astype(C, S.dtype)
+
+
+# ------------------------------------------------------------------------------------------ building blocks for rules
+
+
+def norms(S: Array, xp: Namespace) -> tuple[Array, Array, Array]:
+    """Return the three norms of each layer: of p, of g and of the rule's operand."""
+    roots = xp.sqrt(S)
+    return roots[:, 0], roots[:, 1], roots[:, 2]
+
+
+def trust_ratio(p_norm: Array, denominator: Array, defined: Array, hyper: Hyper, xp: Namespace) -> Array:
+    r"""Return each layer's trust ratio, :math:`\eta \|p\| / (\text{denominator} + \epsilon)`.
+
+    1 where `defined` is false. Then `trust_bounds` are applied, then `trust_clip` (LARC):
+    :math:`\min(\text{ratio} / \text{lr}, 1)`; last, a layer with ``adapt=False`` has the ratio 1.
+
+    Parameters
+    ----------
+    p_norm, denominator : arrays of shape (layers,)
+        Norm of the parameters, and the rule's denominator without eps.
+    defined : bool array of shape (layers,)
+        Where there is a ratio at all; usually where neither norm is zero.
+    hyper : Hyper
+        Hyper-parameters, arrays of shape (layers,).
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    array of shape (layers,)
+        The ratios.
+    """
+    denominator = denominator + hyper.eps
+    defined = defined & (denominator > 0)
+    ratio = hyper.trust_coefficient * p_norm / xp.where(defined, denominator, 1.0)
+    ratio = xp.where(defined, ratio, 1.0)
+    ratio = xp.where(ratio < hyper.trust_lower, hyper.trust_lower, ratio)
+    ratio = xp.where(ratio > hyper.trust_upper, hyper.trust_upper, ratio)
+    within_lr = ratio < hyper.lr
+    larc = xp.where(within_lr, ratio / xp.where(within_lr, hyper.lr, 1.0), 1.0)
+    return xp.where(hyper.adapt, xp.where(hyper.trust_clip, larc, ratio), 1.0)
+
+
+def momentum_form(
+    grad_scale: Array,
+    step_scale: Array,
+    weight_decay: Array,
+    hyper: Hyper,
+    xp: Namespace,
+    *,
+    momentum: Array | None = None,
+    dampen_first_step: bool = False,
+) -> Array:
+    r"""Return the coefficients of SGD with momentum around a scaled gradient, :math:`d = g + w p`.
+
+    .. math::
+        v' = \mu v + (1 - \tau)\,\text{grad\_scale}\,d, \qquad
+        p' = p - \text{step\_scale}\,v' \quad\text{or, nesterov,}\quad
+        p' = p - \text{step\_scale}\,(\text{grad\_scale}\,d + \mu v')
+
+    The peers differ in the side on which the learning rate and the trust ratio stand. Without momentum,
+    :math:`p' = p - \text{step\_scale}\,\text{grad\_scale}\,d`.
+
+    Parameters
+    ----------
+    grad_scale, step_scale, weight_decay : arrays of shape (layers,)
+        The two factors, and w.
+    hyper : Hyper
+        Hyper-parameters, arrays of shape (layers,).
+    xp : Array API namespace
+        Namespace of the arrays.
+    momentum : array of shape (layers,), optional
+        The factor of v, where it is not ``hyper.momentum``.
+    dampen_first_step : bool
+        Whether dampening applies to a layer's first step too, which torch's SGD exempts.
+
+    Returns
+    -------
+    array of shape (layers, 6)
+        The coefficients.
+    """
+    m = hyper.momentum if momentum is None else momentum
+    alpha = grad_scale * (1 - hyper.dampening if dampen_first_step else _undamped(hyper, xp))
+    direct = _direct(hyper)
+    kappa = xp.where(direct, step_scale * hyper.momentum, step_scale)
+    lam = xp.where(direct, step_scale * grad_scale, 0.0)
+    return xp.stack([m, alpha, alpha * weight_decay, kappa, lam, lam * weight_decay], axis=1)
+
+
+def update_weights(hyper: Hyper, xp: Namespace) -> tuple[Array, Array]:
+    """Return a and h for which a d + h v is the update of SGD with momentum, before any ratio."""
+    undamped = _undamped(hyper, xp)
+    direct = _direct(hyper)
+    a = xp.where(direct, 1 + hyper.momentum * undamped, undamped)
+    return a, xp.where(direct, hyper.momentum**2, hyper.momentum)
+
+
+def _undamped(hyper: Hyper, xp: Namespace) -> Array:
+    return xp.where(hyper.first, 1.0, 1 - hyper.dampening)
+
+
+def _direct(hyper: Hyper) -> Array:
+    """Return where the gradient reaches the parameters beside the buffer: nesterov, or no momentum at all."""
+    return hyper.nesterov | (hyper.momentum == 0)
 
 
 @register("flash", "bolts", "lightly", "torch-optimizer")
@@ -162,6 +477,9 @@ def flash(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     return momentum_form(ratio, hyper.lr, decay, hyper, xp)
 
 
+# ------------------------------------------------------------------------------------------------- third stage: apply
+
+
 def difference(p: Any, g: Any, v: Any, m: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> tuple[Any, Any]:
     """Return p - p' and v' as plain arithmetic, of one element or of many: the whole update."""
     v = m * v + alpha * g + beta * p
@@ -174,7 +492,7 @@ def difference_without_buffer(p: Any, g: Any, alpha: Any, beta: Any, kappa: Any,
 
 
 def displacement(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tuple[Array, Array | None]:
-    r"""Do all of the third stage but its last subtraction, for one layer.
+    r"""Return :math:`d = p - p'`, in the type that p is computed in, and v': the third stage without the subtraction.
 
     Parameters
     ----------
@@ -186,11 +504,11 @@ def displacement(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace
     Returns
     -------
     tuple (d, v')
-        :math:`d = p - p'`, of the dtype that p is computed in, and what `apply` returns beside p'.
+        v' is None where v is.
     """
     kind = compute_dtype(p, xp)
     c, lead = xp.astype(c, kind, copy=False), tuple(c.shape[:-1])
-    m, alpha, beta, kappa, lam, mu = (over_slices(c[..., i], lead, p.ndim, xp) for i in range(6))
+    m, alpha, beta, kappa, lam, mu = (_over_slices(c[..., i], lead, p.ndim, xp) for i in range(6))
     wide_p, wide_g = xp.astype(p, kind, copy=False), xp.astype(g, kind, copy=False)
     if v is None:
         return of_dtype(difference_without_buffer(wide_p, wide_g, alpha, beta, kappa, lam, mu), kind, xp), None
@@ -199,7 +517,7 @@ def displacement(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace
 
 
 def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tuple[Array, Array | None]:
-    r"""Third stage, for one layer: :math:`v' = m v + \alpha g + \beta p, p' = p - (\kappa v' + \lambda g + \mu p)`.
+    r"""Third stage, for one parameter: :math:`v' = m v + \alpha g + \beta p, p' = p - (\kappa v' + \lambda g + \mu p)`.
 
     Parameters
     ----------
@@ -225,39 +543,8 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
 # ------------------------------------------------------------------------------------------- the stages, put together
 
 
-def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
-    r"""Return :math:`\gamma`, what a layer's gradient is multiplied by before anything else is done with it.
-
-    .. math::
-        \gamma = \pm s \cdot \min\Bigl(1, \frac{\text{max\_grad\_norm}}{\|s\,g\|_{\text{all layers}}}\Bigr),
-        \qquad s = \text{rescale\_grad}
-
-    with minus for ``maximize``: a function of the sums, so that clipping by the global norm needs no pass of its own.
-
-    Parameters
-    ----------
-    hyper : Hyper
-        Hyper-parameters, arrays of shape (layers,).
-    S : array of shape (layers, 3), or None
-        What `sums` returned. None: nothing is clipped.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Returns
-    -------
-    array of shape (layers,)
-        The factor of each layer.
-    """
-    gamma = xp.where(hyper.maximize, -hyper.rescale_grad, hyper.rescale_grad)
-    if S is None:
-        return gamma
-    norm = xp.sqrt(xp.sum(hyper.rescale_grad**2 * S[:, 1]))
-    clipped = norm > hyper.max_grad_norm
-    return gamma * xp.where(clipped, hyper.max_grad_norm / xp.where(clipped, norm, 1.0), 1.0)
-
-
-class Prepared(NamedTuple):
-    """What is known of a step before memory is looked at; a row a layer, or a row for several that are alike.
+class RuleInputs(NamedTuple):
+    """All that is known of a step before the sums; one row a layer, or one for several layers that differ in sums only.
 
     Parameters
     ----------
@@ -266,7 +553,7 @@ class Prepared(NamedTuple):
     rules : sequence of Rule
         One a row.
     gamma : array of shape (rows,)
-        What gradients are multiplied by, before any clipping.
+        The factors of gradients, before any clipping.
     operand : tuple of arrays, or None
         The weights of the third sum, if a rule reads it.
     clips : bool
@@ -280,234 +567,127 @@ class Prepared(NamedTuple):
     clips: bool
 
 
-class Plan(NamedTuple):
-    """A step about to be taken: sums, factors of the gradients, coefficients, and what they were made with.
-
-    Of a step that was taken the coefficients, the most of it, are not kept.
-    """
+class StageOutputs(NamedTuple):
+    """The results of the first two stages, and the inputs that telemetry needs to interpret them."""
 
     S: Array
     gamma: Array
-    C: Array | None
+    C: Array
     hyper: Hyper
     rules: Sequence[Rule]
 
 
-def prepare(
-    groups: Sequence[Mapping[str, Any]],
-    group_of: Sequence[int],
-    *,
-    first: Any,
-    previous_lr: Any,
-    like: Array,
-    xp: Namespace,
-) -> Prepared:
-    """All that comes before the first stage.
-
-    Parameters
-    ----------
-    groups : sequence of mappings
-        Complete and checked hyper-parameters, one mapping a group.
-    group_of : sequence of int
-        The group of each row.
-    first, previous_lr : sequences or arrays of shape (rows,)
-        As in `Hyper`.
-    like : array
-        An array on the device where the tiny maths shall be done.
-    xp : Array API namespace
-        Its namespace.
-
-    Returns
-    -------
-    Prepared
-        What `plan` starts from.
-    """
-    hyper = vectors(groups, group_of, first, previous_lr, like=like, xp=xp)
-    return prepare_from(hyper, groups, group_of, xp=xp)
-
-
-def prepare_from(
-    hyper: Hyper, groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], *, xp: Namespace
-) -> Prepared:
-    """Do what `prepare` does once the hyper-parameters are spread over the rows.
-
-    Parameters
-    ----------
-    hyper : Hyper
-        Hyper-parameters, arrays of shape (rows,).
-    groups, group_of : sequences
-        As for `prepare`.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Returns
-    -------
-    Prepared
-        What `plan` starts from.
-    """
-    rule_of_group = [resolve(group["rule"]) for group in groups]
-    rules = [rule_of_group[k] for k in group_of]
+def rule_inputs(hyper: Hyper, rules: Sequence[Rule], *, clips: bool, xp: Namespace) -> RuleInputs:
+    """Return the inputs of the stages, from hyper-parameters spread over the rows."""
     gamma = gradient_factor(hyper, None, xp=xp)
     reads_third_sum = any(rule.norm_of != "gradient" for rule in rules)
     operand = _operand(hyper, rules, gamma, xp) if reads_third_sum else None
-    clips = any(group["max_grad_norm"] is not None for group in groups)
-    return Prepared(hyper, rules, gamma, operand, clips)
+    return RuleInputs(hyper, rules, gamma, operand, clips)
 
 
-def clipped(prepared: Prepared, S: Array, *, xp: Namespace) -> Prepared:
-    """Return what is known once the gradients' norms are.
+def clip_gradients(inputs: RuleInputs, S: Array, *, xp: Namespace) -> RuleInputs:
+    """Return the inputs with gradients clipped by their global norm.
 
-    The third sum is over clipped gradients: if there is an operand, all sums are to be taken again with it.
+    The third sum is over clipped gradients: if there is an operand, the sums have to be taken again with it.
 
     Parameters
     ----------
-    prepared : Prepared
-        A row a layer, or one for several that are alike.
+    inputs : RuleInputs
+        A row a layer, or one for several layers.
     S : array of shape (rows, 3)
-        What `sums` returned; of layers that are alike the sum.
+        The result of `sums`; in a row for several layers their total.
     xp : Array API namespace
         Namespace of the arrays.
 
     Returns
     -------
-    Prepared
-        With nothing left to be clipped.
+    RuleInputs
+        With `clips` False.
     """
-    hyper, rules, _, operand, _ = prepared
+    hyper, rules, _, operand, _ = inputs
     gamma = gradient_factor(hyper, S, xp=xp)
     operand = None if operand is None else _operand(hyper, rules, gamma, xp)
-    return Prepared(hyper, rules, gamma, operand, False)
+    return RuleInputs(hyper, rules, gamma, operand, False)
 
 
 def plan(
-    prepared: Prepared,
+    inputs: RuleInputs,
     measure: Callable[[Operand | None], Array],
     *,
     xp: Namespace,
     joined: Sequence[Sequence[int]] = (),
-) -> Plan:
-    """First and second stage, whoever visits memory.
+) -> StageOutputs:
+    """First and second stage, for any way of taking the sums.
 
     Parameters
     ----------
-    prepared : Prepared
+    inputs : RuleInputs
         A row a layer.
     measure : callable
         ``measure(operand) -> S``: the first stage over all layers, as `sums` does it.
     xp : Array API namespace
         Namespace of the arrays.
     joined : sequence of sequences of int
-        Rows that are one layer, and have its sums.
+        Rows that form one layer, and share its sums.
 
     Returns
     -------
-    Plan
-        All that `apply` and telemetry need.
+    StageOutputs
+        Sums and coefficients.
     """
-    S = measure(None if prepared.clips else prepared.operand)
-    if prepared.clips:
-        prepared = clipped(prepared, S, xp=xp)
-        if prepared.operand is not None:
-            S = measure(prepared.operand)
-    S = together(S, joined, xp=xp)
-    hyper, rules, gamma, *_ = prepared
-    return Plan(S, gamma, coefficients(S, hyper, rules, gamma, xp=xp), hyper, rules)
+    S = measure(None if inputs.clips else inputs.operand)
+    if inputs.clips:
+        inputs = clip_gradients(inputs, S, xp=xp)
+        if inputs.operand is not None:
+            S = measure(inputs.operand)
+    S = _sum_over_parts(S, joined, xp)
+    hyper, rules, gamma, *_ = inputs
+    return StageOutputs(S, gamma, coefficients(S, hyper, rules, gamma, xp=xp), hyper, rules)
 
 
-def lars_step(
-    p: Array,
-    g: Array,
-    v: Array | None = None,
+def step(
+    params: Sequence[Array],
+    grads: Sequence[Array],
+    buffers: Sequence[Array | None],
+    inputs: RuleInputs,
+    rows: LayerRows,
     *,
-    lr: Any,
-    momentum: Any = 0,
-    dampening: Any = 0,
-    weight_decay: Any = 0,
-    nesterov: bool = False,
-    trust_coefficient: Any = 1e-3,
-    eps: Any = 1e-8,
-    previous_lr: Any = None,
-    nonfinite: str = "propagate",
-    **options: Any,
-) -> tuple[Array, Array | None]:
-    r"""One step of one layer, as a pure function of arrays of any Array API namespace, also under ``jax.jit``.
+    xp: Namespace,
+    reduce: Callable[[Array], Array] | None = None,
+    third: Callable[..., tuple[Array, Array | None]] = apply,
+) -> tuple[list[Array], list[Array | None], StageOutputs]:
+    """All three stages over many parameters, as a pure function.
 
     Parameters
     ----------
-    p, g : arrays of one shape and device
-        Parameters and gradient; not modified. Both are real, of any two types, or complex, of one.
-    v : array of the shape of p, or None
-        Momentum buffer, float32 for half precision, else of the dtype of p; not modified. None: the first step.
-    lr, momentum, dampening, weight_decay : float or 0-d array
-        Hyper-parameters, as in `LARS`.
-    nesterov : bool
-        Nesterov's form of momentum.
-    trust_coefficient, eps : float or 0-d array
-        Hyper-parameters, as in `LARS`.
-    previous_lr : float or 0-d array, optional
-        Learning rate of the step before, which rules with momentum correction need. None: no change.
-    nonfinite : {"propagate", "skip", "raise"}
-        What becomes of non-finite sums: they go through; p and v are returned as they were (v None: as zeros); or
-        `NonFiniteError`, which reads a value and so cannot be traced.
-    **options
-        The other options of `LARS`: rule, trust_clip, trust_bounds, always_adapt, adapt, maximize, rescale_grad,
-        max_grad_norm, layer_axes.
+    params, grads, buffers : sequences of arrays
+        As for `sums`; not modified.
+    inputs : RuleInputs
+        A row a layer.
+    rows : LayerRows
+        The layers of the parameters.
+    xp : Array API namespace
+        Namespace of the arrays.
+    reduce : callable, optional
+        Applied to each table of sums, shape (layers, 3): a sum over the parts that other devices hold.
+    third : callable
+        `apply`, or `displacement` for the differences instead of the new parameters.
 
     Returns
     -------
-    tuple (p', v')
-        New arrays; but v' is v as it is where neither momentum nor the rule asks for a buffer.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As for `LARS`.
-
-    References
-    ----------
-    You, Gitman, Ginsburg 2017, arXiv 1708.03888.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> p, g = np.array([3.0, 4.0]), np.array([0.6, 0.8])
-    >>> p, v = lars_step(p, g, None, lr=0.1, momentum=0.9, weight_decay=1e-4)
-    >>> p
-    array([2.9997, 3.9996])
+    tuple (results, buffers, StageOutputs)
+        The two results of `third` for each parameter; sums and coefficients.
     """
-    given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
-    given |= {"trust_coefficient": trust_coefficient, "eps": eps, "nonfinite": nonfinite}
-    group = at_step(given | options, 0)
-    check_parameter("p", p)
-    check_gradient("p", g, p)
-    if group["master_weights"] and is_half(p):
-        raise ValueError("master_weights must be False in lars_step; give the master, of float32, as p")
-    if v is not None:
-        check_buffer("p", v, p)
-    xp = array_namespace(p)
-    buffer = v
-    if not needs_buffer(group):
-        buffer = None
-    elif v is None:
-        buffer = xp.zeros_like(p, dtype=compute_dtype(p, xp))
-    before = group["lr"] if previous_lr is None else previous_lr
-    stack = stack_of("p", p, group["layer_axes"], 0)
+    slices = rows.slices if rows.is_stacked else None
 
     def measure(operand: Operand | None) -> Array:
-        return sums([p], [g], [buffer], operand, xp=xp, leads=[stack.lead])
+        S = sums(params, grads, buffers, operand, xp=xp, slices=slices)
+        return S if reduce is None else reduce(S)
 
-    first = [v is None] * stack.rows
-    prepared = prepare([group], [0] * stack.rows, first=first, previous_lr=[before] * stack.rows, like=p, xp=xp)
-    step = plan(prepared, measure, xp=xp)
-    if nonfinite != "propagate":
-        most = most_squares([p], [g.dtype], like=p, xp=xp)
-        ok = xp.all(finite(step.S, step.C, largest([p], like=p, xp=xp), most, xp=xp))
-        if nonfinite == "raise" and not bool(ok):
-            refuse_nonfinite("p", p, g, xp=xp)
-    new_p, new_v = apply(p, g, buffer, stack.coefficients(step.C, xp=xp), xp=xp)
-    if nonfinite != "propagate":
-        new_p, new_v = xp.where(ok, new_p, p), None if buffer is None else xp.where(ok, new_v, buffer)
-    return new_p, v if buffer is None else new_v
+    outputs = plan(inputs, measure, xp=xp, joined=rows.joined)
+    arrays = zip(params, grads, buffers, rows.slices, strict=True)
+    results = [third(p, g, v, own.coefficients(outputs.C, xp=xp), xp=xp) for p, g, v, own in arrays]
+    return [new_p for new_p, _ in results], [new_v for _, new_v in results], outputs
 
 
 def _operand(hyper: Hyper, rules: Sequence[Rule], gamma: Array, xp: Namespace) -> Operand:
@@ -515,7 +695,7 @@ def _operand(hyper: Hyper, rules: Sequence[Rule], gamma: Array, xp: Namespace) -
 
     def where_norm_of(names: tuple[str, ...], x: Array, y: float) -> Array:
         concerned = [rule.norm_of in names for rule in rules]
-        if all(concerned):  # nothing has to be brought to a device
+        if all(concerned):  # nothing has to be copied to a device
             return x
         return xp.where(asarray(concerned, xp.bool, like=gamma, xp=xp), x, y)
 

@@ -1,4 +1,4 @@
-"""The optimizer as two pure functions, for arrays that can't be written to, and for tracing."""
+"""LARS as pure functions, for immutable arrays and for tracing: one step of one layer, or of a whole model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,111 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lars_array.arrays import asarray, check_buffer, check_gradient
-from lars_array.core import apply, plan, prepare, sums
-from lars_array.dtypes import accumulation_dtype, compute_dtype, is_half
-from lars_array.gradients import given_order, match_gradients
-from lars_array.hyper import at_step, needs_buffer
-from lars_array.nonfinite import finite, largest, most_squares, refuse_nonfinite
-from lars_array.parameters import Layout, read_parameters
-from lars_array.rows import joined_rows, labels_of, row_labels, stacks_of
+from lars_array._arrays import (
+    accumulation_dtype,
+    asarray,
+    check_buffer,
+    check_gradient,
+    check_parameter,
+    compute_dtype,
+    is_half,
+)
+from lars_array.core import step as core_step
+from lars_array.hyperparams import at_step, inputs_of, needs_buffer
+from lars_array.layers import LayerRows, labels_of
+from lars_array.nonfinite import finite_layers, refuse_nonfinite
+from lars_array.state.inputs import Layout, gradient_order, match_gradients, read_parameters
 
-__all__ = ["State", "init", "update"]
+__all__ = ["State", "init", "lars_step", "update"]
+
+
+def lars_step(
+    p: Any,
+    g: Any,
+    v: Any | None = None,
+    *,
+    lr: Any,
+    momentum: Any = 0,
+    dampening: Any = 0,
+    weight_decay: Any = 0,
+    nesterov: bool = False,
+    trust_coefficient: Any = 1e-3,
+    eps: Any = 1e-8,
+    previous_lr: Any = None,
+    nonfinite: str = "propagate",
+    **options: Any,
+) -> tuple[Any, Any]:
+    r"""One step of one layer, as a pure function of arrays of any Array API namespace, also under ``jax.jit``.
+
+    Parameters
+    ----------
+    p, g : arrays of one shape and device
+        Parameters and gradient; not modified. Both are real, of any two types, or complex, of one.
+    v : array of the shape of p, or None
+        Momentum buffer, float32 for half precision, else of the dtype of p; not modified. None: the first step.
+    lr, momentum, dampening, weight_decay : float or 0-d array
+        Hyper-parameters, as in `LARS`.
+    nesterov : bool
+        Nesterov's form of momentum.
+    trust_coefficient, eps : float or 0-d array
+        Hyper-parameters, as in `LARS`.
+    previous_lr : float or 0-d array, optional
+        Learning rate of the step before, which rules with momentum correction need. None: no change.
+    nonfinite : {"propagate", "skip", "raise"}
+        Non-finite sums go through; p and v are returned as they were (v None: as zeros); or
+        `NonFiniteError`, which reads a value and so cannot be traced.
+    **options
+        The other options of `LARS`: rule, trust_clip, trust_bounds, always_adapt, adapt, maximize, rescale_grad,
+        max_grad_norm, layer_axes.
+
+    Returns
+    -------
+    tuple (p', v')
+        New arrays; but v' is v as it is where neither momentum nor the rule asks for a buffer.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `LARS`.
+
+    References
+    ----------
+    You, Gitman, Ginsburg 2017, arXiv 1708.03888.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p, g = np.array([3.0, 4.0]), np.array([0.6, 0.8])
+    >>> p, v = lars_step(p, g, None, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    >>> p
+    array([2.9997, 3.9996])
+    """
+    given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
+    given |= {"trust_coefficient": trust_coefficient, "eps": eps, "nonfinite": nonfinite}
+    group = at_step(given | options, 0)
+    check_parameter("p", p)
+    check_gradient("p", g, p)
+    if group["master_weights"] and is_half(p):
+        raise ValueError("master_weights must be False in lars_step; give the master, of float32, as p")
+    if v is not None:
+        check_buffer("p", v, p)
+    xp = array_namespace(p)
+    buffer = v
+    if not needs_buffer(group):
+        buffer = None
+    elif v is None:
+        buffer = xp.zeros_like(p, dtype=compute_dtype(p, xp))
+    before = group["lr"] if previous_lr is None else previous_lr
+    rows = LayerRows.of(["p"], [p], [group["layer_axes"]], [None])
+    count = len(rows.owner)
+    inputs = inputs_of([group], [0] * count, [v is None] * count, [before] * count, like=p, xp=xp)
+    (new_p,), (new_v,), outputs = core_step([p], [g], [buffer], inputs, rows, xp=xp)
+    if nonfinite != "propagate":
+        ok = xp.all(finite_layers(outputs.S, outputs.C, [p] * count, [g.dtype] * count, xp=xp))
+        if nonfinite == "raise" and not bool(ok):
+            refuse_nonfinite("p", p, g, xp=xp)
+        new_p, new_v = xp.where(ok, new_p, p), None if buffer is None else xp.where(ok, new_v, buffer)
+    return new_p, v if buffer is None else new_v
 
 
 class State(NamedTuple):
@@ -115,75 +210,59 @@ def update(
     if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
         raise TypeError("update needs lr")
     names, arrays = _flat(layout)
-    gradients = match_gradients(grads, names, given_order(names))
-    layers = [i for i, g in enumerate(gradients) if g is not None]
-    for i in layers:
+    gradients = match_gradients(grads, names, gradient_order(names))
+    index = [i for i, g in enumerate(gradients) if g is not None]
+    for i in index:
         check_gradient(names[i], gradients[i], arrays[i])
     _check_state(state, names, arrays)
     given = hyper | {"nonfinite": "raise" if nonfinite is None else nonfinite}
     groups = [at_step(given | group.overrides, state.step) for group in layout.groups]
     _refuse_masters(layout, groups)
-    if not layers:
+    if not index:
         return params, state._replace(step=state.step + 1)
 
     xp, like = array_namespace(*arrays), arrays[0]
-    group_of_layer = [k for k, group in enumerate(layout.groups) for _ in group.names]
-    group_of = [group_of_layer[i] for i in layers]
+    group_of_all = [k for k, group in enumerate(layout.groups) for _ in group.names]
+    labels = labels_of(layer_of, names)
+    own, ps, gs, group_of, labels = ([x[i] for i in index] for x in (names, arrays, gradients, group_of_all, labels))
     keeps = [needs_buffer(groups[k]) for k in group_of]
-    own, labels = [names[i] for i in layers], labels_of(layer_of, names)
-    stacks = stacks_of(own, [arrays[i] for i in layers], [groups[k]["layer_axes"] for k in group_of])
-    joined = joined_rows(row_labels([labels[i] for i in layers], stacks))
-    owner = [k for k, stack in enumerate(stacks) for _ in range(stack.rows)]
-    leads = [stack.lead for stack in stacks] if len(owner) > len(stacks) else None
-    chosen, grads = [arrays[i] for i in layers], [gradients[i] for i in layers]
-    buffers = [state.momentum_buffers[names[i]] if keep else None for i, keep in zip(layers, keeps, strict=True)]
+    vs = [state.momentum_buffers[name] if keep else None for name, keep in zip(own, keeps, strict=True)]
+    rows = LayerRows.of(own, ps, [groups[k]["layer_axes"] for k in group_of], labels)
     # By name, since jax.jit hands out a mapping in the order of its keys.
     ranked = sorted(range(len(names)), key=names.__getitem__)
     rank = {i: r for r, i in enumerate(ranked)}
-    index = asarray([rank[layers[k]] for k in owner], like=like, xp=xp)
+    of_rows = asarray([rank[index[k]] for k in rows.owner], like=like, xp=xp)
+    with np.errstate(all="ignore"):  # non-finite numbers are reported by name
+        first, previous_lr = xp.take(state.first, of_rows), xp.take(state.previous_lr, of_rows)
+        inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, like=like, xp=xp)
+        new_ps, new_vs, outputs = core_step(ps, gs, vs, inputs, rows, xp=xp)
 
-    def measure(operand: Any) -> Any:
-        return sums(chosen, grads, buffers, operand, xp=xp, leads=leads)
-
-    with np.errstate(all="ignore"):  # what is not finite is dealt with by name
-        first, previous_lr = xp.take(state.first, index), xp.take(state.previous_lr, index)
-        of_rows = [group_of[k] for k in owner]
-        prepared = prepare(groups, of_rows, first=first, previous_lr=previous_lr, like=like, xp=xp)
-        step = plan(prepared, measure, xp=xp, joined=joined)
-        results = [
-            apply(p, g, v, stack.coefficients(step.C, xp=xp), xp=xp)
-            for stack, p, g, v in zip(stacks, chosen, grads, buffers, strict=True)
-        ]
-
-    policies = [groups[k]["nonfinite"] for k in of_rows]
-    of_owners = [chosen[k] for k in owner]
-    most = most_squares(of_owners, [grads[k].dtype for k in owner], like=like, xp=xp)
-    ok = finite(step.S, step.C, largest(of_owners, like=like, xp=xp), most, xp=xp)
-    ok = ok | asarray([p == "propagate" for p in policies], like=like, xp=xp)
+    policies = [groups[k]["nonfinite"] for k in rows.spread(group_of)]
+    ok = finite_layers(outputs.S, outputs.C, rows.spread(ps), rows.spread([g.dtype for g in gs]), xp=xp)
+    ok = ok | asarray([policy == "propagate" for policy in policies], like=like, xp=xp)
     if "raise" in policies:
-        spread = ([x[k] for k in owner] for x in (own, chosen, grads))
-        _refuse(ok, policies, *spread, explicit=nonfinite is not None, xp=xp)
+        _refuse(ok, policies, *map(rows.spread, (own, ps, gs)), explicit=nonfinite is not None, xp=xp)
     taken = xp.all(ok) if "skip" in policies else None
 
-    def chosen_of(new: Any, old: Any) -> Any:
+    def chosen(new: Any, old: Any) -> Any:
         return new if taken is None else xp.where(taken, new, old)
 
     new_arrays, new_buffers = list(arrays), dict(state.momentum_buffers)
-    for i, (new_p, new_v) in zip(layers, results, strict=True):
-        new_arrays[i] = chosen_of(new_p, arrays[i])
+    for i, new_p, new_v in zip(index, new_ps, new_vs, strict=True):
+        new_arrays[i] = chosen(new_p, arrays[i])
         if new_v is not None:
-            new_buffers[names[i]] = chosen_of(new_v, state.momentum_buffers[names[i]])
-    # Back from the layers that have gradients to all of them.
-    place = {i: k for k, i in enumerate(layers)}
-    row = asarray([stacks[place.get(i, 0)].start for i in ranked], like=like, xp=xp)
+            new_buffers[names[i]] = chosen(new_v, state.momentum_buffers[names[i]])
+    # Back from the parameters that have gradients to all of them.
+    place = {i: k for k, i in enumerate(index)}
+    row = asarray([rows.slices[place.get(i, 0)].start for i in ranked], like=like, xp=xp)
     kept = asarray([i in place and keeps[place[i]] for i in ranked], like=like, xp=xp)
     stepped = asarray([i in place for i in ranked], like=like, xp=xp)
-    lr_of = xp.where(stepped, xp.take(step.hyper.lr, row), state.previous_lr)
+    lr_of = xp.where(stepped, xp.take(outputs.hyper.lr, row), state.previous_lr)
     new_state = State(
-        step=chosen_of(state.step + 1, state.step),
+        step=chosen(state.step + 1, state.step),
         momentum_buffers=new_buffers,
-        first=chosen_of(state.first & ~kept, state.first),
-        previous_lr=chosen_of(lr_of, state.previous_lr),
+        first=chosen(state.first & ~kept, state.first),
+        previous_lr=chosen(lr_of, state.previous_lr),
     )
     return layout.rebuild(new_arrays), new_state
 

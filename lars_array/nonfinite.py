@@ -1,4 +1,4 @@
-"""What is done about sums and coefficients that are not finite."""
+"""Non-finite sums and coefficients: which layers have them, and the error."""
 
 from __future__ import annotations
 
@@ -8,40 +8,43 @@ from typing import Any
 
 from array_api_compat import size
 
-from lars_array.arrays import asarray
-from lars_array.dtypes import COMPUTE, accumulation_dtype, dtype_name, real_dtype
+from lars_array._arrays import COMPUTE, accumulation_dtype, asarray, dtype_name, real_dtype
 
-__all__ = ["NonFiniteError", "all_finite", "finite", "largest", "most_squares", "refuse_nonfinite"]
+__all__ = [
+    "CAUSES",
+    "GRADIENT",
+    "PARAMETER",
+    "POLICIES",
+    "UPDATE",
+    "NonFiniteError",
+    "finite",
+    "finite_layers",
+    "max_finite",
+    "max_square_sum",
+    "quick_finite",
+    "refuse_nonfinite",
+]
+
+POLICIES = ("raise", "skip", "propagate")
+
+# The causes of a rejected step, as a device reports them: by index.
+CAUSES = ("gradient", "parameter", "update")
+GRADIENT, PARAMETER, UPDATE = range(3)
 
 
 class NonFiniteError(ValueError):
-    """A step was refused, and nothing changed, because a layer's update would not have been finite."""
+    """A step was rejected, and nothing changed, because a layer's update would not have been finite."""
 
 
-def largest(params: Sequence[Any], *, like: Any, xp: Any) -> Any:
-    """Return the largest number of the type that each layer is computed in, an array of shape (layers,) beside `like`.
-
-    Parameters
-    ----------
-    params : sequence of arrays
-        One entry a layer.
-    like : array
-        An array on the device where the result shall be.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Returns
-    -------
-    array of shape (layers,)
-        In the type that sums are accumulated in.
-    """
+def max_finite(params: Sequence[Any], *, like: Any, xp: Any) -> Any:
+    """Return the largest number of the type that each layer is computed in, an array of shape (layers,)."""
     types = [real_dtype(p, xp) for p in params]
     limits = {kind: float(xp.finfo(kind).max) for kind in set(types)}
     return asarray([limits[kind] for kind in types], accumulation_dtype(xp), like=like, xp=xp)
 
 
-def most_squares(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, xp: Any) -> Any:
-    """Return up to which sum of its squares a gradient is certain to fit into the type that its layer is computed in.
+def max_square_sum(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, xp: Any) -> Any:
+    """Return the largest sum of squares for which casting each gradient to its compute dtype cannot overflow.
 
     Parameters
     ----------
@@ -50,14 +53,14 @@ def most_squares(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, xp:
     dtypes : sequence of dtypes
         Those of their gradients.
     like : array
-        An array on the device where the result shall be.
+        An array on the device of the result.
     xp : Array API namespace
         Namespace of the arrays.
 
     Returns
     -------
     array of shape (layers,), or None
-        Infinite where the gradient's type is no wider; None where all of it would be.
+        Infinite where the gradient's type is no wider; None if that is so for all layers.
     """
     wide = [dtype_name(dtype) == "float64" for dtype in dtypes]
     if not any(wide):
@@ -68,7 +71,7 @@ def most_squares(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, xp:
     return asarray(most, accumulation_dtype(xp), like=like, xp=xp) if any(narrowed) else None
 
 
-def finite(S: Any, C: Any, limit: Any, most: Any = None, *, xp: Any) -> Any:
+def finite(S: Any, C: Any, limit: Any, square_limit: Any = None, *, xp: Any) -> Any:
     """Return where sums and coefficients are finite in the type that a layer is computed in.
 
     Parameters
@@ -76,9 +79,9 @@ def finite(S: Any, C: Any, limit: Any, most: Any = None, *, xp: Any) -> Any:
     S, C : arrays of shape (layers, 3) and (layers, 6)
         Sums and coefficients.
     limit : array of shape (layers,)
-        From `largest`.
-    most : array of shape (layers,), optional
-        From `most_squares`.
+        From `max_finite`.
+    square_limit : array of shape (layers,), optional
+        From `max_square_sum`.
     xp : Array API namespace
         Namespace of the arrays.
 
@@ -88,36 +91,27 @@ def finite(S: Any, C: Any, limit: Any, most: Any = None, *, xp: Any) -> Any:
         False where the layer's update would not be finite.
     """
     ok = xp.all(xp.isfinite(S), axis=1) & xp.all(xp.abs(C) <= limit[:, None], axis=1)
-    return ok if most is None else ok & (S[:, 1] <= most)
+    return ok if square_limit is None else ok & (S[:, 1] <= square_limit)
 
 
-def all_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
-    """Return True only where `finite` is true of all layers: at once, for a limit that holds for all of them."""
+def finite_layers(S: Any, C: Any, params: Sequence[Any], dtypes: Sequence[Any], *, xp: Any) -> Any:
+    """Return `finite` for layers with these parameters and types of gradients."""
+    limit = max_finite(params, like=params[0], xp=xp)
+    return finite(S, C, limit, max_square_sum(params, dtypes, like=params[0], xp=xp), xp=xp)
+
+
+def quick_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
+    """Return True only if `finite` is true of all layers: one test for a limit that holds for all of them."""
     return bool(xp.max(S) < inf) and bool(xp.max(C) <= limit) and bool(xp.min(C) >= -limit)
 
 
 def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:
-    """Raise for the layer `name`, saying what of it is not finite.
-
-    Parameters
-    ----------
-    name : str
-        The layer's name.
-    p, g : arrays
-        Its parameters and its gradient.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Raises
-    ------
-    NonFiniteError
-        Always.
-    """
-    for what, x in (("gradient", g), ("parameter", p)):
+    """Raise NonFiniteError for the layer `name`, whose parameters are p and gradient g."""
+    for kind, x in (("gradient", g), ("parameter", p)):
         count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
         if count:
             raise NonFiniteError(
-                f"the {what} of {name!r} has {count} non-finite entries of {size(x)}; nothing was changed"
+                f"the {kind} of {name!r} has {count} non-finite entries of {size(x)}; nothing was changed"
             )
     raise NonFiniteError(
         f"the update of {name!r} overflows {p.dtype!r} or the float64 of its norms; nothing was changed"

@@ -1,42 +1,24 @@
-"""The optimizer for arrays that are updated in place: parameter groups, state and checks. No maths."""
+"""The optimizer for arrays that are updated in place: parameter groups, state and counts of steps. No maths."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from array_api_compat import array_namespace
 
-from lars_array.arrays import at_home, listed
-from lars_array.checkpoint import read_checkpoint
-from lars_array.gradients import given_order, match_gradients
-from lars_array.hyper import DEFAULTS, complete
-from lars_array.moves import read_move
-from lars_array.parameters import read_parameters
-from lars_array.registry import Rule
-from lars_array.roster import KEPT, Roster
-from lars_array.rows import LayerOf
-from lars_array.settings import Settings, checked, options_of
-from lars_array.stepper import Stepper
-from lars_array.telemetry import Norms, trust_ratios
+from lars_array._arrays import device_context
+from lars_array._stepper import Stepper
+from lars_array.core import Rule
+from lars_array.hyperparams import DEFAULTS, Hyperparams, complete, options_of, readable, required
+from lars_array.layers import LayerOf
+from lars_array.state.checkpoint import read_checkpoint
+from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
+from lars_array.state.store import KEPT, ParamState
+from lars_array.telemetry import Norms, StepResult
 
-__all__ = ["LARS", "required"]
-
-
-class _Required:
-    """The default of an argument that has none, as in torch.optim of flash's days."""
-
-    def __repr__(self) -> str:
-        return "<required parameter>"
-
-    def __reduce__(self) -> str:
-        return "required"  # copies and pickles are the one there is
-
-
-required = _Required()
+__all__ = ["LARS"]
 
 
 class LARS:
@@ -52,7 +34,7 @@ class LARS:
     Parameters
     ----------
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
-        The parameters, updated in place, unless `step` is told where else: float64, float32, float16, bfloat16 or
+        The parameters, updated in place: float64, float32, float16, bfloat16 or
         complex arrays of NumPy, or of any Array API library whose arrays can be written to. A group is a dict
         ``{"params": any of the former, **overrides}``; every argument below but `kernel` can be overridden. Parameters
         without a name are named by their position.
@@ -89,8 +71,8 @@ class LARS:
     nonfinite : {"raise", "skip", "propagate"}
         What is done about a layer whose parameters, gradient or coefficients are not finite: `NonFiniteError`, naming
         it, and nothing is changed; nothing is changed and `skipped_steps` counts it; or nothing at all. Momentum
-        buffers are not looked at. Parameters on a device are waited for by nobody: there "raise" leaves out the step
-        as "skip" does, and the error comes with the first later call that finds the news arrived, see `synchronize`.
+        buffers are not checked. On a GPU the host does not wait: with "raise" the step is skipped, and a later call
+        raises, at the latest `synchronize`.
     layer_axes : int
         How many leading axes of a parameter say which layer it is, 0 by default: with 1 each ``p[i]`` is a layer with
         norms of its own, as in the stacked parameters of scanned layers or of experts. Not to be changed later.
@@ -189,14 +171,16 @@ class LARS:
             "layer_axes": layer_axes,
             "master_weights": master_weights,
         }
-        checked(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
+        readable(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         self.steps = 0
         self.skipped_steps = 0
         self.param_groups: list[dict[str, Any]] = []
-        self._axes: list[int] = []  # of each group, and not to be changed
-        self._order: list[int] | None = None
-        self._settings = Settings()
-        self._stepper = Stepper(Roster(layer_of), kernel)
+        self._layer_axes: list[int] = []  # of each group
+        self._order: list[int] | None = None  # of the gradients in an iterable
+        self._last: StepResult | None = None
+        self._hyperparams = Hyperparams()
+        self._state = ParamState(layer_of)
+        self._stepper = Stepper(kernel)
         self._add(params)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -222,9 +206,8 @@ class LARS:
         closure: Callable[[], tuple[Any, Any]] | None = None,
         *,
         found_inf: Any = None,
-        out: Any = None,
     ) -> Any:
-        """Update the parameters, in place or to `out`. Either all of the step is done or, where it is refused, nothing.
+        """Update the parameters in place. If the step is rejected, nothing has changed.
 
         Parameters
         ----------
@@ -235,14 +218,8 @@ class LARS:
         closure : callable, optional
             Returns (loss, grads); given instead of `grads`.
         found_inf : number or array of shape (), optional
-            Beside the parameters. Where it isn't zero the step is skipped, whatever `nonfinite` says: what a loss
-            scaler has found.
-        out : mapping of name to array, or iterable of arrays, optional
-            In the form of `grads`: for each parameter that has a gradient an array like it, in memory that nothing else
-            lies in, which the new parameter is written to; None for others. From then on these arrays are the
-            parameters, in `param_groups` too. The old ones stay as they are, and gradients may share memory with them.
-            A step that is refused or skipped writes nothing and moves nothing; but where a device decides on that,
-            parameters move all the same, and the new ones are copies of the old.
+            Beside the parameters. Where it isn't zero the step is skipped, whatever `nonfinite` says: the result of a
+            loss scaler.
 
         Returns
         -------
@@ -252,12 +229,11 @@ class LARS:
         Raises
         ------
         ValueError, TypeError
-            If `grads` or `out` does not fit the parameters, shares memory with what is written to, or a hyper-parameter
-            is out of range.
+            If `grads` does not fit the parameters or shares memory with them, or a hyper-parameter is out of range.
         NonFiniteError
             See `nonfinite`.
         """
-        self._hear()
+        self._poll_device()
         loss = None
         if closure is not None:
             if grads is not None:
@@ -265,39 +241,33 @@ class LARS:
             loss, grads = _loss_and_gradients(closure())
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
-        roster = self._stepper.roster
-        gradients = roster.gradients(match_gradients(grads, roster.given, self._order))
-        index: Sequence[int] = range(len(gradients))
-        if set(map(type, gradients)) != {np.ndarray}:
-            found = [i for i, g in enumerate(gradients) if g is not None]
-            gradients = [_detached(gradients[i]) for i in found]
-            index = found if len(found) < len(index) else index
-        groups = self._settings.at(self.param_groups, self.steps)
-        self._check_axes(groups)
-        move = None if out is None else read_move(out, roster, self._order, index)
-        if self._stepper.step(index, gradients, groups, found_inf, move):
-            self.steps += 1
-            if move is not None:
-                self._show_moved()
-        else:
+        gradients = match_gradients(grads, self._state.names, self._order)
+        groups = self._hyperparams.read(self.param_groups, self.steps)
+        self._check_axes()
+        result = self._stepper.step(self._state, [_detached(g) for g in gradients], groups, found_inf)
+        if result is None:
             self.skipped_steps += 1
+            return loss
+        self.steps += 1
+        if result.names:
+            self._last = result
         return loss
 
     def synchronize(self) -> None:
-        """Wait for the device until all steps are done, and then know what became of them.
+        """Wait for the device, and update `steps` and `skipped_steps`.
 
         Raises
         ------
         NonFiniteError
-            If a step was refused since the last call that has said so. That step has changed nothing; those after it
-            were taken.
+            If the device has rejected a step since the last call that raised. That step has changed nothing; those
+            after it were taken.
         """
-        self._hear(wait=True)
+        self._poll_device(wait=True)
 
     def norms(self) -> dict[str, Norms]:
-        """Return the norms that the last step was taken with; they cost nothing, but a device is waited for.
+        """Return the norms of the last step, which cost no extra pass; waits for a device.
 
-        On a device this is the last step, whether it was taken or not.
+        On a device the last step counts whether it was taken or not.
 
         Returns
         -------
@@ -305,15 +275,10 @@ class LARS:
             By name of parameter, of those that had a gradient; of a stacked one by slice, "w[0]"; of one that is part
             of a layer, the norms of the layer. Empty before the first step.
         """
-        last = self._stepper.last
-        if last is None:
-            return {}
-        with at_home(self._stepper.roster.params[0]):
-            p_squares, g_squares = (listed(last.planned().S[:, i]) for i in (0, 1))
-        return dict(zip(last.names, [Norms(p**0.5, g**0.5) for p, g in zip(p_squares, g_squares)]))
+        return {} if self._last is None else self._last.norms()
 
     def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios that the last step was taken with; see `norms`.
+        """Return the trust ratios of the last step; see `norms`.
 
         Returns
         -------
@@ -321,11 +286,7 @@ class LARS:
             By name of parameter, of those that had a gradient; 1.0 where a layer was not adapted. Empty before the
             first step.
         """
-        last = self._stepper.last
-        if last is None:
-            return {}
-        with at_home(self._stepper.roster.params[0]):
-            return dict(zip(last.names, listed(trust_ratios(last))))
+        return {} if self._last is None else self._last.trust_ratios()
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that a step depends on beside the parameters.
@@ -339,13 +300,13 @@ class LARS:
         Raises
         ------
         NonFiniteError
-            As `synchronize` does: what is saved must be known.
+            As `synchronize` does.
         """
         self.synchronize()
         state = self.state_views()
         for own in state.values():
             for key in own.keys() & KEPT:
-                with at_home(own[key]):
+                with device_context(own[key]):
                     own[key] = array_namespace(own[key]).asarray(own[key], copy=True)
         groups = [copy.deepcopy(options_of(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
@@ -363,10 +324,10 @@ class LARS:
         ValueError, TypeError
             If it does not fit these parameters; then nothing was changed.
         """
-        roster = self._stepper.roster
-        with at_home(roster.arrays[0]):
-            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], roster.arrays)
-            self._stepper.attach(read.state, copied=True)
+        state = self._state
+        with device_context(state.params[0]):
+            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], state.params)
+            state.attach(read.state, copied=True)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options | {"layer_axes": group["layer_axes"]})
@@ -377,17 +338,14 @@ class LARS:
         Parameters
         ----------
         wait : bool
-            False: a device is not waited for. Then "previous_lr" is left out, and a buffer may not be used yet.
+            False: do not wait for a device. Then "previous_lr" is left out, and a buffer may be unused.
 
         Returns
         -------
         dict
             By name of parameter; see `attach_state`.
         """
-        roster = self._stepper.roster
-        if not wait:
-            return roster.views(roster.buffers.rows, None)
-        return roster.views(*self._stepper.standing())
+        return self._state.views(wait=wait)
 
     def attach_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what `state_views` returned, without copying: from then on steps write into these arrays.
@@ -404,7 +362,7 @@ class LARS:
             If a name is unknown, or an array does not fit its parameter; then nothing was changed.
         """
         self.synchronize()
-        self._stepper.attach(state)
+        self._state.attach(state)
 
     def __repr__(self) -> str:
         lines = []
@@ -416,11 +374,11 @@ class LARS:
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        return self.__dict__
+        return self.__dict__ | {"_last": None if self._last is None else self._last.settled()}
 
     def _add(self, params: Any) -> None:
-        roster, number = self._stepper.roster, len(self.param_groups)
-        layout = read_parameters(params, start=len(roster.given))
+        number = len(self.param_groups)
+        layout = read_parameters(params, start=len(self._state.names))
         groups: list[dict[str, Any]] = []
         for group in layout.groups:
             options = complete(self.defaults | group.overrides)
@@ -429,38 +387,33 @@ class LARS:
                 raise ValueError(
                     f"parameter group {which} didn't specify a value of required optimization parameter lr"
                 )
-            checked(options, self.steps)
+            readable(options, self.steps)
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
-        longer = roster.joined_by(layout.groups, axes, number)
+        state = self._state.extended(layout.groups, axes)
+        self._stepper.choose_kernel(state.params)
         self.synchronize()
-        self._stepper.extend(longer)
+        self._state = state
         self.param_groups += groups
-        self._axes += axes
-        self._order = given_order(longer.given)
+        self._layer_axes += axes
+        self._order = gradient_order(state.names)
 
-    def _show_moved(self) -> None:
-        arrays = iter(self._stepper.roster.arrays)
-        for group in self.param_groups:
-            group["params"][:] = islice(arrays, len(group["params"]))
-
-    def _check_axes(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        for number, (group, known) in enumerate(zip(groups, self._axes)):
+    def _check_axes(self) -> None:
+        for number, (group, known) in enumerate(zip(self.param_groups, self._layer_axes)):
             if group["layer_axes"] != known:
                 rule = f"layer_axes of parameter group {number} must stay what it was, {known!r}"
                 raise ValueError(f"{rule}; got {group['layer_axes']!r}")
 
-    def _hear(self, *, wait: bool = False) -> None:
-        """Count as what they were the steps of which the device has sent news, and raise if one was refused."""
-        heard = self._stepper.news(wait=wait)
-        if heard is None:
+    def _poll_device(self, *, wait: bool = False) -> None:
+        """Update the step counters from the device and raise if it rejected a step."""
+        if self._state.device is None:
             return
-        before, now, replayed = heard
-        skipped, not_taken = now.skipped - before.skipped, now.refused - before.refused
+        before, now, replayed = self._state.device.poll(wait=wait)
+        skipped, rejected = now.skipped - before.skipped, now.rejected - before.rejected
         self.skipped_steps += skipped
-        self.steps += replayed - skipped - not_taken
-        if not_taken:
-            raise self._stepper.refused(now)
+        self.steps += replayed - skipped - rejected
+        if rejected:
+            raise now.error(self._state.row_names())
 
 
 def _detached(g: Any) -> Any:

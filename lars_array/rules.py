@@ -1,6 +1,6 @@
-r"""The variants of LARS by name: what other implementations compute, each a few lines from the same blocks.
+r"""The variants of LARS by name, each a few lines from the same building blocks, and presets of their defaults.
 
-Every rule is a function ``rule(S, hyper, xp) -> C`` as `lars_array.registry.Rule` describes. Notation, as in the
+Every rule is a function ``rule(S, hyper, xp) -> C`` as `lars_array.Rule` describes. Notation, as in the
 docstrings: :math:`\eta` trust coefficient, w weight decay, :math:`\mu` momentum, :math:`\tau` dampening,
 :math:`r` trust ratio, :math:`d = g + w p`. RAW means :math:`\eta\|p\| / (\|g\| + w\|p\| + \epsilon)` and
 SUM :math:`\eta\|p\| / (\|d\| + \epsilon)`.
@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lars_array.blocks import momentum_form, norms, trust_ratio
-from lars_array.core import flash
-from lars_array.hyper import Hyper
-from lars_array.registry import register
+from lars_array.core import RULES, Hyper, flash, momentum_form, norms, register, trust_ratio
 
 __all__ = [
+    "PRESETS",
     "apex",
     "barlow",
     "flash",
@@ -25,6 +23,7 @@ __all__ = [
     "optax",
     "paddle",
     "paper",
+    "preset",
     "simclr_popular",
     "tf_contrib",
     "timm",
@@ -57,8 +56,8 @@ def paper(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     retired_benchmarks/resnet-tf2/tensorflow2/lars_optimizer.py; open-lars 0.1.1; tinygrad 0.14.0 nn/optim.py
     (classic); mmselfsup mmselfsup/engine/optimizers/lars.py; tensorflow/tpu models/official/efficientnet.
     """
-    into = hyper.lr * _raw_ratio(S, hyper, xp)
-    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp)
+    grad_scale = hyper.lr * _raw_ratio(S, hyper, xp)
+    return momentum_form(grad_scale, xp.ones_like(grad_scale), hyper.weight_decay, hyper, xp)
 
 
 @register("timm")
@@ -90,7 +89,7 @@ def kozistr(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     p_norm, g_norm, _ = norms(S, xp)
     denominator = g_norm + hyper.weight_decay * p_norm
     ratio = trust_ratio(p_norm, denominator, (p_norm > 0) & (denominator > 0), hyper, xp)
-    return momentum_form(ratio, hyper.lr, hyper.weight_decay, hyper, xp, starts_as_copy=False)
+    return momentum_form(ratio, hyper.lr, hyper.weight_decay, hyper, xp, dampen_first_step=True)
 
 
 @register("barlow", "vicreg", "moco-v3", norm_of="decayed gradient", keeps_buffer=True)
@@ -110,8 +109,8 @@ def optax(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     Sources: optax 0.2.8 optax/_src/alias.py; google-research/simclr lars_optimizer.py and tf-models-official 2.20.0
     official/modeling/optimization/lars.py (classic momentum).
     """
-    into = hyper.lr * _sum_ratio(S, hyper, xp)
-    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp)
+    grad_scale = hyper.lr * _sum_ratio(S, hyper, xp)
+    return momentum_form(grad_scale, xp.ones_like(grad_scale), hyper.weight_decay, hyper, xp)
 
 
 @register("simclr-popular", "tf-models-popular", norm_of="update", keeps_buffer=True)
@@ -133,11 +132,11 @@ def nvidia(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     Sources: mlcommons/training_results_v0.7 NVIDIA resnet MXNet fit.py, SGDwLARS and SGDwFASTLARS; MXNet 1.9.1
     python/mxnet/optimizer/lars.py.
     """
-    into = hyper.lr * _raw_ratio(S, hyper, xp)
+    grad_scale = hyper.lr * _raw_ratio(S, hyper, xp)
     known = hyper.previous_lr > 0
     correction = xp.where(known, hyper.lr / xp.where(known, hyper.previous_lr, 1.0), 1.0)
     momentum = hyper.momentum * correction
-    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp, momentum=momentum)
+    return momentum_form(grad_scale, xp.ones_like(grad_scale), hyper.weight_decay, hyper, xp, momentum=momentum)
 
 
 @register("tinygrad-popular")
@@ -168,5 +167,68 @@ def tf_contrib(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 def paddle(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     r"""As paper, but layers without decay are not adapted. Source: Paddle 3.3.1 lars_momentum_kernel."""
     adapted = (hyper.weight_decay > 0) | hyper.always_adapt
-    into = hyper.lr * xp.where(adapted, _raw_ratio(S, hyper, xp), 1.0)
-    return momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp)
+    grad_scale = hyper.lr * xp.where(adapted, _raw_ratio(S, hyper, xp), 1.0)
+    return momentum_form(grad_scale, xp.ones_like(grad_scale), hyper.weight_decay, hyper, xp)
+
+
+# ----------------------------------------------------------------------------------------------------------- presets
+
+_FAIR = {"momentum": 0.9, "eps": 0.0}
+_SIMCLR = {"momentum": 0.9, "eps": 0.0}
+_TENSORFLOW = {"momentum": 0.9, "weight_decay": 1e-4, "eps": 0.0}
+
+# By rule, where the original's defaults are not those of `LARS`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "torch-optimizer": {"trust_coefficient": 0.01},
+    "kozistr": {"momentum": 0.9, "eps": 0.0},
+    "apex": {"trust_coefficient": 0.02, "trust_clip": True},
+    "barlow": _FAIR,
+    "vicreg": _FAIR,
+    "moco-v3": _FAIR,
+    "optax": {"momentum": 0.9, "eps": 0.0},
+    "simclr": _SIMCLR,
+    "simclr-popular": _SIMCLR,
+    "tf-models": _SIMCLR,
+    "tf-models-popular": _SIMCLR,
+    # The reference's 0.0 is falsy and gives way to Keras's 1e-7.
+    "mlperf": _TENSORFLOW | {"eps": 1e-7},
+    "tf-tpu": _TENSORFLOW,
+    "tf-contrib": _TENSORFLOW,
+    "tinygrad": _TENSORFLOW,
+    "tinygrad-popular": _TENSORFLOW,
+    "nvidia": {"eps": 0.0},
+    "mxnet": {"eps": 0.0},
+    "nus": {"eps": 0.0},
+    "colossalai": {"eps": 0.0},
+    "open-lars": {"momentum": 0.9},
+    "paddle": {"momentum": 0.9, "weight_decay": 5e-4, "eps": 0.0},
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return the arguments that make `LARS` the implementation `name` as its authors ship it.
+
+    Parameters
+    ----------
+    name : str
+        A name in `lars_array.RULES`.
+
+    Returns
+    -------
+    dict
+        The rule, and the original's defaults where they are not those of `LARS`. Exclusions by name or number of axes,
+        which some originals have built in, are the business of `param_groups`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+
+    Examples
+    --------
+    >>> preset("apex")
+    {'rule': 'apex', 'trust_coefficient': 0.02, 'trust_clip': True}
+    """
+    if name not in RULES:
+        raise ValueError(f"name must be one of {', '.join(sorted(RULES))}; got {name!r}")
+    return {"rule": name, **PRESETS.get(name, {})}

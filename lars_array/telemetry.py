@@ -1,16 +1,16 @@
-"""Norms and trust ratios, from what a step has computed anyway."""
+"""Norms and trust ratios of a step, from the results of its stages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lars_array.core import coefficients
-from lars_array.hyper import Hyper
-from lars_array.layers import Taken
+from lars_array._arrays import device_context, to_floats
+from lars_array.core import Hyper, Rule, coefficients
 
-__all__ = ["Norms", "trust_ratios"]
+__all__ = ["Norms", "StepResult"]
 
 
 class Norms(NamedTuple):
@@ -28,30 +28,63 @@ class Norms(NamedTuple):
     gradient: float
 
 
-def trust_ratios(step: Taken) -> Any:
-    r"""Return each layer's trust ratio: its first-order step along the gradient, relative to that of SGD.
-
-    Taken from the coefficients, :math:`(\kappa\alpha + \lambda)` over the same of SGD, so any rule has one.
+class StepResult(NamedTuple):
+    """A step that was taken, or queued on a device.
 
     Parameters
     ----------
-    step : Taken
-        What `Layers.step` returned.
-
-    Returns
-    -------
-    array of shape (layers,)
-        1 where a layer was not adapted.
+    names : sequence of str
+        The names of its rows.
+    S : array of shape (rows, 3)
+        Its sums.
+    inputs : callable
+        Returns gradient factors, hyper-parameters and rules, one a row: only telemetry needs them.
     """
-    (S, gamma, _, hyper, rules), kind_of = step.planned(), step.kind_of
-    xp = array_namespace(S)
-    if kind_of is not None:
-        gamma, hyper = xp.take(gamma, kind_of), Hyper(*(xp.take(field, kind_of) for field in hyper))
-        rules = [rules[kind] for kind in kind_of.tolist()]
-    # A warm-up may start at lr = 0 and a buffer be damped to nothing: there is a ratio all the same, the limit.
-    lr = xp.where(hyper.lr == 0, float(xp.finfo(hyper.lr.dtype).smallest_normal) ** 0.5, hyper.lr)
-    hyper = hyper._replace(lr=lr, dampening=0 * hyper.dampening)
-    S = xp.stack([S[:, 0], gamma**2 * S[:, 1], S[:, 2]], axis=1)
-    C = coefficients(S, hyper, rules, xp.ones_like(gamma), xp=xp)
-    alpha, kappa, lam = C[:, 1], C[:, 3], C[:, 4]
-    return (kappa * alpha + lam) / (hyper.lr * xp.where(hyper.nesterov, 1 + hyper.momentum, 1.0))
+
+    names: Sequence[str]
+    S: Any
+    inputs: Callable[[], tuple[Any, Hyper, Sequence[Rule]]]
+
+    @classmethod
+    def of_nothing(cls) -> StepResult:
+        """Return the result of a step in which no parameter had a gradient."""
+        return cls((), None, lambda: None)
+
+    def norms(self) -> dict[str, Norms]:
+        """Return the norms of each row by name; waits for a device."""
+        with device_context(self.S):
+            p_squares, g_squares = (to_floats(self.S[:, i]) for i in (0, 1))
+        return dict(zip(self.names, [Norms(p**0.5, g**0.5) for p, g in zip(p_squares, g_squares)]))
+
+    def trust_ratios(self) -> dict[str, float]:
+        r"""Return the trust ratio of each row by name: its first-order step along the gradient, relative to SGD's.
+
+        Taken from the coefficients, :math:`(\kappa\alpha + \lambda)` over the same of SGD, so any rule has one; 1
+        where a layer was not adapted. Waits for a device.
+        """
+        xp = array_namespace(self.S)
+        with device_context(self.S):
+            gamma, hyper, rules = self.inputs()
+            # A warm-up may start at lr = 0 and dampening 1 leave nothing in a buffer: the ratio is the limit.
+            lr = xp.where(hyper.lr == 0, float(xp.finfo(hyper.lr.dtype).smallest_normal) ** 0.5, hyper.lr)
+            hyper = hyper._replace(lr=lr, dampening=0 * hyper.dampening)
+            S = xp.stack([self.S[:, 0], gamma**2 * self.S[:, 1], self.S[:, 2]], axis=1)
+            C = coefficients(S, hyper, rules, xp.ones_like(gamma), xp=xp)
+            alpha, kappa, lam = C[:, 1], C[:, 3], C[:, 4]
+            ratios = (kappa * alpha + lam) / (hyper.lr * xp.where(hyper.nesterov, 1 + hyper.momentum, 1.0))
+            return dict(zip(self.names, to_floats(ratios)))
+
+    def settled(self) -> StepResult:
+        """Return the result with its inputs evaluated, which can be pickled."""
+        found = self.inputs()
+        return self._replace(inputs=_Constant(found))
+
+
+class _Constant:
+    """A function that returns one value, and can be pickled."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        return self.value

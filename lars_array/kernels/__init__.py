@@ -1,24 +1,21 @@
-"""How memory is visited: `sums` and `apply` for particular arrays. Kernels do not know what LARS is.
+"""Kernels: `sums` and `apply` for particular arrays, by name.
 
-A kernel is a class ``Kernel`` in a module of this package that is imported when it is first asked for::
+A kernel is a class ``Kernel`` in a module of this package that is imported when it is first chosen::
 
-    TAKES                              a description
-    unusable(params) -> str or None    why it can't take these parameters; a static method
-    Kernel(params, buffers, xp, masters=None)
-                                       for the layers of a step, as long as they are the same; a buffer may be None.
-                                       Where `masters` has an array, it is what is trained, and the parameter becomes
-                                       its rounding; gradients may be of any type that fits, now this, now that
-        .sums(grads, operand) -> S     as core.sums
-        .apply(grads, C, written=None, out=None) -> None
-                                       as core.apply for each layer, in place, or to the arrays `out` instead of
-                                       `params`; `written`, a bool array of shape (), lies beside the parameters:
-                                       where it is false nothing at all is changed, and `out` gets a copy of `params`
-        .move(params) -> None          the parameters are these from now on, what was `out` before
+    DESCRIPTION                            the arrays it takes
+    unsupported_reason(params)             why it can't take these parameters, or None; a static method
+    fallback()                             the kernel for arrays that are not dense; None: it takes all; a static method
+    Kernel(arrays, xp)                     for the rows of a step, a `KernelArrays`
+        .sums(grads, operand) -> S         as core.sums, of `Gradients`
+        .apply(grads, C, taken=None)       as core.apply for each row, in place; on a device, where `taken`, a bool
+                                           array of shape (), is true
 
-and, if it takes NumPy arrays, ``addresses(arrays)``, where their data begin, a static method; if it sees quickly
-that arrays look as others did, ``looks(arrays)``, a `lars_array.looks.Looks`; and, if it can compute coefficients by
-itself, ``.take(...)``, see `lars_array.kernels.compiled`, or where the host is not to wait,
-``.enqueue(...)``, see `lars_array.kernels.cuda`.
+and optionally
+
+    specs(arrays) -> ArraySpecs            a faster comparison of arrays; a static method
+    .fused(...)                            sums, coefficients and, if asked, apply in one go: `kernels.compiled`
+    .enqueue(...)                          a whole step without waiting for its result: `kernels.cuda`
+    .is_capturing() -> bool                whether launches are captured in a graph
 """
 
 from __future__ import annotations
@@ -28,14 +25,14 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-__all__ = ["KERNELS", "NUMPY_KERNELS", "pick", "report"]
+__all__ = ["KERNELS", "NUMPY_KERNELS", "choose", "report"]
 
 KERNELS = ("compiled", "blocked", "cuda", "portable")  # fastest first
-NUMPY_KERNELS = ("compiled", "blocked", "portable")  # those that take its arrays
+NUMPY_KERNELS = ("compiled", "blocked", "portable")
 
 
-def pick(params: Sequence[Any], name: str | None = None) -> Any:
-    """Return the kernel for `params`: the one that is named, here or by ``LARS_ARRAY_KERNEL``, or the fastest.
+def choose(params: Sequence[Any], name: str | None = None) -> Any:
+    """Return the kernel for `params`: that called `name`, else that of ``LARS_ARRAY_KERNEL``, else the fastest.
 
     Parameters
     ----------
@@ -54,30 +51,31 @@ def pick(params: Sequence[Any], name: str | None = None) -> Any:
     ValueError
         If no kernel has that name, or it can't take the parameters.
     """
-    what = "kernel"
+    source = "kernel"
     if name is None and os.environ.get("LARS_ARRAY_KERNEL"):
-        name, what = os.environ["LARS_ARRAY_KERNEL"], "LARS_ARRAY_KERNEL"
+        name, source = os.environ["LARS_ARRAY_KERNEL"], "LARS_ARRAY_KERNEL"
     if name is None:
-        return next(kernel for kernel in map(_load, KERNELS) if kernel.unusable(params) is None)
+        return next(kernel for kernel in map(_load, KERNELS) if kernel.unsupported_reason(params) is None)
     if name not in KERNELS:
-        raise ValueError(f"{what} must be one of {', '.join(KERNELS)}; got {name!r}")
-    reason = _load(name).unusable(params)
+        raise ValueError(f"{source} must be one of {', '.join(KERNELS)}; got {name!r}")
+    reason = _load(name).unsupported_reason(params)
     if reason is not None:
-        raise ValueError(f"{what} {name!r} can't be used here: {reason}")
+        raise ValueError(f"{source} {name!r} can't be used here: {reason}")
     return _load(name)
 
 
 def report() -> list[tuple[str, bool, str]]:
-    """Return, for each kernel, its name, whether it is usable on this machine, and what for or why not.
+    """Return for each kernel, fastest first, its name, whether it is usable on this machine, and for what or why not.
 
     Returns
     -------
     list of tuple (str, bool, str)
         Fastest first.
     """
-    reasons = [(name, _load(name).unusable([])) for name in KERNELS]
-    return [(name, reason is None, reason or _load(name).TAKES) for name, reason in reasons]
+    reasons = [(name, _load(name).unsupported_reason([])) for name in KERNELS]
+    return [(name, reason is None, reason or _load(name).DESCRIPTION) for name, reason in reasons]
 
 
 def _load(name: str) -> Any:
-    return import_module(f"lars_array.kernels.{name}").Kernel
+    module = f"{name}.kernel" if name in ("compiled", "cuda") else name
+    return import_module(f"lars_array.kernels.{module}").Kernel

@@ -1,4 +1,4 @@
-"""The kernel that any Array API namespace with writable arrays can run: `core`, layer by layer."""
+"""The kernel for any Array API namespace with writable arrays: `core`, layer by layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lars_array import core
-from lars_array.kernels.masters import destinations, with_masters
+from lars_array.kernels.base import Gradients, KernelArrays
 
 __all__ = ["Kernel"]
 
@@ -14,37 +14,31 @@ __all__ = ["Kernel"]
 class Kernel:
     """See `lars_array.kernels`."""
 
-    TAKES = "writable arrays of any Array API library"
+    DESCRIPTION = "writable arrays of any Array API library"
 
-    def __init__(
-        self, params: Sequence[Any], buffers: Sequence[Any], xp: Any, masters: Sequence[Any] | None = None
-    ) -> None:
-        self.buffers, self.xp, self._masters = buffers, xp, masters
-        self.move(params)
+    def __init__(self, arrays: KernelArrays, xp: Any) -> None:
+        self._trained, self._copies, self._buffers, self._xp = arrays.trained, arrays.copies, arrays.buffers, xp
 
     @staticmethod
-    def unusable(params: Sequence[Any]) -> str | None:
-        """Return None: it takes everything that an optimizer does."""
+    def unsupported_reason(params: Sequence[Any]) -> str | None:
+        """Return None: it takes all parameters that an optimizer does."""
         return None
 
-    def move(self, params: Sequence[Any]) -> None:
-        """Take `params` for the parameters from now on."""
-        self.params, self.copies = with_masters(params, self._masters)
+    @staticmethod
+    def fallback() -> Any:
+        """Return None: it takes all layouts."""
+        return None
 
-    def sums(self, grads: Sequence[Any], operand: Any = None) -> Any:
+    def sums(self, grads: Gradients, operand: Any = None) -> Any:
         """Return `core.sums`."""
-        return core.sums(self.params, grads, self.buffers, operand, xp=self.xp)
+        return core.sums(self._trained, grads.arrays, self._buffers, operand, xp=self._xp)
 
-    def apply(self, grads: Sequence[Any], C: Any, written: Any = None, out: Sequence[Any] | None = None) -> None:
-        """Write `core.apply` of each layer to its parameters, in place or in `out`, and its buffer.
-
-        Where `written` is not None and false these stay what they are, and `out` becomes a copy.
-        """
-        places = destinations(self.params, self.copies, out)
-        arrays = zip(self.params, grads, self.buffers, self.copies, *places, strict=True)
-        for i, (p, g, v, copy, p_place, copy_place) in enumerate(arrays):
-            new_p, new_v = core.apply(p, g, v, C[i, :], xp=self.xp)
-            new_copy = None if copy is None else self.xp.astype(new_p, copy.dtype)
-            for old, new, place in ((p, new_p, p_place), (v, new_v, v), (copy, new_copy, copy_place)):
-                if place is not None:
-                    place[...] = new if written is None else self.xp.where(written, new, old)
+    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
+        """Write the results of `core.apply` in place, where `taken`, a bool array of shape (), is None or true."""
+        rows = zip(self._trained, grads.arrays, self._buffers, self._copies, strict=True)
+        for i, (p, g, v, copy) in enumerate(rows):
+            new_p, new_v = core.apply(p, g, v, C[i, :], xp=self._xp)
+            new_copy = None if copy is None else self._xp.astype(new_p, copy.dtype)
+            for old, new in ((p, new_p), (v, new_v), (copy, new_copy)):
+                if old is not None:
+                    old[...] = new if taken is None else self._xp.where(taken, new, old)

@@ -1,22 +1,20 @@
-"""Who shares memory with whom: what is written in place may be nobody else's."""
+"""Memory that a step writes to: it must be writable, and shared with nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from array_api_compat import is_cupy_array, is_numpy_array, is_writeable_array
 
-from lars_array.arrays import is_distant
-from lars_array.buffers import Rows
+from lars_array._arrays import is_on_accelerator
 
-__all__ = ["Spans", "bounds", "check_writable"]
+__all__ = ["MemoryRanges", "check_writable"]
 
 
 def check_writable(name: str, p: Any) -> None:
-    """Refuse a parameter that can't be updated in place.
+    """Raise unless a parameter can be updated in place.
 
     Parameters
     ----------
@@ -28,9 +26,9 @@ def check_writable(name: str, p: Any) -> None:
     Raises
     ------
     TypeError
-        If its kind of array can't be written to, or would take it amiss.
+        If arrays of this library are immutable, or must not be modified behind their owner's back.
     ValueError
-        If it is read-only, or several of its elements lie in one place.
+        If it is read-only, or several of its elements share memory.
     """
     if isinstance(p, np.ma.MaskedArray):
         raise TypeError(f"parameter {name!r} must be a plain array; got a masked one")
@@ -50,7 +48,7 @@ def check_writable(name: str, p: Any) -> None:
 
 
 def _overlaps_itself(p: Any) -> bool:
-    """Return whether elements may share bytes: a stride does not clear what the smaller ones span."""
+    """Return whether elements may share bytes: whether a stride is smaller than the span of the smaller ones."""
     spanned = p.itemsize
     for stride, length in sorted((abs(stride), length) for stride, length in zip(p.strides, p.shape, strict=True)):
         if length > 1:
@@ -60,52 +58,43 @@ def _overlaps_itself(p: Any) -> bool:
     return False
 
 
-class Spans:
-    """The stretches of memory that parameters and what is kept for them lie in, to be asked who is there.
+class MemoryRanges:
+    """The address ranges of parameters, momentum buffers and master copies.
 
-    Arrays whose addresses aren't known, those of torch on a GPU say, are told apart by identity only.
+    Arrays whose addresses are unknown, such as torch tensors on a GPU, are compared by identity only.
 
     Parameters
     ----------
     names : sequence of str
         The names of the parameters.
-    params : sequence of arrays
-        The parameters. No two of them overlap.
-    buffers : Rows, optional
-        Their momentum buffers.
-    masters : Rows, optional
-        Their master copies.
+    params, buffers, masters : sequences of arrays
+        One entry a parameter; None where there is none.
 
     Raises
     ------
     ValueError
-        If two arrays do overlap.
+        If two of the arrays overlap.
     """
 
-    KINDS = "parameter", "the momentum buffer of", "the master copy of"
-
     def __init__(
-        self, names: Sequence[str], params: Sequence[Any], buffers: Rows | None = None, masters: Rows | None = None
+        self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = (), masters: Sequence[Any] = ()
     ) -> None:
-        self._names, self._params = names, params
-        kept = (self.KINDS[1], buffers or Rows(0)), (self.KINDS[2], masters or Rows(0))
-        self._kept = [(what, rows, *stretch) for what, rows in kept for stretch in rows.stretches()]
-        # Tables, not objects: a model may have many thousand arrays, and this is asked at every step.
-        table = np.zeros((len(params) + len(self._kept), 3), np.int64)
+        self._names, self._arrays = names, (params, buffers, masters)
+        # A table, not objects: a model may have many thousand arrays, and every step searches it.
+        table: list[tuple[int, int, int]] = []
         unseen: dict[int, int] = {}
-        for i, array in enumerate(chain(params, (array for *_, array in self._kept))):
-            view = _host_view(array)
+        for i, array in enumerate([*params, *buffers, *masters]):
+            view = None if array is None else _host_view(array)
             if view is not None and view.size:
-                table[i] = (*_bounds(view), i)
-            else:  # neither is there anything to see of an empty array
+                table.append((*_bounds(view), i))
+            elif array is not None:  # an empty array has no range either
                 if id(array) in unseen:
                     raise ValueError(self._given_twice(i, unseen[id(array)]))
                 unseen[id(array)] = i
         self._unseen = unseen
-        table = table[table[:, 1] > 0]
-        table = table[np.argsort(table[:, 0], kind="stable")]
-        self._starts, self._index = table[:, 0].copy(), table[:, 2].astype(np.int32)
-        self._reach = np.concatenate([[0], np.maximum.accumulate(table[:, 1])])
+        ranges = np.array(sorted(table), np.int64).reshape(-1, 3)
+        self._starts, self._index = ranges[:, 0].copy(), ranges[:, 2].astype(np.int32)
+        self._reach = np.concatenate([[0], np.maximum.accumulate(ranges[:, 1])])
         for k in np.flatnonzero(self._starts < self._reach[:-1]).tolist():
             index = int(self._index[k])
             other = self._find(_host_view(self._array(index)), int(self._starts[k]), k)
@@ -124,14 +113,14 @@ class Spans:
             return None
         low, high = _bounds(view)
         index = self._find(view, low, int(np.searchsorted(self._starts, high)))
-        return None if index is None else self._label(index, high - 1)
+        return None if index is None else self._label(index)
 
     def are_clear(self, starts: Any, ends: Any) -> bool:
-        """Return whether it is certain that nobody is in any of these stretches of addresses, integer arrays."""
+        """Return whether no array lies in any of these address ranges, integer arrays; False if that is not certain."""
         return bool((self._reach[self._starts.searchsorted(ends)] <= starts).all())
 
     def _find(self, view: Any, low: int, before: int) -> int | None:
-        """Look through the spans that begin before the given one and reach beyond `low`, where `view` begins."""
+        """Search the ranges that begin before the given one and reach beyond `low`, the start of `view`."""
         for k in range(before - 1, -1, -1):
             if self._reach[k + 1] <= low:
                 return None
@@ -142,22 +131,26 @@ class Spans:
         return None
 
     def _array(self, i: int) -> Any:
-        count = len(self._params)
-        return self._params[i] if i < count else self._kept[i - count][-1]
+        params, buffers, masters = self._arrays
+        for arrays in (params, buffers):
+            if i < len(arrays):
+                return arrays[i]
+            i -= len(arrays)
+        return masters[i]
+
+    def _label(self, i: int) -> str:
+        for arrays, kind in zip(self._arrays, ("parameter", "the momentum buffer of", "the master copy of")):
+            if i < len(arrays):
+                return f"{kind} {self._names[i]!r}"
+            i -= len(arrays)
+        raise IndexError(i)
 
     def _given_twice(self, i: int, other: int) -> str:
         return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
 
-    def _label(self, i: int, address: int = 0) -> str:
-        count = len(self._params)
-        if i < count:
-            return f"{self.KINDS[0]} {self._names[i]!r}"
-        what, rows, row, array = self._kept[i - count]
-        return f"{what} {self._names[rows.row_at(array, address) if row is None else row]!r}"
 
-
-class _Shadow:
-    """An array of CuPy in NumPy's terms. NumPy does arithmetic on its addresses, which are no memory of the host."""
+class PointerView:
+    """A CuPy array in NumPy's terms: NumPy compares addresses, which are not dereferenced."""
 
     def __init__(self, array: Any) -> None:
         self.__array_interface__ = {
@@ -169,12 +162,6 @@ class _Shadow:
         }
 
 
-def bounds(arrays: Sequence[Any]) -> Any:
-    """Return where arrays begin and end, of shape (arrays, 2), or None where that can't be seen of all."""
-    views = [_host_view(array) for array in arrays]
-    return None if any(view is None for view in views) else np.array(list(map(_bounds, views)), np.int64)
-
-
 def _bounds(view: Any) -> tuple[int, int]:
     if view.flags.c_contiguous:
         start = view.__array_interface__["data"][0]
@@ -183,14 +170,14 @@ def _bounds(view: Any) -> tuple[int, int]:
 
 
 def _host_view(array: Any) -> Any:
-    """Return a NumPy view of `array`, or None where there is none; it may only be asked where it lies."""
+    """Return a NumPy view of `array` to compare addresses with, or None where there is none."""
     if isinstance(array, np.ndarray):
         return array
     if is_cupy_array(array):
-        return np.asarray(_Shadow(array))
-    if is_distant(array):  # and to ask for an export might be to wait
+        return np.asarray(PointerView(array))
+    if is_on_accelerator(array):  # exporting it could synchronize the device
         return None
     try:
         return np.from_dlpack(array)
-    except Exception:  # what can't be exported, on whatever grounds, can't be compared
+    except Exception:  # arrays that can't be exported can't be compared
         return None

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lars_array.core import coefficients
-from lars_array.hyper import BOOLEANS, Hyper
-from lars_array.registry import Rule
+from lars_array.core import BOOLEANS, Hyper, Rule, coefficients
 
 __all__ = ["INPUTS", "OPERATIONS", "Tape", "record"]
 

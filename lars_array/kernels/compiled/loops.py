@@ -15,9 +15,18 @@ import numba
 import numpy as np
 
 from lars_array import core
-from lars_array.kernels import intrinsics
-from lars_array.kernels.intrinsics import array_at, fetch_add, kept_on_disk, load, prefetch, read, stored, write
-from lars_array.tape import OPERATIONS
+from lars_array.kernels.compiled import intrinsics
+from lars_array.kernels.compiled.intrinsics import (
+    array_at,
+    fetch_add,
+    kept_on_disk,
+    load,
+    prefetch,
+    read,
+    stored,
+    write,
+)
+from lars_array.kernels.tape import OPERATIONS
 
 __all__ = ["DONE", "MEASURE", "OWN", "PIECE", "WHOLE", "WRITE", "coefficients_of", "work"]
 
@@ -92,10 +101,10 @@ def _measure(p: Any, g: Any, v: Any, weights: Any, sums: Any) -> None:
 
 
 @numba.njit
-def _write(p: Any, g: Any, v: Any, copy: Any, c: Any, moves: Any) -> None:
-    """Do what `core.apply` does: in place if `moves` is None, and rounded to `copy` unless that is.
+def _write(p: Any, g: Any, v: Any, copy: Any, c: Any) -> None:
+    """Write the results of `core.apply` in place, and round the new p to `copy` unless that is None.
 
-    Of branches on what is None numba keeps one.
+    Of branches on None numba keeps one.
     """
     kind = v.dtype.type
     m, alpha, beta, kappa, lam, mu = kind(c[0]), kind(c[1]), kind(c[2]), kind(c[3]), kind(c[4]), kind(c[5])
@@ -103,28 +112,26 @@ def _write(p: Any, g: Any, v: Any, copy: Any, c: Any, moves: Any) -> None:
         for i in range(p.size):
             d, v[i] = _difference(load(p[i]), kind(load(g[i])), v[i], m, alpha, beta, kappa, lam, mu)
             new_p = load(p[i]) - d
-            if moves is None:
-                p[i] = stored(new_p, p[i])
+            p[i] = stored(new_p, p[i])
             if copy is not None:
                 copy[i] = stored(new_p, copy[i])
     else:
         for i in range(p.size):
             d = _difference_without_buffer(load(p[i]), kind(load(g[i])), alpha, beta, kappa, lam, mu)
             new_p = load(p[i]) - d
-            if moves is None:
-                p[i] = stored(new_p, p[i])
+            p[i] = stored(new_p, p[i])
             if copy is not None:
                 copy[i] = stored(new_p, copy[i])
 
 
 @numba.njit
 def _write_stretch(
-    place: Any, start: int, stop: int, c: Any, p_like: Any, g_like: Any, v_like: Any, copy_like: Any, moves: Any
+    place: Any, start: int, stop: int, c: Any, p_like: Any, g_like: Any, v_like: Any, copy_like: Any
 ) -> None:
     """Write the elements from `start` to `stop` of a layer.
 
-    Of p and g, which were read not long ago, most is in a cache, and v is far away: a processor that looks ahead in all
-    three alike is late for v, and is told. Where results go elsewhere, it has enough to wait for, and that costs more
+    Most of p and g, which were read not long ago, is in a cache, and v is in memory: hardware prefetching, alike for
+    all three, is late for v, which is therefore prefetched here. Where results are rounded to copies, that costs more
     than it saves.
     """
     step = max(stop - start, 1) if copy_like is not None else BLOCK
@@ -135,7 +142,7 @@ def _write_stretch(
                 prefetch(place[2] + byte + AHEAD)
         p, g = _elements(place[0], first, last, p_like), _elements(place[1], first, last, g_like)
         v, copy = _elements(place[2], first, last, v_like), _elements(place[-1], first, last, copy_like)
-        _write(p, g, v, copy, c, moves)
+        _write(p, g, v, copy, c)
 
 
 @numba.njit
@@ -185,28 +192,39 @@ def _play(operations: Any, registers: Any, place: int) -> None:
 
 
 @numba.njit
-def _coefficients(sums: Any, given: Any, operations: Any, constants: Any, outputs: Any, registers: Any, c: Any) -> None:
-    """Do what `core.coefficients` does for one layer, by its tape."""
+def _coefficients(
+    sums: Any, given: Any, previous_lr: float, operations: Any, constants: Any, outputs: Any, registers: Any, c: Any
+) -> None:
+    """Compute `core.coefficients` for one layer, by its tape."""
     registers[:3] = sums
-    registers[3 : 3 + len(given)] = given
-    place = 3 + len(given) + len(constants)
-    registers[3 + len(given) : place] = constants
-    _play(operations, registers, place)
+    place = 3 + len(given)
+    registers[3:place] = given
+    registers[place - 1] = previous_lr  # the last of the inputs, and the only one that each layer has its own of
+    registers[place : place + len(constants)] = constants
+    _play(operations, registers, place + len(constants))
     for i in range(len(outputs)):
         c[i] = registers[outputs[i]]
 
 
 @kept_on_disk
 def coefficients_of(
-    S: Any, kind_of: Any, hyper: Any, extents: Any, operations: Any, constants: Any, outputs: Any, C: Any
+    S: Any,
+    hyper_row: Any,
+    previous_lr: Any,
+    hyper: Any,
+    extents: Any,
+    operations: Any,
+    constants: Any,
+    outputs: Any,
+    C: Any,
 ) -> None:
     """Write the coefficients of all layers; the arguments are those of `work`."""
     registers = np.empty(3 + hyper.shape[1] + len(constants) + len(operations))
     for layer in range(len(S)):
-        kind = kind_of[layer]
-        begin, end, begin_constants, end_constants = extents[kind]
-        tape = operations[begin:end], constants[begin_constants:end_constants], outputs[kind]
-        _coefficients(S[layer], hyper[kind], *tape, registers, C[layer])
+        row = hyper_row[layer]
+        begin, end, begin_constants, end_constants = extents[row]
+        tape = operations[begin:end], constants[begin_constants:end_constants], outputs[row]
+        _coefficients(S[layer], hyper[row], previous_lr[layer], *tape, registers, C[layer])
 
 
 def _checksum() -> int:
@@ -233,8 +251,9 @@ def _make_work(checksum: int) -> Any:
         offsets: Any,
         layers: Any,
         partial: Any,
-        kind_of: Any,
+        hyper_row: Any,
         weights: Any,
+        previous_lr: Any,
         hyper: Any,
         extents: Any,
         operations: Any,
@@ -246,32 +265,31 @@ def _make_work(checksum: int) -> Any:
         g_like: Any,
         v_like: Any,
         copy_like: Any,
-        moves: Any,
     ) -> int:
-        """Work off tasks until none is left. Everything is written by all threads unless said otherwise.
+        """Process tasks until none is left. Everything is written by all threads unless said otherwise.
 
-        tasks (tasks, 5)        read: see `lars_array.kernels.tasks`
+        tasks (tasks, 5)        read: see `lars_array.kernels.compiled.tasks`
         cursor (1,)             how many tasks are taken
         left (shared,)          of a shared layer, the pieces not yet measured; `DONE` when C may be read
-        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of what the new p goes to as well, or instead
+        claimed (pieces,)       of shared layers, at first zero: not if a thread writes the part that begins there
+        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of the copy that the new p is rounded to
         sizes (rows,)           read: elements; the largest first, so that shared layers are the first of all
         offsets (shared,)       read: where in `partial` a shared layer begins
-        layers (rows,)          read: of each row the layer, index into the next, S and C
-        claimed (pieces,)       of shared layers, at first zero: not if somebody writes the part that begins there
+        layers (rows,)          read: the layer of each row, the index into hyper_row, previous_lr, S and C
         partial (pieces, 3)     sums of pieces of shared layers, at first zero
-        kind_of (layers,)       read: index into the next three, and `outputs`
-        weights (kinds, 3)      read: gamma, w and h of the third sum
-        hyper (kinds, fields)   read: gamma and hyper-parameters, what tapes start from
-        extents (kinds, 4)      read: where operations and constants of a tape begin and end; none: C is given
+        hyper_row (layers,)     read: index into weights, hyper, extents and outputs
+        weights (inputs, 3)     read: gamma, w and h of the third sum
+        previous_lr (layers,)   read: the last input of tapes
+        hyper (inputs, fields)  read: gamma and hyper-parameters, the inputs of tapes
+        extents (inputs, 4)     read: where operations and constants of a tape begin and end; none: C is given
         operations, constants   read: those of all tapes
-        outputs (kinds, 6)      read: the registers of the coefficients
+        outputs (inputs, 6)     read: the registers of the coefficients
         S (layers, 3)           sums, at first zero
         C (layers, 6)           coefficients
-        p_like, …, copy_like    of shape (0,), tell the types; the last one is None where p is written in place alone
-        moves                   None where p is written in place at all
+        p_like, …, copy_like    of shape (0,), for their types; the last one is None without copies
 
-        Who brings `left` of a layer to zero adds its partial sums, writes S and C, and then `DONE`: others see it, and
-        with it all that was written before.
+        The thread that brings `left` of a layer to zero adds its partial sums, writes S and C, and then `DONE`: others
+        see it, and with it all that was written before.
         """
         registers = np.empty(3 + hyper.shape[1] + len(constants) + len(operations))
         own, own_row, own_parts = np.empty(len(claimed), np.int64), -1, 0
@@ -282,7 +300,7 @@ def _make_work(checksum: int) -> Any:
             what, first_row, last_row, first_piece, last_piece = tasks[number]
             for row in range(first_row, last_row):
                 layer, pieces = layers[row], -(-sizes[row] // PIECE)
-                kind = kind_of[layer]
+                given = hyper_row[layer]
                 shared = last_piece != WHOLE
                 first, last = (first_piece, last_piece) if shared else (0, pieces)
                 if first_piece == OWN:
@@ -300,18 +318,19 @@ def _make_work(checksum: int) -> Any:
                         p = _elements(places[row, 0], start, stop, p_like)
                         g = _elements(places[row, 1], start, stop, g_like)
                         v = _elements(places[row, 2], start, stop, v_like)
-                        _measure(p, g, v, weights[kind], partial[offsets[row] + k] if shared else S[layer])
+                        _measure(p, g, v, weights[given], partial[offsets[row] + k] if shared else S[layer])
                     if not shared or fetch_add(left, row, first - last) == last - first:
                         for k in range(pieces if shared else 0):
                             S[layer] += partial[offsets[row] + k]
                         if len(extents) > 0:
-                            begin, end, begin_constants, end_constants = extents[kind]
+                            begin, end, begin_constants, end_constants = extents[given]
                             _coefficients(
                                 S[layer],
-                                hyper[kind],
+                                hyper[given],
+                                previous_lr[layer],
                                 operations[begin:end],
                                 constants[begin_constants:end_constants],
-                                outputs[kind],
+                                outputs[given],
                                 registers,
                                 C[layer],
                             )
@@ -322,7 +341,7 @@ def _make_work(checksum: int) -> Any:
                         pass
                     # In one go, and not from the end, which was measured last: processors look ahead along addresses.
                     start, stop = first * PIECE, min(last * PIECE, sizes[row])
-                    _write_stretch(places[row], start, stop, C[layer], p_like, g_like, v_like, copy_like, moves)
+                    _write_stretch(places[row], start, stop, C[layer], p_like, g_like, v_like, copy_like)
 
     return work
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lars_array.parameters import read_parameters
+from lars_array.state.inputs import read_parameters
 
 __all__ = ["is_bias_or_norm", "param_groups"]
 

@@ -1,15 +1,16 @@
-"""The forms in which parameters are given, and what becomes of them: lists of named arrays."""
+"""The forms in which parameters and gradients are given, read into lists of named arrays."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-from lars_array.arrays import check_parameter, is_array
+import numpy as np
 
-__all__ = ["Group", "Layout", "Position", "Positions", "all_names", "is_pair", "listed", "read_parameters"]
+from lars_array._arrays import check_parameter, is_array
+
+__all__ = ["Group", "Layout", "Position", "all_names", "gradient_order", "match", "match_gradients", "read_parameters"]
 
 
 class Position(str):
@@ -18,38 +19,8 @@ class Position(str):
     __slots__ = ()
 
 
-class Positions(Sequence[str]):
-    """The names of parameters that have none, made when they are asked for: a string takes more than its parameter."""
-
-    __slots__ = ("places",)
-
-    def __init__(self, places: range) -> None:
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, i: Any) -> Any:
-        return Positions(self.places[i]) if isinstance(i, slice) else Position(self.places[i])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-
-def all_names(groups: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return the names in several groups as those of one.
-
-    Raises
-    ------
-    ValueError
-        If one is there twice.
-    """
-    places = [names.places for names in groups if isinstance(names, Positions)]
-    if len(places) == len(groups) and all(one.stop == other.start for one, other in pairwise(places)):
-        return Positions(range(places[0].start, places[-1].stop))
+def all_names(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return the names in several groups as one list; raise ValueError for one that occurs twice."""
     found = [name for names in groups for name in names]
     if len(set(found)) < len(found):
         (twice, _), *_ = Counter(found).most_common(1)
@@ -99,13 +70,13 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     Raises
     ------
     TypeError, ValueError
-        If `params` has none of these forms, is empty, or holds what can't be a parameter.
+        If `params` has none of these forms, is empty, or holds anything but arrays of floating-point types.
     """
     if isinstance(params, Mapping):
         if "params" in params and not is_array(params["params"]):
             raise TypeError("params must be an iterable of groups, not one group; write [{'params': ...}]")
     elif not isinstance(params, tuple):
-        params = listed(params)
+        params = _listed(params)
     grouped = not isinstance(params, Mapping) and bool(params) and all(isinstance(item, Mapping) for item in params)
     groups = []
     for group in params if grouped else [{"params": params}]:
@@ -121,8 +92,8 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     return Layout(groups, grouped)
 
 
-def listed(items: Any, what: str = "params") -> list[Any]:
-    """Return an iterable of arrays as a list, refusing what is none; `what` it is called in messages."""
+def _listed(items: Any, what: str = "params") -> list[Any]:
+    """Return an iterable of arrays as a list; `what` is its name in messages."""
     if not isinstance(items, list | tuple):
         if is_array(items):
             raise TypeError(f"{what} must be an iterable of arrays or a mapping; got a single {type(items).__name__}")
@@ -131,20 +102,20 @@ def listed(items: Any, what: str = "params") -> list[Any]:
     return list(items)
 
 
-def is_pair(item: Any) -> bool:
-    """Return whether `item` is a name and something that bears it."""
+def _is_pair(item: Any) -> bool:
+    """Return whether `item` is a pair (name, value)."""
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
 
 
 def _read_arrays(params: Any, start: int, names: Any) -> tuple[Sequence[str], list[Any], str]:
-    """Return names, arrays and form of what stands under "params"."""
+    """Return names, arrays and form of the value of "params"."""
     if isinstance(params, Mapping):
         names, arrays, form = list(params), list(params.values()), "mapping"
-    elif (arrays := listed(params)) and all(is_pair(item) for item in arrays):
+    elif (arrays := _listed(params)) and all(_is_pair(item) for item in arrays):
         names, arrays, form = [name for name, _ in arrays], [p for _, p in arrays], "pairs"
     else:
         form = "tuple" if isinstance(params, tuple) else "list"
-        names = Positions(range(start, start + len(arrays))) if names is None else list(names)
+        names = [Position(start + i) for i in range(len(arrays))] if names is None else list(names)
         if len(names) != len(arrays):
             raise ValueError(f"names must hold one entry for each of {len(arrays)} parameters; got {names!r}")
     for name, p in zip(names, arrays, strict=True):
@@ -159,3 +130,71 @@ def _in_form(form: str, names: Sequence[str], arrays: list[Any]) -> Any:
         pairs = zip(names, arrays, strict=True)
         return dict(pairs) if form == "mapping" else list(pairs)
     return tuple(arrays) if form == "tuple" else arrays
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def gradient_order(names: Sequence[str]) -> list[int] | None:
+    """Return the position of each name's gradient in an iterable of gradients, None for the order of the names.
+
+    Parameters without a name may stand in another order than they were given in, for instance after `param_groups`;
+    gradients keep the order given.
+    """
+    places = [int(name) if isinstance(name, Position) else i for i, name in enumerate(names)]
+    return places if sorted(places) == list(range(len(names))) != places else None
+
+
+def match_gradients(grads: Any, names: Sequence[str], order: Sequence[int] | None) -> list[Any]:
+    """Return a gradient, or None, for each name.
+
+    Parameters
+    ----------
+    grads : mapping or iterable
+        By name; or one a parameter, in the order in which parameters were given.
+    names : sequence of str
+        The names of all parameters.
+    order : sequence of int, or None
+        Their `gradient_order`.
+
+    Returns
+    -------
+    list
+        In the order of `names`; NumPy's scalars have become arrays.
+
+    Raises
+    ------
+    ValueError
+        For unknown or missing names, or another number of gradients than of parameters.
+    TypeError
+        If `grads` is neither a mapping nor an iterable of gradients.
+    """
+    found = match(grads, names, order)
+    if set(map(type, found)) == {np.ndarray}:
+        return found
+    return [np.asarray(g) if isinstance(g, np.generic) else g for g in found]
+
+
+def match(given: Any, names: Sequence[str], order: Sequence[int] | None, what: str = "grads") -> list[Any]:
+    """Return `given`, in the form of gradients, in the order of `names`; `what` is its name in messages."""
+    if not isinstance(given, Mapping):
+        given = _listed(given, what)
+        if not given or not all(map(_is_pair, given)):
+            if len(given) != len(names):
+                raise ValueError(
+                    f"{what} must hold one entry for each of the {len(names)} parameters; got {len(given)}"
+                )
+            return given if order is None else [given[place] for place in order]
+        if len({name for name, _ in given}) < len(given):
+            raise ValueError(f"{what} must hold each name once; got {[name for name, _ in given]!r}")
+        given = dict(given)
+    unknown = given.keys() - set(names)
+    missing = [name for name in names if name not in given]
+    if unknown:
+        first = next(name for name in given if name in unknown)
+        raise ValueError(f"{what} must be named as the parameters are; got the unknown name {first!r}")
+    if missing:
+        raise ValueError(
+            f"{what} must hold every parameter, with None for one to be skipped; {missing[0]!r} is missing"
+        )
+    return [given[name] for name in names]

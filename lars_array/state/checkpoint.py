@@ -1,4 +1,4 @@
-"""What `LARS.load_state_dict` is given, checked whole before any of it is taken over."""
+"""State dicts, checked whole before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from math import inf
 from numbers import Real
 from typing import Any, NamedTuple
 
-from lars_array.hyper import DEFAULTS, at_step, complete
-from lars_array.roster import KEPT
+from lars_array.hyperparams import DEFAULTS, at_step, complete
+from lars_array.state.store import KEPT
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lars_array.kernels.machine import MEASURE, OWN, PIECE, WHOLE, WRITE
+from lars_array.kernels.compiled.loops import MEASURE, OWN, PIECE, WHOLE, WRITE
 
 __all__ = ["ROOM_FROM", "tasks"]
 

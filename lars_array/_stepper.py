@@ -1,0 +1,391 @@
+"""One optimizer step: checks the arrays, runs a kernel, and updates the state.
+
+The stepper owns neither parameters nor state: both are arguments, as in torch's functional optimizers. It keeps one
+`StepProgram`, which is valid as long as the same parameters take part in steps and arrays keep their types and
+layouts; a step then needs nothing but the addresses of its arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lars_array import kernels
+from lars_array._arrays import (
+    ArraySpecs,
+    changed_in_place,
+    check_buffer,
+    check_master,
+    device_context,
+    is_array,
+    is_half,
+    is_on_accelerator,
+    real_dtype,
+)
+from lars_array.core import Hyper, plan
+from lars_array.hyperparams import inputs_of, needs_buffer
+from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
+from lars_array.layers import LayerRows, labels_of
+from lars_array.nonfinite import finite, max_finite, max_square_sum, quick_finite, refuse_nonfinite
+from lars_array.state.device import DeviceRows, DeviceState
+from lars_array.state.memory import MemoryRanges, check_writable
+from lars_array.state.store import ParamState, allocate_buffers
+from lars_array.telemetry import StepResult
+
+__all__ = ["StepProgram", "Stepper"]
+
+Groups = Sequence[Mapping[str, Any]]
+
+_FOUND = object()  # a found_inf that is known to be true
+
+
+class Stepper:
+    """Takes steps with parameters and state that are passed to it.
+
+    Parameters
+    ----------
+    kernel : str, optional
+        As for `lars_array.LARS`.
+    """
+
+    def __init__(self, kernel: str | None = None) -> None:
+        self._kernel_name = kernel
+        self._program: StepProgram | None = None
+
+    def choose_kernel(self, params: Sequence[Any]) -> Any:
+        """Return the kernel for `params`; raise ValueError if the one asked for can't take them."""
+        return kernels.choose(params, self._kernel_name)
+
+    def step(self, state: ParamState, grads: Sequence[Any], groups: Groups, found_inf: Any = None) -> StepResult | None:
+        """Take one step: either all of it is done or, where it is rejected, nothing.
+
+        Parameters
+        ----------
+        state : ParamState
+            Parameters and their state; the arrays are modified in place.
+        grads : sequence of arrays or None
+            One a parameter; None for one that is skipped. Not modified.
+        groups : sequence of mappings
+            Complete and checked hyper-parameters. The same object as long as nothing in it has changed.
+        found_inf : number or array of shape (), optional
+            The step is skipped where it isn't zero.
+
+        Returns
+        -------
+        StepResult or None
+            None where the step is skipped. On a device only the device knows; then `state.device` has the counts.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For arrays that do not fit, naming the parameter.
+        NonFiniteError
+            For sums that are not finite, where the group's `nonfinite` is "raise".
+        """
+        if found_inf is not None and not (is_array(found_inf) and is_on_accelerator(found_inf)):
+            found_inf = _FOUND if bool(found_inf) else None
+        if all(g is None for g in grads):
+            return None if found_inf is _FOUND else StepResult.of_nothing()
+        with device_context(state.params[0]), np.errstate(all="ignore"):  # non-finite numbers are reported by name
+            program, gradients = self._bind(state, grads, groups)
+            return None if found_inf is _FOUND else program.run(state, gradients, groups, found_inf)
+
+    def _bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients]:
+        """Return the program for these arrays, made anew where one of them changed its type or layout."""
+        program = self._program
+        gradients = None if program is None else program.bind(state, grads, groups)
+        if program is None or gradients is None:
+            program = StepProgram(state, grads, groups, self.choose_kernel)
+            gradients = program.bind(state, grads, groups)
+            assert gradients is not None
+            self._program = program
+        return program, gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kernel_name": self._kernel_name, "_program": None}  # programs hold addresses
+
+
+class StepProgram:
+    """A step over the same parameters, with arrays of the same types and layouts: checked once, run many times.
+
+    New momentum buffers and master copies reach the state only after a step that was taken.
+
+    Parameters
+    ----------
+    state : ParamState
+        Parameters and their state; not modified.
+    grads : sequence of arrays or None
+        One a parameter.
+    groups : sequence of mappings
+        Complete and checked hyper-parameters.
+    choose_kernel : callable
+        ``choose_kernel(params) -> kernel``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arrays that do not fit, naming the parameter.
+    """
+
+    def __init__(
+        self, state: ParamState, grads: Sequence[Any], groups: Groups, choose_kernel: Callable[..., Any]
+    ) -> None:
+        self._absent = [i for i, g in enumerate(grads) if g is None]
+        self._index = index = [i for i, g in enumerate(grads) if g is not None]
+        names = [state.names[i] for i in index] if self._absent else state.names
+        params, own_grads = list(map(state.view, state.params)), [grads[i] for i in index]
+        own = [params[i] for i in index] if self._absent else params
+        for name, p, g in zip(names, [state.params[i] for i in index], own_grads, strict=True):
+            state.check_gradient(name, g, p)
+            if isinstance(p, np.ndarray) and not p.flags.writeable:
+                check_writable(name, p)
+        kernel_type = choose_kernel(params)
+        self.xp = xp = array_namespace(own[0])
+        self._group_of = state.group_of[index] if self._absent else state.group_of
+        self._keeps = _keeps(groups)
+        self._buffers, self._masters, self._new = self._kept(state, names, own)
+        self._to_fill = [(params[i], master) for i, master in self._new[1].items()]
+        self._first = np.array([state.buffers[i] is None for i in index], bool)
+        specs_of = getattr(kernel_type, "specs", None)
+        self._param_specs = state.specs(state.params, specs_of)
+        self._addresses = self._param_specs.addresses(state.params)
+        self._grad_specs = state.specs(own_grads, specs_of)
+        self._note_lists(state)
+        self._ranges = MemoryRanges(state.names, params, *self._all_kept(state))
+
+        labels = labels_of(state.layer_of, state.names)
+        rows = LayerRows.of(names, own, [state.layer_axes[i] for i in index], [labels[i] for i in index])
+        views = list(map(state.view, own_grads))
+        self._arrays = KernelArrays(*map(rows.views, (own, views, self._buffers, self._masters)))
+        self._kernel = make_kernel(kernel_type, self._arrays, xp)
+        self._names, self._row_names, self._joined = names, names, rows.joined
+        self._rows = self._offsets = None
+        owner = np.array(rows.owner, np.int32)
+        if rows.is_stacked:
+            self._row_names, self._rows, self._offsets = rows.names(names), rows, _row_offsets(rows, views)
+        self._owner, self._row_param = owner, np.array(index, np.int32)[owner]
+        self._row_group = self._group_of[owner]
+        like = self._arrays.params[0]
+        trained = self._arrays.trained
+        self._limit = max_finite(trained, like=like, xp=xp)
+        self._square_limit = max_square_sum(trained, [g.dtype for g in self._arrays.grads], like=like, xp=xp)
+        self._least_limit = min(float(xp.finfo(kind).max) for kind in {real_dtype(p, xp) for p in own})
+        self._prepared: tuple[Any, ...] = (None,)
+        self._device_rows: Any = None
+
+    def _kept(self, state: ParamState, names: Sequence[str], own: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """Return the buffers and masters of a step, and those of them that are new, by position in the state."""
+        found: list[list[Any]] = []
+        new: list[dict[int, Any]] = []
+        for kind, arrays, check in ((0, state.buffers, check_buffer), (1, state.masters, check_master)):
+            wanted = [self._keeps[k][kind] and (kind == 0 or is_half(p)) for k, p in zip(self._group_of.tolist(), own)]
+            used = [None if arrays[i] is None else state.view(arrays[i]) for i in self._index]
+            for name, p, x in zip(names, own, used, strict=True):
+                if x is not None:
+                    check(name, x, p)  # the owner may have resized p
+            used = [x if yes else None for x, yes in zip(used, wanted)]
+            missing = [k for k, (x, yes) in enumerate(zip(used, wanted)) if yes and x is None]
+            made = allocate_buffers([own[k] for k in missing])
+            for k, x in zip(missing, made, strict=True):
+                used[k] = x
+            found.append(used)
+            new.append({self._index[k]: x for k, x in zip(missing, made, strict=True)})
+        return *found, new
+
+    def _all_kept(self, state: ParamState) -> list[list[Any]]:
+        """Return the buffers and masters of all parameters as this program leaves them."""
+        both = []
+        for arrays, new in zip((state.buffers, state.masters), self._new, strict=True):
+            both.append([new.get(i, None if x is None else state.view(x)) for i, x in enumerate(arrays)])
+        return both
+
+    # ----------------------------------------------------------------------------------------------- arrays of a step
+
+    def _note_lists(self, state: ParamState) -> None:
+        self._lists = state.params, state.buffers, state.masters
+        self._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
+
+    def bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> Gradients | None:
+        """Return the gradients of a step, or None if the program does not fit its arrays any more.
+
+        Raises
+        ------
+        ValueError
+            For a parameter that was changed in place, or a gradient in memory that the step writes to.
+        """
+        params, *kept = self._lists
+        addresses = self._param_specs.addresses(state.params)
+        if addresses is None or addresses.tobytes() != self._addresses.tobytes():
+            if state.params is params:
+                self._refuse_changed(state)
+            return None
+        for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
+            if arrays is not before and not (all(map(is_, arrays, before)) and state.addresses(arrays) == at):
+                return None
+        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
+            return None
+        own = grads
+        if self._absent:
+            own = [grads[i] for i in self._index]
+            if len(own) + sum(g is None for g in grads) < len(grads):
+                return None
+        begins = self._grad_specs.addresses(own)
+        if begins is None:
+            return None
+        self._check_memory(state, own, begins)
+        rows, view = self._rows, state.view
+        at = begins if self._offsets is None else begins[self._owner] + self._offsets
+        return Gradients(at, lambda: list(map(view, own)) if rows is None else rows.views(list(map(view, own))))
+
+    def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
+        spans = self._grad_specs.spans
+        if spans is not None and self._ranges.are_clear(begins + spans[:, 0], begins + spans[:, 1]):
+            return
+        for name, g in zip(self._names, grads, strict=True):
+            owner = self._ranges.owner(state.view(g))
+            if owner is not None:
+                raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
+
+    def _refuse_changed(self, state: ParamState) -> None:
+        """Raise for the parameter that is no longer as kernels and momentum buffers know it."""
+        for i, (name, p) in enumerate(zip(state.names, state.params, strict=True)):
+            if isinstance(p, np.ndarray) and not p.flags.writeable:
+                check_writable(name, p)
+            moved = ArraySpecs([p]).addresses([p])[0] != self._addresses[i]
+            if moved or not self._param_specs.same(i, p):
+                raise changed_in_place(name, *self._param_specs.form(i), p)
+
+    # ---------------------------------------------------------------------------------------------------- on the host
+
+    def run(self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any) -> StepResult | None:
+        """Take a step with gradients from `bind`; see `Stepper.step`."""
+        for p, master in self._to_fill:  # with the parameter as it is now, until a step is taken
+            master[...] = self.xp.astype(p, master.dtype)
+        if is_on_accelerator(self._arrays.params[0]):
+            return self._queue(state, grads, groups, found_inf)
+        policies = [group["nonfinite"] for group in groups]
+        of_rows = {policies[k] for k in np.unique(self._group_of).tolist()}
+        fused = self._fused(state, grads, groups, write=of_rows == {"propagate"})
+        S, C, result = fused or self._staged(state, grads, groups)
+        if of_rows != {"propagate"} and self._is_skipped(S, C, policies, grads):
+            return None
+        if fused is None or of_rows != {"propagate"}:
+            self._kernel.apply(grads, C)
+        self._commit(state, groups)
+        return result
+
+    def _fused(self, state: ParamState, grads: Gradients, groups: Groups, *, write: bool) -> Any:
+        """Return S, C and the result from a kernel that computes coefficients by itself, None without one."""
+        if self._joined or not hasattr(self._kernel, "fused"):
+            return None
+        if groups is not self._prepared[0]:  # two rows a group: without and with a momentum buffer
+            count = len(groups)
+            both = [k for k in range(count) for _ in range(2)]
+            like = self._arrays.params[0]
+            inputs = inputs_of(groups, both, [False, True] * count, [0.0] * 2 * count, like=like, xp=self.xp)
+            self._prepared = groups, inputs, self._kernel.prepare(inputs)
+        _, inputs, prepared = self._prepared
+        if prepared is None:
+            return None
+        row, previous_lr = 2 * self._row_group + self._first[self._owner], state.previous_lr[self._row_param]
+        S, C, gamma = self._kernel.fused(grads, inputs, prepared, row, previous_lr, write=write)
+
+        def row_inputs() -> tuple[Any, Hyper, list[Any]]:
+            hyper = Hyper(*(field[row] for field in inputs.hyper))._replace(previous_lr=previous_lr)
+            return gamma[row], hyper, [inputs.rules[k] for k in row.tolist()]
+
+        return S, C, StepResult(self._row_names, S, row_inputs)
+
+    def _staged(self, state: ParamState, grads: Gradients, groups: Groups) -> tuple[Any, Any, StepResult]:
+        """Return S, C and the result from a kernel that only takes sums."""
+        first, previous_lr = self._first[self._owner].tolist(), state.previous_lr[self._row_param].tolist()
+        like, xp = self._arrays.params[0], self.xp
+        inputs = inputs_of(groups, self._row_group.tolist(), first, previous_lr, like=like, xp=xp)
+        outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
+        return outputs.S, outputs.C, StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, *outputs[3:]))
+
+    def _is_skipped(self, S: Any, C: Any, policies: Sequence[str], grads: Gradients) -> bool:
+        """Return whether a row that is not finite prevents the step; raise if that is an error."""
+        if self._square_limit is None and quick_finite(S, C, self._least_limit, xp=self.xp):
+            return False
+        ok = finite(S, C, self._limit, self._square_limit, xp=self.xp)
+        if bool(self.xp.all(ok)):
+            return False
+        of_rows = [policies[k] for k in self._row_group.tolist()]
+        offenders = [i for i, policy in enumerate(of_rows) if policy != "propagate" and not bool(ok[i])]
+        trained, arrays = self._arrays.trained, grads.arrays
+        if self._joined:  # the sums of a layer are not finite if one of its parts isn't: name that one
+            offenders.sort(key=lambda i: all(bool(self.xp.all(self.xp.isfinite(x[i]))) for x in (arrays, trained)))
+        for i in offenders:
+            if of_rows[i] == "raise":
+                refuse_nonfinite(self._row_names[i], trained[i], arrays[i], xp=self.xp)
+        return bool(offenders)
+
+    def _commit(self, state: ParamState, groups: Groups) -> None:
+        """Update the state after a step that was taken."""
+        rates = np.array([group["lr"] for group in groups], float)[self._group_of]
+        if self._absent:
+            rates, own = state.previous_lr.copy(), rates
+            rates[self._index] = own
+        state.previous_lr = rates
+        self._publish(state)
+        keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
+        if (self._first & keeps).any():
+            self._first = self._first & ~keeps
+
+    def _publish(self, state: ParamState) -> None:
+        """Let the state have new buffers and masters, and forget the masters that are not wanted any more."""
+        new_buffers, new_masters = self._new
+        dropped = [i for i, x in zip(self._index, self._masters) if x is None and state.masters[i] is not None]
+        if new_buffers or new_masters or dropped:
+            state.keep(new_buffers, new_masters, dropped)
+            self._new = {}, {}
+            self._note_lists(state)
+
+    # ----------------------------------------------------------------------------------------------------- on a device
+
+    def _queue(self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any) -> StepResult:
+        """Have the device take the step, if it finds that it may."""
+        like = self._arrays.params[0]
+        if state.device is None:
+            unused = [v is None for v in state.buffers]
+            state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
+        if self._device_rows is None:
+            keeps = [self._keeps[k][0] for k in self._row_group.tolist()]
+            param, place = self._row_param.tolist(), state.row_numbers(self._index)
+            lists = self._row_names, self._row_group.tolist(), param, place, keeps
+            self._device_rows = DeviceRows(*lists, self._joined, state.group_of, self._limit, self._square_limit, like)
+        device, rows = state.device, self._device_rows
+        capturing = getattr(self._kernel, "is_capturing", bool)()
+        device.write(groups, captured=capturing)
+        # Masters are known to the host: it waits for the step that makes or drops them.
+        waits = self._changes_masters(state) and not capturing
+        before = int(device.counts[0]) if waits else 0
+        result = rows.step(self._kernel, grads, groups, device, found_inf)
+        if not waits or int(device.counts[0]) > before:
+            self._publish(state)
+        return result
+
+    def _changes_masters(self, state: ParamState) -> bool:
+        kept = zip(self._index, self._masters, strict=True)
+        return bool(self._new[1]) or any(x is None and state.masters[i] is not None for i, x in kept)
+
+
+def _keeps(groups: Groups) -> list[tuple[bool, bool]]:
+    """Return for each group whether its layers keep a momentum buffer, and a master copy if of half precision."""
+    return [(needs_buffer(group), bool(group["master_weights"])) for group in groups]
+
+
+def _row_offsets(rows: LayerRows, arrays: Sequence[Any]) -> Any:
+    """Return where each row begins in its parameter's array, in bytes; None if addresses are unknown."""
+    if not hasattr(arrays[0], "strides"):
+        return None
+    offsets = []
+    for own, x in zip(rows.slices, arrays, strict=True):
+        index = np.indices(own.lead).reshape(len(own.lead), -1)
+        offsets.append(np.array(x.strides[: len(own.lead)], np.int64) @ index if own.lead else np.zeros(1, np.int64))
+    return np.concatenate(offsets)

@@ -1,0 +1,367 @@
+"""The hyper-parameters: their names and defaults, the checks, schedules evaluated, and vectors over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite, isnan
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_jax_array
+
+from lars_array._arrays import accumulation_dtype, asarray, is_array, is_on_accelerator
+from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs
+from lars_array.nonfinite import POLICIES
+
+__all__ = [
+    "DEFAULTS",
+    "GROUP_FIELDS",
+    "Hyperparams",
+    "at_step",
+    "check",
+    "complete",
+    "inputs_of",
+    "needs_buffer",
+    "options_of",
+    "readable",
+    "required",
+    "row_values",
+]
+
+
+class _Required:
+    """The default of an argument that has none, as in torch.optim at the time of flash."""
+
+    def __repr__(self) -> str:
+        return "<required parameter>"
+
+    def __reduce__(self) -> str:
+        return "required"  # copies and pickles are the same object
+
+
+required = _Required()
+
+# The keys of a parameter group beside its parameters. `lr` has no default. The values up to eps are flash's.
+DEFAULTS: dict[str, Any] = {
+    "momentum": 0,
+    "dampening": 0,
+    "weight_decay": 0,
+    "nesterov": False,
+    "trust_coefficient": 0.001,
+    "eps": 1e-8,
+    "rule": "flash",
+    "trust_clip": False,
+    "trust_bounds": None,
+    "always_adapt": False,
+    "adapt": True,
+    "maximize": False,
+    "rescale_grad": 1.0,
+    "max_grad_norm": None,
+    "nonfinite": "raise",
+    "layer_axes": 0,
+    "master_weights": False,
+}
+
+# The fields of `Hyper` that a group's hyper-parameters fill; the last two are state.
+GROUP_FIELDS = Hyper._fields[:-2]
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters that no step should be taken with.
+
+    Traced arrays, and those on a GPU, have no value that could be checked without waiting: they pass.
+
+    Parameters
+    ----------
+    group : mapping
+        A value for `lr` and for every key of `DEFAULTS`.
+
+    Raises
+    ------
+    ValueError
+        For a value out of range; the first four messages are flash's.
+    TypeError
+        For a value of the wrong kind.
+    """
+    numbers = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")}
+    numbers |= {name: group[name] for name in ("trust_coefficient", "eps", "rescale_grad")}
+    if group["max_grad_norm"] is not None:
+        numbers["max_grad_norm"] = group["max_grad_norm"]
+    for name, value in numbers.items():
+        _check_number(name, value)
+    known = {name: number for name, value in numbers.items() if (number := _known(value)) is not None}
+
+    for name, label in (
+        ("lr", "learning rate"),
+        ("momentum", "momentum value"),
+        ("weight_decay", "weight_decay value"),
+    ):
+        if not 0 <= known.get(name, 0) < inf:
+            raise ValueError(f"Invalid {label}: {group[name]}")
+    rule = resolve(group["rule"])
+    damped = known.get("dampening", 0) != 0 and not rule.damped_nesterov
+    if group["nesterov"] and (known.get("momentum", 1) <= 0 or damped):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    for name in ("trust_coefficient", "eps"):
+        if not 0 <= known.get(name, 0) < inf:
+            raise ValueError(f"{name} must be finite and at least 0; got {group[name]!r}")
+    if not isfinite(known.get("dampening", 0)):
+        raise ValueError(f"dampening must be finite; got {group['dampening']!r}")
+    if not 0 < known.get("rescale_grad", 1) < inf:
+        raise ValueError(f"rescale_grad must be finite and above 0; got {group['rescale_grad']!r}")
+    if not known.get("max_grad_norm", 1) > 0:
+        raise ValueError(f"max_grad_norm must be above 0, or None; got {group['max_grad_norm']!r}")
+    for name in (*BOOLEANS, "master_weights"):
+        if not isinstance(group[name], bool | np.bool_):
+            raise TypeError(f"{name} must be True or False; got {group[name]!r}")
+    if group["nonfinite"] not in POLICIES:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, POLICIES))}; got {group['nonfinite']!r}")
+    axes = group["layer_axes"]
+    if isinstance(axes, bool) or not isinstance(axes, Integral):
+        raise TypeError(f"layer_axes must be an integer; got {axes!r}")
+    if axes < 0:
+        raise ValueError(f"layer_axes must be at least 0; got {axes!r}")
+    _check_bounds(group["trust_bounds"])
+
+
+def _known(value: Any) -> float | None:
+    """Return the value of a number or array, None if it can't be read here."""
+    if not (isinstance(value, Real | np.ndarray) or is_jax_array(value)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return inf
+    except TypeError:  # traced
+        return None
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not (isinstance(value, Real) or getattr(value, "shape", None) == ()):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def _check_bounds(bounds: Any) -> None:
+    if bounds is None:
+        return
+    if not isinstance(bounds, Sequence) or len(bounds) != 2 or not all(isinstance(bound, Real) for bound in bounds):
+        raise TypeError(f"trust_bounds must be None or a pair of numbers (lowest, highest); got {bounds!r}")
+    lowest, highest = bounds
+    if isnan(lowest) or isnan(highest) or not 0 <= lowest <= highest:
+        raise ValueError(f"trust_bounds must hold 0 <= lowest <= highest; got {bounds!r}")
+
+
+def complete(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `group` with a default for every hyper-parameter that it lacks.
+
+    Parameters
+    ----------
+    group : mapping
+        A value for `lr`, and for any of `DEFAULTS`.
+
+    Returns
+    -------
+    dict
+        `lr` and every key of `DEFAULTS`.
+
+    Raises
+    ------
+    ValueError
+        For a name that is no hyper-parameter.
+    """
+    unknown = group.keys() - DEFAULTS.keys() - {"lr"}
+    if unknown:
+        raise ValueError(f"unknown hyper-parameter {min(unknown)!r}; known are lr, {', '.join(DEFAULTS)}")
+    if "lr" not in group:
+        raise ValueError("a parameter group must have the key 'lr'")
+    return {"lr": group["lr"], **DEFAULTS, **group}
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyper-parameters of a parameter group."""
+    return {key: value for key, value in group.items() if key not in ("params", "names")}
+
+
+def at_step(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
+    """Return complete and checked hyper-parameters, with the learning rate that a schedule has at `step`.
+
+    Parameters
+    ----------
+    options : mapping
+        A value for `lr`, which may be a function of the step, and for any of `DEFAULTS`.
+    step : int or integer array of shape ()
+        Steps taken before.
+
+    Returns
+    -------
+    dict
+        `lr` and every key of `DEFAULTS`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `complete` and `check` do.
+    """
+    group = complete(scheduled(options, step))
+    check(group)
+    return group
+
+
+def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
+    """Return the options with schedules evaluated at `step`."""
+    group = dict(options)
+    if callable(group.get("lr")):
+        group["lr"] = group["lr"](step)
+    return group
+
+
+def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Return `at_step`, with numbers for arrays of shape () that can be read without waiting."""
+    group = scheduled(options, step)
+    return at_step({key: x.item() if _can_be_read(x) else x for key, x in group.items()}, step)
+
+
+def _can_be_read(x: Any) -> bool:
+    return getattr(x, "shape", None) == () and not (is_array(x) and is_on_accelerator(x))
+
+
+def needs_buffer(group: Mapping[str, Any]) -> bool:
+    """Return whether a layer with these hyper-parameters keeps a momentum buffer; a traced momentum may be any."""
+    return resolve(group["rule"]).keeps_buffer or not (isinstance(group["momentum"], Real) and group["momentum"] == 0)
+
+
+# ----------------------------------------------------------------------------------------- from groups to each layer
+
+# Equal values of these types are the same: True == 1, but True is no momentum.
+_PLAIN = frozenset({bool, int, float, str, NoneType})
+
+
+class Hyperparams:
+    """The hyper-parameters of parameter groups, checked again only where something may have changed."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Sequence[Mapping[str, Any]]] = None, []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hyperparams, ()
+
+    def read(self, param_groups: Sequence[Mapping[str, Any]], step: int) -> Sequence[Mapping[str, Any]]:
+        """Return complete and checked hyper-parameters, one mapping a group.
+
+        Parameters
+        ----------
+        param_groups : sequence of mappings
+            The parameter groups.
+        step : int
+            Steps taken before.
+
+        Returns
+        -------
+        sequence of mappings
+            Not to be modified: the same object as before if nothing has changed, so that callers may compare identity.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `at_step` does.
+        """
+        all_options = [scheduled(options_of(group), step) for group in param_groups]
+        seen = [_comparable(options) for options in all_options]
+        before, groups = self._last
+        if before is None or None in seen or before != seen:
+            groups = [readable(options, step) for options in all_options]
+            self._last = (None if None in seen else seen), groups  # at once: an interrupt may come between
+        return groups
+
+
+def _comparable(options: Mapping[str, Any]) -> Any:
+    """Return all values in a form that is equal only to the same ones; None if an object may change in itself."""
+    options = dict(options)
+    rule, bounds = options.pop("rule", None), options.pop("trust_bounds", None)
+    kinds = list(map(type, options.values()))
+    if not _PLAIN.issuperset(kinds) or not (bounds is None or type(bounds) is tuple):
+        return None
+    rule = RULES.get(rule) if type(rule) is str else rule
+    # Users' objects may call themselves equal to others: identity counts. Held, so that no other gets the number.
+    return list(options), kinds, list(options.values()), _Same(rule), _Same(bounds)
+
+
+class _Same:
+    """An object that is equal to itself only."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.x is other.x
+
+    __hash__ = object.__hash__
+
+
+def row_values(group: Mapping[str, Any]) -> list[Any]:
+    """Return the value of a complete group for each of `GROUP_FIELDS`."""
+    lowest, highest = group["trust_bounds"] or resolve(group["rule"]).trust_bounds or (0.0, inf)
+    most = inf if group["max_grad_norm"] is None else group["max_grad_norm"]
+    known = {**group, "trust_lower": lowest, "trust_upper": highest, "max_grad_norm": most}
+    return [known[name] for name in GROUP_FIELDS]
+
+
+def inputs_of(
+    groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], first: Any, previous_lr: Any, *, like: Any, xp: Any
+) -> RuleInputs:
+    """Return the inputs of a step, the hyper-parameters of groups spread over rows.
+
+    Parameters
+    ----------
+    groups : sequence of mappings
+        Complete and checked hyper-parameters, one mapping a group.
+    group_of : sequence of int
+        The group of each row.
+    first : booleans, shape (rows,)
+        True where the layer has no momentum buffer yet.
+    previous_lr : numbers, shape (rows,)
+        Learning rate of each layer's last step.
+    like : array
+        An array on the device of the result.
+    xp : Array API namespace
+        Its namespace.
+
+    Returns
+    -------
+    RuleInputs
+        Arrays of shape (rows,), numbers in the type that sums are accumulated in.
+    """
+    columns = dict(zip(GROUP_FIELDS, zip(*map(row_values, groups), strict=True), strict=True))
+    dtype = accumulation_dtype(xp)
+    index = asarray(group_of, like=like, xp=xp)
+    fields = {"first": asarray(first, xp.bool, like=like, xp=xp)}
+    if isinstance(previous_lr, list):
+        fields["previous_lr"] = _table([previous_lr], dtype, like, xp)[0, :]
+    else:
+        fields["previous_lr"] = asarray(previous_lr, dtype, like=like, xp=xp)
+    numbers = [name for name in GROUP_FIELDS if name not in BOOLEANS]
+    for names, kind in ((numbers, dtype), (BOOLEANS, xp.bool)):
+        # One table of all fields: making an array costs the same for one number or a hundred.
+        table = _table([list(columns[name]) for name in names], kind, like, xp)
+        spread = xp.take(table, index, axis=1)
+        fields |= {name: spread[row, :] for row, name in enumerate(names)}
+    return with_rules(Hyper(**fields), groups, group_of, xp=xp)
+
+
+def with_rules(hyper: Hyper, groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], *, xp: Any) -> RuleInputs:
+    """Return the inputs of a step from hyper-parameters that are spread over rows already."""
+    rules = [resolve(group["rule"]) for group in groups]
+    clips = any(group["max_grad_norm"] is not None for group in groups)
+    return rule_inputs(hyper, [rules[k] for k in group_of], clips=clips, xp=xp)
+
+
+def _table(rows: list[list[Any]], dtype: Any, like: Any, xp: Any) -> Any:
+    if all(isinstance(value, Real) for row in rows for value in row):
+        return asarray(rows, dtype, like=like, xp=xp)
+    return xp.stack([xp.stack([asarray(value, dtype, like=like, xp=xp) for value in row]) for row in rows])

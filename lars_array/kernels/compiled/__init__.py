@@ -1,0 +1,1 @@
+"""The compiled kernel: loops over a table of layers, compiled by numba."""

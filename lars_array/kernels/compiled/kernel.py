@@ -1,0 +1,143 @@
+"""The compiled kernel: a whole model in one call of compiled code on each thread.
+
+numba is imported when the first optimizer asks for it, not with this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from lars_array.core import RuleInputs, clip_gradients
+from lars_array.kernels import blocked
+from lars_array.kernels.base import Gradients, KernelArrays
+from lars_array.kernels.tape import record
+
+__all__ = ["Kernel"]
+
+
+class Kernel:
+    """See `lars_array.kernels`."""
+
+    DESCRIPTION = "NumPy arrays, in place, in loops compiled by numba"
+
+    def __init__(self, arrays: KernelArrays, xp: Any = np) -> None:
+        self._count = len(arrays.params)
+        self._hyper_row, self._no_sums = np.zeros(self._count, np.int32), np.empty((self._count, 0))
+        of_types: dict[Any, list[int]] = {}
+        for i, (p, g, _, master) in enumerate(zip(*arrays, strict=True)):
+            of_types.setdefault((p.dtype, master is not None, g.dtype), []).append(i)
+        self._tables = [_table().Table(arrays, layers) for layers in of_types.values()]
+
+    @staticmethod
+    def unsupported_reason(params: Sequence[Any]) -> str | None:
+        """Return None where numba works and all parameters are NumPy arrays, else why not."""
+        return blocked.Kernel.unsupported_reason(params) or _problem()
+
+    @staticmethod
+    def fallback() -> Any:
+        """Return the blocked kernel."""
+        return blocked.Kernel
+
+    @staticmethod
+    def specs(arrays: Sequence[Any]) -> Any:
+        """Return their `lars_array._arrays.ArraySpecs`."""
+        return _headers().HeaderSpecs(arrays)
+
+    def sums(self, grads: Gradients, operand: Any = None) -> Any:
+        """Return `core.sums`."""
+        S = np.zeros((self._count, 3))
+        row, weights = self._hyper_row, _table().weights_of(None, 1)
+        if operand is not None:
+            row, weights = np.arange(self._count, dtype=np.int32), _table().weights_of(operand, self._count)
+        self._run("measure", grads, row, weights, S, np.empty((self._count, 0)))
+        return S
+
+    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
+        """Write the results of `core.apply` in place."""
+        self._run("write", grads, self._hyper_row, _table().weights_of(None, 1), self._no_sums, np.ascontiguousarray(C))
+
+    def prepare(self, inputs: RuleInputs) -> Any:
+        """Return the rules and hyper-parameters as compiled code takes them; None if a rule can't be recorded."""
+        tapes = [record(rule) for rule in inputs.rules]
+        if any(tape is None for tape in tapes):
+            return None
+        return _table().hyper_of(inputs), _table().programs(tuple(tapes))
+
+    def fused(
+        self, grads: Gradients, inputs: RuleInputs, prepared: Any, hyper_row: Any, previous_lr: Any, *, write: bool
+    ) -> tuple[Any, Any, Any]:
+        """Compute S and C without calling Python, and take the step as well.
+
+        Parameters
+        ----------
+        grads : Gradients
+            Of this step.
+        inputs : RuleInputs
+            A row for each combination of hyper-parameters.
+        prepared : object
+            Returned by `prepare`.
+        hyper_row : int32 array of shape (layers,)
+            The row of each layer in `inputs`.
+        previous_lr : float64 array of shape (layers,)
+            The learning rate of each layer's last step, which `inputs` does not hold.
+        write : bool
+            Whether to do the third stage too: each layer as soon as its coefficients are known.
+
+        Returns
+        -------
+        tuple (S, C, gamma)
+            Sums and coefficients, and the gradient factor of each row of `inputs`.
+        """
+        hyper, programs = prepared
+        S, C = np.zeros((self._count, 3)), np.empty((self._count, 6))
+        clips, rows = inputs.clips, len(inputs.rules)
+        if clips:  # by a factor that depends on the sums over all layers
+            row = self._hyper_row
+            self._run("measure", grads, row, _table().weights_of(None, 1), S, self._no_sums)
+            totals = [np.bincount(hyper_row, column, rows) for column in S.T]
+            inputs = clip_gradients(inputs, np.stack(totals, axis=1), xp=np)
+            hyper = _table().hyper_of(inputs)
+        if clips and inputs.operand is None:
+            _table().coefficients(S, hyper_row, previous_lr, hyper, programs, C)
+        else:
+            S[...] = 0
+            weights = _table().weights_of(inputs.operand, rows)
+            what = "both" if write and not clips else "measure"
+            self._run(what, grads, hyper_row, weights, S, C, previous_lr, hyper, programs)
+        if clips and write:
+            self.apply(grads, C)
+        return S, C, inputs.gamma
+
+    def _run(self, what: str, grads: Gradients, *by_layer: Any) -> None:
+        calls = [table.call(what, grads, *by_layer) for table in self._tables]
+        for call in calls:  # nothing that could fail is left to be done
+            call.run()
+
+
+def _table() -> Any:
+    from lars_array.kernels.compiled import table
+
+    return table
+
+
+def _headers() -> Any:
+    from lars_array.kernels.compiled import headers
+
+    return headers
+
+
+@cache
+def _problem() -> str | None:
+    """Return why compiled code can't be run here."""
+    try:
+        import numba
+    except ImportError as error:
+        return f"it needs numba, pip install lars-array[fast]: {error}"
+    if numba.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT is set"
+    reason: str | None = _headers().problem()
+    return reason

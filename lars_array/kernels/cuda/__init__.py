@@ -1,0 +1,1 @@
+"""The CUDA kernel: a step of a whole model in three launches."""

@@ -1,0 +1,1 @@
+"""The state of an optimizer: parameters and what is kept for each of them between steps."""

@@ -1,0 +1,332 @@
+"""State on a device: the host queues a step and does not wait, so only the device knows which steps were taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace, is_cupy_array, is_torch_array
+
+from lars_array._arrays import accumulation_dtype, asarray
+from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve
+from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
+from lars_array.nonfinite import CAUSES, GRADIENT, PARAMETER, UPDATE, NonFiniteError, finite
+from lars_array.telemetry import StepResult
+
+__all__ = ["DeviceRows", "DeviceState", "PinnedCounts", "StepCounts"]
+
+ENTRIES = 4  # of the counts
+
+
+class StepCounts(NamedTuple):
+    """Steps taken, skipped and rejected by a device, and the code of the last rejected layer."""
+
+    taken: int = 0
+    skipped: int = 0
+    rejected: int = 0
+    offender: int = 0
+
+    def error(self, names: Sequence[str]) -> NonFiniteError:
+        """Return the error for the last rejected step, given the names of all rows."""
+        row, cause = divmod(self.offender, len(CAUSES))
+        name, kind = names[row], CAUSES[cause]
+        if kind == "update":
+            reason = f"the update of {name!r} overflowed its type or the float64 of its norms"
+        else:
+            reason = f"the norm of the {kind} of {name!r} was not finite"
+        return NonFiniteError(f"{reason} in an earlier step, which changed nothing")
+
+
+class PinnedCounts:
+    """A copy of a device's counts in pinned host memory, which the host reads without waiting.
+
+    A copy that is captured in a CUDA graph is made again by each replay.
+
+    Parameters
+    ----------
+    counts : int64 array of shape (ENTRIES,)
+        On the device; written in place.
+    """
+
+    def __init__(self, counts: Any) -> None:
+        self.counts, self.pinned = counts, None
+        if is_cupy_array(counts):
+            import cupyx
+
+            self.pinned = cupyx.zeros_pinned(ENTRIES, np.int64)
+        elif is_torch_array(counts) and counts.device.type == "cuda":
+            import torch
+
+            self._host = torch.zeros(ENTRIES, dtype=torch.int64, pin_memory=True)
+            self.pinned = self._host.numpy()
+
+    def copy(self) -> None:
+        """Queue a copy of the counts behind all work that the device has been given."""
+        if is_cupy_array(self.counts):
+            import cupy
+
+            # Not by the array's own method, which fails while a graph is captured.
+            runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
+            here, there = self.pinned.ctypes.data, self.counts.data.ptr
+            runtime.memcpyAsync(here, there, self.pinned.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+        elif self.pinned is not None:
+            self._host.copy_(self.counts, non_blocking=True)
+
+    def read(self, *, wait: bool) -> StepCounts | None:
+        """Return the counts that have arrived, or with `wait` the final ones; None if they are unknown without."""
+        if self.pinned is None:
+            return StepCounts(*(int(self.counts[i]) for i in range(ENTRIES))) if wait else None
+        if wait and is_cupy_array(self.counts):
+            self.counts.device.synchronize()
+        elif wait:
+            import torch
+
+            torch.cuda.synchronize(self.counts.device)
+        once = self.pinned.tolist()
+        while once != (again := self.pinned.tolist()):  # it was being written
+            once = again
+        return StepCounts(*once)
+
+
+class DeviceState:
+    """Hyper-parameters, the state of each parameter and the counts of steps, as arrays on a device.
+
+    Parameters
+    ----------
+    first : sequence of bool
+        Whether each parameter has no momentum buffer yet.
+    previous_lr : sequence of float
+        The learning rate of the last step of each, 0 before the first.
+    like : array
+        An array on the device.
+
+    Attributes
+    ----------
+    hyper : array of shape (groups, fields)
+        The hyper-parameters of each group in the order of `GROUP_FIELDS`, booleans as 0 and 1; None before `write`. It
+        stays the same array, and is modified in place.
+    first, previous_lr : arrays of shape (parameters,)
+        Modified in place, so that a graph can be replayed.
+    counts : int64 array of shape (ENTRIES,)
+        See `StepCounts`; modified in place.
+    """
+
+    def __init__(self, first: Sequence[bool], previous_lr: Sequence[float], *, like: Any) -> None:
+        self.xp = xp = array_namespace(like)
+        self.like, self.hyper = like, None
+        self.first = asarray(list(first), xp.bool, like=like, xp=xp)
+        self.previous_lr = asarray(list(previous_lr), accumulation_dtype(xp), like=like, xp=xp)
+        self.counts = asarray([0] * ENTRIES, xp.int64, like=like, xp=xp)
+        self._pinned = PinnedCounts(self.counts)
+        self._read = StepCounts()
+        self._queued, self._confirmed = 0, 0
+        self._written: list[list[Any]] = []
+        self._in_graphs: set[tuple[int, int]] = set()  # replays write these: their values are unknown here
+
+    def write(self, groups: Sequence[Mapping[str, Any]], *, captured: bool) -> None:
+        """Update `hyper` where a number has changed; the host neither waits nor sends memory that a graph would reread.
+
+        Parameters
+        ----------
+        groups : sequence of mappings
+            Complete and checked hyper-parameters; numbers, or arrays of shape () on the device.
+        captured : bool
+            Whether a graph is being captured: each of its replays writes what is written now.
+        """
+        rows = [row_values(group) for group in groups]
+        if self.hyper is None:
+            numbers = [[float(value) if isinstance(value, Real) else 0.0 for value in row] for row in rows]
+            self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
+            self._written = numbers
+        for row, (values, written) in enumerate(zip(rows, self._written, strict=True)):
+            for column, value in enumerate(values):
+                if isinstance(value, Real):
+                    value = float(value)
+                    if value == written[column] and (row, column) not in self._in_graphs:
+                        continue
+                if captured:
+                    self._in_graphs.add((row, column))
+                # A slice, not an element: torch fills the one and copies the other from the host.
+                self.hyper[row : row + 1, column : column + 1] = value
+                written[column] = value if isinstance(value, float) else None
+
+    def vectors(self, group_of: Any, owner: Any) -> Hyper:
+        """Return the hyper-parameters and states of rows, given the group and the parameter of each, index arrays."""
+        spread = self.xp.take(self.hyper, group_of, axis=0)
+        columns = {name: spread[:, k] for k, name in enumerate(GROUP_FIELDS)}
+        columns |= {name: columns[name] != 0 for name in BOOLEANS}
+        first, previous_lr = (self.xp.take(x, owner) for x in (self.first, self.previous_lr))
+        return Hyper(**columns, first=first, previous_lr=previous_lr)
+
+    def advance(self, taken: Any, stepped: Any, keeps: Any, lr: Any) -> None:
+        """Update the state of each parameter after a step.
+
+        Parameters
+        ----------
+        taken : bool array of shape (), or None
+            Whether the step is taken; None: it is.
+        stepped, keeps : bool arrays of shape (parameters,)
+            Which parameters took part, and which of these keep a momentum buffer.
+        lr : array of shape (parameters,)
+            Their learning rates.
+        """
+        if taken is not None:
+            stepped = stepped & taken
+        self.first[...] = self.first & ~(stepped & keeps)
+        self.previous_lr[...] = self.xp.where(stepped, lr, self.previous_lr)
+
+    def decide(self, ok: Any, raises: Any, found_inf: Any, outputs: StageOutputs, place: Any) -> Any:
+        """Count a step, and return whether it is taken: a bool array of shape (), or None for certainly.
+
+        Parameters
+        ----------
+        ok : bool array of shape (rows,), or None
+            False where a row prevents the step; None: no row does.
+        raises : bool array of shape (rows,)
+            Where that is an error.
+        found_inf : array of shape (), or None
+            The step is skipped where it isn't zero.
+        outputs : StageOutputs
+            Its sums say whether the gradient or the parameter was not finite.
+        place : integer array of shape (rows,)
+            The number of each row among all rows of the model.
+        """
+        xp, counts = self.xp, self.counts
+        if ok is None and found_inf is None:
+            counts[0:1] = counts[0:1] + 1
+            return None
+        bad = xp.zeros_like(raises) if ok is None else ~ok
+        rejecting = bad & raises
+        rejected, taken = xp.any(rejecting), ~xp.any(bad)
+        if found_inf is not None:
+            found = found_inf != 0
+            rejected, taken = rejected & ~found, taken & ~found
+        worst = xp.reshape(xp.argmax(xp.astype(rejecting, xp.int64)), (1,))
+        row = xp.take(outputs.S, worst, axis=0)[0, :]
+        p_finite, g_finite = (xp.astype(xp.isfinite(row[i]), xp.int64) for i in (0, 1))
+        kind = GRADIENT + g_finite * ((PARAMETER - GRADIENT) + p_finite * (UPDATE - PARAMETER))
+        offender = len(CAUSES) * xp.take(place, worst)[0] + kind
+        old = [counts[i] for i in range(ENTRIES)]
+        steps = [xp.astype(x, xp.int64) for x in (taken, ~taken & ~rejected, rejected)]
+        new = [old[0] + steps[0], old[1] + steps[1], old[2] + steps[2], xp.where(rejected, offender, old[3])]
+        counts[...] = xp.stack([xp.astype(x, xp.int64) for x in new])
+        return taken
+
+    def queued(self, *, may_fail: bool) -> None:
+        """Count a step as queued, and queue a copy of the counts if it may not be taken."""
+        self._queued += 1
+        if may_fail:
+            self._pinned.copy()
+
+    def poll(self, *, wait: bool) -> tuple[StepCounts, StepCounts, int]:
+        """Return the counts at the last call and now, and with `wait` the steps that graphs have replayed since.
+
+        A step that was captured and not replayed counts as -1.
+        """
+        before, now = self._read, self._pinned.read(wait=wait) or self._read
+        self._read = now
+        if not wait:
+            return before, now, 0
+        done = now.taken + now.skipped + now.rejected
+        replayed = done - self._confirmed - self._queued
+        self._queued, self._confirmed = 0, done
+        return before, now, replayed
+
+
+class DeviceRows:
+    """The rows of a step as a device needs them.
+
+    Parameters
+    ----------
+    names, group_of, param_of, number, keeps : lists
+        Of each row its name, its group, its parameter, its number among all rows of the model, and whether it keeps a
+        momentum buffer.
+    joined : sequence of sequences of int
+        The rows of each layer that has several.
+    group_of_params : int array of shape (parameters,)
+        The group of each parameter of the model.
+    limit, square_limit : arrays of shape (rows,)
+        See `lars_array.nonfinite.finite`.
+    like : array
+        An array on the device.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        group_of: list[int],
+        param_of: list[int],
+        number: list[int],
+        keeps: list[bool],
+        joined: Sequence[Sequence[int]],
+        group_of_params: Any,
+        limit: Any,
+        square_limit: Any,
+        like: Any,
+    ) -> None:
+        self.names, self.group_of, self.param_of, self.number = names, group_of, param_of, number
+        self.keeps, self.joined = keeps, joined
+        self._limit, self._square_limit, self._like = limit, square_limit, like
+        self.xp = array_namespace(like)
+        self._index = [self._on_device(x) for x in (group_of, param_of, number, group_of_params.tolist())]
+        kept = {i: keep for i, keep in zip(param_of, keeps, strict=True)}
+        self._stepped = self._on_device([i in kept for i in range(len(group_of_params))])
+        self._kept = self._on_device([kept.get(i, False) for i in range(len(group_of_params))])
+        self._policies: tuple[Any, ...] = (None,)
+
+    def step(
+        self, kernel: Any, grads: Any, groups: Sequence[Mapping[str, Any]], state: DeviceState, found_inf: Any
+    ) -> StepResult:
+        """Queue a step, by a kernel that can do it alone or by stages."""
+        policies = [group["nonfinite"] for group in groups]
+        of_rows = {policies[k] for k in self.group_of}
+        may_fail = of_rows != {"propagate"} or found_inf is not None
+        result = self._enqueued(kernel, grads, groups, policies, state, found_inf)
+        result = result or self._staged(kernel, grads, groups, policies, state, found_inf)
+        state.queued(may_fail=may_fail)
+        return result
+
+    def _enqueued(
+        self, kernel: Any, grads: Any, groups: Any, policies: list[str], state: DeviceState, found_inf: Any
+    ) -> StepResult | None:
+        if not hasattr(kernel, "enqueue"):
+            return None
+        rules = [resolve(group["rule"]) for group in groups]
+        clips = any(group["max_grad_norm"] is not None for group in groups)
+        found = kernel.enqueue(grads, self, rules, policies, state, found_inf, clips=clips)
+        if found is None:
+            return None
+        S, gamma = found
+        group, param, *_ = self._index
+        return StepResult(
+            self.names, S, lambda: (gamma, state.vectors(group, param), [rules[k] for k in self.group_of])
+        )
+
+    def _staged(
+        self, kernel: Any, grads: Any, groups: Any, policies: list[str], state: DeviceState, found_inf: Any
+    ) -> StepResult:
+        xp, (group, param, number, group_of_params) = self.xp, self._index
+        inputs = with_rules(state.vectors(group, param), groups, self.group_of, xp=xp)
+        outputs = plan(inputs, lambda operand: kernel.sums(grads, operand), xp=xp, joined=self.joined)
+        strict, raises = self._of_policies(policies)
+        ok = None
+        if strict is not None:
+            ok = ~strict | finite(outputs.S, outputs.C, self._limit, self._square_limit, xp=xp)
+        taken = state.decide(ok, raises, found_inf, outputs, number)
+        kernel.apply(grads, outputs.C, taken)
+        lr = xp.take(state.hyper[:, GROUP_FIELDS.index("lr")], group_of_params)
+        state.advance(taken, self._stepped, self._kept, lr)
+        return StepResult(self.names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
+
+    def _of_policies(self, policies: list[str]) -> tuple[Any, Any]:
+        """Return where a row that is not finite prevents the step, None for nowhere, and where that is an error."""
+        if policies != self._policies[0]:
+            own = [policies[k] for k in self.group_of]
+            strict = None if set(own) == {"propagate"} else self._on_device([x != "propagate" for x in own])
+            self._policies = policies, strict, self._on_device([x == "raise" for x in own])
+        return self._policies[1:]  # type: ignore[return-value]
+
+    def _on_device(self, values: list[Any]) -> Any:
+        return asarray(values, like=self._like, xp=self.xp)

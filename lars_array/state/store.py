@@ -1,0 +1,254 @@
+"""The parameters of an optimizer and the arrays kept for each of them between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from lars_array._arrays import ArraySpecs, check_buffer, check_gradient, check_master, compute_dtype, device_context, to_floats
+from lars_array.layers import LayerOf, LayerRows, labels_of
+from lars_array.state.device import DeviceState
+from lars_array.state.inputs import Group, all_names
+from lars_array.state.memory import MemoryRanges, check_writable
+
+__all__ = ["KEPT", "ParamState", "allocate_buffers"]
+
+# The arrays that may be kept for a parameter, and the check that each has to pass.
+KEPT: dict[str, Callable[[str, Any, Any], None]] = {"momentum_buffer": check_buffer, "master": check_master}
+
+ALIGNMENT = 64  # bytes: a cache line
+LARGE = 4096  # bytes: smaller buffers lie closer, as far apart as malloc would put them
+CLOSE = 16
+
+
+class ParamState:
+    """Parameters in the order of their groups, and their state.
+
+    The lists are replaced, never modified, so that a list seen before holds the same arrays.
+
+    Parameters
+    ----------
+    layer_of : mapping, callable or None
+        See `lars_array.LARS`.
+
+    Attributes
+    ----------
+    names, params : lists
+        The parameters.
+    group_of : int32 array of shape (parameters,)
+        The group of each.
+    layer_axes : list of int
+        The number of leading axes of each along which slices are layers.
+    buffers, masters : lists
+        Momentum buffer and master copy of each, or None. On a device, a buffer may be unused: see `DeviceState`.
+    previous_lr : float64 array of shape (parameters,)
+        The learning rate of the last step of each, 0 before the first.
+    device : DeviceState or None
+        The state that only a device knows, once steps have been queued on it.
+    """
+
+    def __init__(self, layer_of: LayerOf = None) -> None:
+        self.layer_of = layer_of
+        self.names: list[str] = []
+        self.params: list[Any] = []
+        self.group_of = np.zeros(0, np.int32)
+        self.layer_axes: list[int] = []
+        self.buffers: list[Any] = []
+        self.masters: list[Any] = []
+        self.previous_lr = np.zeros(0)
+        self.device: DeviceState | None = None
+
+    def extended(self, groups: Sequence[Group], layer_axes: Sequence[int]) -> ParamState:
+        """Return a new state with the parameters of further groups; this one does not change.
+
+        Parameters
+        ----------
+        groups : sequence of Group
+            The groups.
+        layer_axes : sequence of int
+            The `layer_axes` of each.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For names that are taken, and parameters that are not writable, overlap, or can't form a layer.
+        """
+        longer = ParamState(self.layer_of)
+        new = [p for group in groups for p in group.arrays]
+        longer.names = all_names([self.names, *(group.names for group in groups)])
+        longer.params = [*self.params, *new]
+        counts = [len(group.arrays) for group in groups]
+        first = int(self.group_of.max(initial=-1)) + 1
+        numbers = np.arange(first, first + len(groups), dtype=np.int32)
+        longer.group_of = np.concatenate([self.group_of, np.repeat(numbers, counts)])
+        longer.layer_axes = [*self.layer_axes, *np.repeat(np.array(layer_axes, int), counts).tolist()]
+        longer.buffers = [*self.used_buffers(), *[None] * len(new)]
+        longer.masters = [*self.masters, *[None] * len(new)]
+        longer.previous_lr = np.concatenate([self.last_rates(), np.zeros(len(new))])
+        longer.rows()
+        for name, p in zip(longer.names, longer.params, strict=True):
+            check_writable(name, p)
+            _check_same_place(p, longer.params[0], name, longer.names[0])
+        MemoryRanges(longer.names, longer.params)
+        return longer
+
+    def rows(self) -> LayerRows:
+        """Return the layers of all parameters."""
+        return LayerRows.of(self.names, self.params, self.layer_axes, labels_of(self.layer_of, self.names))
+
+    def used_buffers(self) -> list[Any]:
+        """Return the momentum buffers that steps have used, else None; waits for a device."""
+        if self.device is None:
+            return self.buffers
+        with device_context(self.params[0]):
+            unused = to_floats(self.device.first)
+        return [None if first else v for v, first in zip(self.buffers, unused, strict=True)]
+
+    def last_rates(self) -> Any:
+        """Return `previous_lr`; waits for a device."""
+        if self.device is None:
+            return self.previous_lr
+        with device_context(self.params[0]):
+            return np.array(to_floats(self.device.previous_lr))
+
+    def pull_device_state(self) -> None:
+        """Move the state that only a device knows to the host; waits for it."""
+        self.buffers, self.previous_lr, self.device = self.used_buffers(), self.last_rates(), None
+
+    def views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
+        """Return the state by parameter name, the arrays themselves; see `lars_array.LARS.state_views`."""
+        buffers = self.used_buffers() if wait else self.buffers
+        rates = self.last_rates().tolist() if wait else None
+        state: dict[str, dict[str, Any]] = {}
+        for i, name in enumerate(self.names):
+            own = state[name] = {} if rates is None else {"previous_lr": rates[i]}
+            for key, array in (("momentum_buffer", buffers[i]), ("master", self.masters[i])):
+                if array is not None:
+                    own[key] = array
+        return state
+
+    def attach(self, state: Mapping[str, Mapping[str, Any]], *, copied: bool = False) -> None:
+        """Keep the arrays in `state` from now on, and nothing else for the parameters that it names.
+
+        Parameters
+        ----------
+        state : mapping
+            By name, see `views`.
+        copied : bool
+            Whether to keep copies of the arrays.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a name is unknown, or an array does not fit; then nothing was changed.
+        """
+        place = {name: i for i, name in enumerate(self.names)}
+        kept = {"momentum_buffer": list(self.used_buffers()), "master": list(self.masters)}
+        previous_lr = self.last_rates().copy()
+        for name, own in state.items():
+            if name not in place:
+                raise ValueError(f"state must be of parameters named {self.names!r}; got the name {name!r}")
+            i = place[name]
+            for key, check in KEPT.items():
+                kept[key][i] = own.get(key)
+                if own.get(key) is not None:
+                    check(name, own[key], self.params[i])
+                    if not copied:
+                        check_writable(f"{key} of {name}", own[key])
+            previous_lr[i] = float(own.get("previous_lr", 0.0))
+        if copied:
+            kept = {key: self._copies(arrays, {place[name] for name in state}) for key, arrays in kept.items()}
+        MemoryRanges(self.names, self.params, *kept.values())
+        self.buffers, self.masters, self.previous_lr = *kept.values(), previous_lr
+        self.device = None
+
+    def _copies(self, arrays: list[Any], index: set[int]) -> list[Any]:
+        """Return arrays, those at `index` copied into new ones that lie together."""
+        chosen = [i for i in sorted(index) if arrays[i] is not None]
+        new = allocate_buffers([self.params[i] for i in chosen])
+        copies = list(arrays)
+        for i, mine in zip(chosen, new, strict=True):
+            mine[...] = arrays[i]
+            copies[i] = mine
+        return copies
+
+    def keep(self, buffers: Mapping[int, Any], masters: Mapping[int, Any], dropped: Sequence[int]) -> None:
+        """Keep new momentum buffers and masters, by position, and drop masters."""
+        new = dict(masters) | dict.fromkeys(dropped)
+        self.buffers = [buffers.get(i, v) for i, v in enumerate(self.buffers)]
+        self.masters = [new.get(i, x) for i, x in enumerate(self.masters)]
+
+    def row_numbers(self, index: Sequence[int]) -> list[int]:
+        """Return the number of each row of the parameters at `index` among all rows."""
+        slices = self.rows().slices
+        return [slices[i].start + k for i in index for k in range(slices[i].count)]
+
+    def row_names(self) -> list[str]:
+        """Return the names of all rows."""
+        return self.rows().names(self.names)
+
+    # Adapters, whose lists hold arrays of another kind, override what follows.
+
+    def view(self, array: Any) -> Any:
+        """Return an array as kernels take it, on the same memory."""
+        return array
+
+    def specs(self, arrays: Sequence[Any], specs_of: Callable[[Sequence[Any]], ArraySpecs] | None) -> ArraySpecs:
+        """Return the types and layouts of arrays; `specs_of` is the kernel's way to find them."""
+        return (specs_of or ArraySpecs)(arrays)
+
+    def addresses(self, arrays: Sequence[Any]) -> Any:
+        """Return where momentum buffers or masters lie, if their owner may move them."""
+        return None
+
+    def check_gradient(self, name: str, g: Any, p: Any) -> None:
+        """Raise unless a gradient fits its parameter."""
+        check_gradient(name, g, p)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.pull_device_state()
+        return self.__dict__
+
+
+def allocate_buffers(params: Sequence[Any]) -> list[Any]:
+    """Return a momentum buffer of zeros for each parameter: of its shape and order, in the type computed in.
+
+    Those for dense NumPy arrays lie in one block of memory, the large ones first, so that the system can use huge
+    pages.
+    """
+    if not params:
+        return []
+    xp = array_namespace(params[0])
+    buffers: list[Any] = [None] * len(params)
+    dense: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if isinstance(p, np.ndarray) and p.flags.forc:
+            dense.setdefault(np.dtype(compute_dtype(p, xp)), []).append(i)
+        else:
+            buffers[i] = xp.zeros_like(p, dtype=compute_dtype(p, xp))
+    for kind, index in dense.items():
+        sizes = np.array([params[i].size * kind.itemsize for i in index], np.int64)
+        small = sizes < LARGE
+        step = np.where(small, CLOSE, ALIGNMENT)
+        room = -(-sizes // step) * step
+        order = np.argsort(small, kind="stable")
+        starts = np.zeros_like(room)
+        starts[order[1:]] = np.cumsum(room[order[:-1]])
+        memory = np.zeros(int(room.sum()) + ALIGNMENT, np.uint8)
+        offset = -memory.__array_interface__["data"][0] % ALIGNMENT
+        for i, start in zip(index, (starts + offset).tolist(), strict=True):
+            layout = "C" if params[i].flags.c_contiguous else "F"
+            buffers[i] = np.ndarray(params[i].shape, kind, memory, start, order=layout)  # type: ignore[call-overload]
+    return buffers
+
+
+def _check_same_place(p: Any, other: Any, name: str, other_name: str) -> None:
+    if type(p) is not type(other) and array_namespace(p) is not array_namespace(other):
+        kinds = f"{type(p).__name__} and {type(other).__name__}"
+        raise TypeError(f"parameters must be arrays of one library; {name!r} and {other_name!r} are {kinds}")
+    if device(p) != device(other):
+        places = f"{device(p)!r} and {device(other)!r}"
+        raise ValueError(f"parameters must lie on one device; {name!r} and {other_name!r} lie on {places}")
