@@ -30,7 +30,7 @@ bench: .venv/bench.installed .venv/timm.installed ## Measure speed and memory be
 	.venv/bin/python -m benchmarks cpu $(ARGS)
 
 gpu: ## On a machine with a GPU: tests, compute-sanitizer, benchmark, by what PYTHON has; installs nothing
-	@$(PYTHON) tests/on_a_gpu.py $(ARGS)
+	@$(PYTHON) tests/gpu/on_a_gpu.py $(ARGS)
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
 	NUMBA_DISABLE_JIT=1 .venv/bin/python -m mutmut run $(ARGS)

@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    script = Path(__file__).with_name("sharded_steps.py")
+    script = Path(__file__).parents[2] / "support" / "sharded_steps.py"
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",

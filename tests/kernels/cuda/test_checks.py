@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_on_cpu
-import numpy as np
 import pytest
-from cuda_on_cpu import far
-
-from lars_array import LARS
-from lars_array.kernels import cuda_table
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
@@ -38,33 +33,11 @@ SLIPS = {
 }
 
 
-def is_right(path: Path, order: int, offset: int = 0) -> bool:
-    """Return whether a few steps, and one that is not to be taken, end as those of the portable kernel do.
-
-    Parameters begin `offset` elements behind aligned places.
-    """
-    rng = np.random.default_rng(0)
-    sizes = [5, 1000, 0, 130, 3]
-    with cuda_on_cpu.pretended(order=order, path=path), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_table, "PIECE_LENGTH", 4 * cuda_on_cpu.THREADS + 8)
-        here = [rng.standard_normal(size).astype(np.float32) for size in sizes]
-        there = [far(np.concatenate([np.zeros(offset, p.dtype), p]))[offset:] for p in here]
-        options: Any = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1, "nonfinite": "skip", "trust_coefficient": 1.0}
-        ours, theirs = LARS(there, **options), LARS(here, **options, kernel="portable")
-        for step in range(4):
-            grads = [rng.standard_normal(size).astype(np.float32) for size in sizes]
-            if step == 2:
-                grads[3][7] = np.nan
-            ours.step([far(g) for g in grads])
-            theirs.step(grads)
-    return all(np.allclose(np.asarray(p), q, rtol=1e-6, atol=0) for p, q in zip(there, here, strict=True))
-
-
 @pytest.mark.parametrize("slip", SLIPS)
 def test_a_slip_is_noticed(slip: str, tmp_path: Path) -> None:
     """Each in a process of its own, since some end it."""
     path = cuda_on_cpu.build(tmp_path, pairs=[FLOAT32], change=SLIPS[slip])
-    script = f"import sys; sys.path.insert(0, {str(cuda_on_cpu.HERE)!r}); from test_cuda_checks import *\n"
+    script = f"import sys; sys.path.insert(0, {str(cuda_on_cpu.HERE)!r}); from cuda_slips import *\n"
     script += f"sys.exit(not all(is_right(Path({str(path)!r}), order) for order in (0, 1, 2)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (slip == "none"), done.stderr
@@ -73,7 +46,7 @@ def test_a_slip_is_noticed(slip: str, tmp_path: Path) -> None:
 def test_threads_that_part_at_a_barrier_are_noticed(tmp_path: Path) -> None:
     change = ("all[threadIdx.x] = mine;", "all[threadIdx.x] = mine; if (threadIdx.x == 3) return mine;")
     path = cuda_on_cpu.build(tmp_path, pairs=[FLOAT32], change=change)
-    script = f"import sys; sys.path.insert(0, {str(cuda_on_cpu.HERE)!r}); from test_cuda_checks import *\n"
+    script = f"import sys; sys.path.insert(0, {str(cuda_on_cpu.HERE)!r}); from cuda_slips import *\n"
     script += f"is_right(Path({str(path)!r}), 0)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -95,9 +68,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitizers, over the tests of the logic that are no trajectories."""
     path = cuda_on_cpu.build(tmp_path, sanitized=True)
     chosen = "forwards or types or structures or half or depend"
-    done = run_under_sanitizers(
-        path, "-m", "pytest", "-q", "-x", "test_cuda_logic.py", "-k", chosen, "-p", "no:cacheprovider", "-s"
-    )
+    file = str(Path(__file__).with_name("test_logic.py"))
+    done = run_under_sanitizers(path, "-m", "pytest", "-q", "-x", file, "-k", chosen, "-p", "no:cacheprovider", "-s")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
 
@@ -111,7 +83,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
 )
 def test_sanitizers_can_find_something(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     path = cuda_on_cpu.build(tmp_path, pairs=[FLOAT32], sanitized=True, change=change)
-    script = f"from test_cuda_checks import *; is_right(Path({str(path)!r}), 0, offset=1)"
+    script = f"from cuda_slips import *; is_right(Path({str(path)!r}), 0, offset=1)"
     done = run_under_sanitizers(path, "-c", script)
     assert done.returncode != 0
     assert message in done.stderr

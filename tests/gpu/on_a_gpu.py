@@ -14,7 +14,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("tests", "sanitizers", "benchmark")
 
 NEEDED = {
@@ -68,7 +68,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def marked() -> list[str]:
     """Return the files with tests that need a GPU: the others may need packages that are not here."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 
@@ -100,7 +100,7 @@ def sanitizers() -> list[str]:
         return [
             "compute-sanitizer is not there: it comes with the CUDA toolkit; looked in PATH and /usr/local/cuda*/bin"
         ]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_gpu_kernel.py"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/gpu/test_kernel.py"]
     failures = []
     for name in ("memcheck", "racecheck"):
         options = ["--tool", name, "--error-exitcode", "9", "--print-limit", "20"]

@@ -1,4 +1,4 @@
-"""Run by `test_jax_sharding` in a process of its own, where the CPU is eight devices: prints what was found as JSON.
+"""Run by `adapters/jax/test_sharding.py` in a process of its own, where the CPU is eight devices; prints JSON.
 
 It sets nothing in JAX by itself, since whoever looks for examples in it imports it.
 """

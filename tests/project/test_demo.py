@@ -28,8 +28,8 @@ def digits():
     return data.load(seed=0)
 
 
-def same(a: Outcome, b: Outcome) -> bool:
-    return replace(a, seconds=0) == replace(b, seconds=0)
+def assert_same_outcome(a: Outcome, b: Outcome) -> None:
+    assert replace(a, seconds=0) == replace(b, seconds=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- network
@@ -112,12 +112,12 @@ def poisoned(part: data.Part) -> data.Part:
 
 
 def test_a_tuning_run_sees_no_test_row(digits):
-    assert same(train(RUN, digits), train(RUN, replace(digits, test=poisoned(digits.test))))
+    assert_same_outcome(train(RUN, digits), train(RUN, replace(digits, test=poisoned(digits.test))))
 
 
 def test_a_final_run_sees_no_validation_row(digits):
     run = replace(RUN, scored_on="test")
-    assert same(train(run, digits), train(run, replace(digits, validation=poisoned(digits.validation))))
+    assert_same_outcome(train(run, digits), train(run, replace(digits, validation=poisoned(digits.validation))))
 
 
 def test_learning_rates_are_chosen_on_validation_only():

@@ -9,7 +9,7 @@ import array_api_strict
 import numpy as np
 import pytest
 from assertions import assert_refused, assert_same, fingerprint
-from test_moves import HYPER, Pair, numbers, room_for
+from moving import HYPER, Pair, numbers, room_for
 
 from lars_array import LARS, NonFiniteError
 from lars_array.kernels import NUMPY_KERNELS as KERNELS

@@ -22,7 +22,7 @@ from benchmarks.cases import Case
 from benchmarks.contestant import OPTIONS, Contestant, UnavailableError
 from benchmarks.gpu_device import Gpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = Case("small", lambda: [(7, 3), (5,), (40, 40)], rounds=3)
 
 
@@ -136,7 +136,7 @@ def test_the_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def on_a_gpu(*arguments: str) -> Any:
-    command = [sys.executable, "tests/on_a_gpu.py", *arguments]
+    command = [sys.executable, "tests/gpu/on_a_gpu.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -158,10 +158,10 @@ def test_make_gpu_says_what_is_missing() -> None:
 def test_files_that_need_a_gpu_are_found_and_need_little_else() -> None:
     """They are collected without most of what other tests need."""
     script = (
-        "import sys; sys.path.insert(0, 'tests'); import on_a_gpu, pytest\n"
+        "import sys; sys.path.insert(0, 'tests/gpu'); import on_a_gpu, pytest\n"
         "for name in ('jax', 'optax', 'array_api_strict', 'numba', 'torch_optimizer'): sys.modules[name] = None\n"
-        "files = [name for name in on_a_gpu.marked() if name.startswith('tests/test_gpu_')]\n"
-        "assert 'tests/test_gpu_kernel.py' in files, files\n"
+        "files = [name for name in on_a_gpu.marked() if name.startswith('tests/gpu/test_')]\n"
+        "assert 'tests/gpu/test_kernel.py' in files, files\n"
         "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', '-p', 'no:cacheprovider', *files]))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)

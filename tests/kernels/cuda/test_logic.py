@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from assertions import assert_same, fingerprint
 from cuda_on_cpu import PAIRS, THREADS, far
+from golden_cases import call_of
+from golden_runs import POSITIVE, assert_reproduces, run_in_place
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_golden import POSITIVE, assert_reproduces, call_of, run_in_place
 
 from lars_array import RULES, core
 from lars_array.hyper import Hyper, at_step, complete

@@ -85,7 +85,7 @@ def test_it_is_of_other_parameters() -> None:
         ({"eps": float("nan")}, ValueError, "eps must be finite and at least 0; got nan"),
         ({"nesterov": True, "momentum": 0}, ValueError, "Nesterov momentum requires a momentum and zero dampening"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of 'raise', 'skip', 'propagate'; got 'ignore'"),
-        ({"lr": lambda step: 0.0 - step}, ValueError, "Invalid learning rate: -1.0"),
+        pytest.param({"lr": lambda step: 0.0 - step}, ValueError, "Invalid learning rate: -1.0", id="a schedule"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ import lars_array
 from lars_array import Rule, preset
 from lars_array.blocks import momentum_form, norms, trust_ratio
 
-ARCHIVE = Path(__file__).parent / "golden" / "trajectories.zip"
+ARCHIVE = Path(__file__).parents[1] / "golden" / "trajectories.zip"
 
 
 class Case(NamedTuple):

@@ -1,4 +1,4 @@
-"""The registry, rules of one's own, and what holds for every rule. The originals' trajectories are in test_golden."""
+"""The registry, rules of one's own, and what holds for every rule. The originals' trajectories are in `golden`."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def assert_trees_close(ours: Any, theirs: Any, tolerance: float) -> None:
         {"weight_decay": 0.01, "trust_ratio_mask": {"layer_0": False, "layer_1": True, "layer_2": True}},
         {"trust_coefficient": 0.1, "eps": 0.01},
     ],
-    ids=str,
+    ids=lambda options: str({name: getattr(x, "__name__", x) for name, x in options.items()}),
 )
 def test_by_name_it_is_optaxs_lars(options: dict[str, Any]) -> None:
     schedule = warmup_cosine(0.5, total_steps=50, warmup_steps=10, start_lr=0.1)

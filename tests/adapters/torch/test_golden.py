@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import Call, Case, call_of
-from test_golden import NEGATIVE, POSITIVE, assert_reproduces, names
+from golden_runs import NEGATIVE, POSITIVE, assert_reproduces, names
 
 from lars_torch import LARS
 
