@@ -1,0 +1,198 @@
+"""A record of what steps compute, to the bit: ``python tests/support/bits.py record FILE``, or ``compare FILE``.
+
+It uses what is public, beside `support.bits_cuda`, so that it says of any version of the library, the one that Python
+finds, whether it computes what another one has. ``--only PATTERN`` takes some of the cases, each named by the way to
+take steps and its scenario: ``--only 'jax*: rule*'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = os.fspath(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from support.bits_cases import SCENARIOS, Scenario
+from support.bits_runs import InPlace, Pure, Subject, canonical, lars_step, taken
+
+__all__ = ["cases", "describe", "differences", "environment", "other_environment", "read", "recorded", "write"]
+
+PACKAGES = ("numpy", "numba", "llvmlite", "torch", "jax", "jaxlib", "ml_dtypes")
+
+
+def _torch(scenario: Scenario, **options: Any) -> Subject:
+    from support.bits_torch import Torch
+
+    return Torch(scenario, **options)
+
+
+def _jax(name: str, scenario: Scenario, **options: Any) -> Subject:
+    from support import bits_jax
+
+    subject: Subject = getattr(bits_jax, name)(scenario, **options)
+    return subject
+
+
+def _cuda(scenario: Scenario) -> Subject:
+    from support.bits_cuda import Cuda
+
+    return Cuda(scenario)
+
+
+WAYS: dict[str, Callable[[Scenario], Subject]] = {
+    "compiled": functools.partial(InPlace, kernel="compiled"),
+    "compiled-1": functools.partial(InPlace, kernel="compiled", threads=1),
+    "compiled-2": functools.partial(InPlace, kernel="compiled", threads=2),
+    "compiled-3": functools.partial(InPlace, kernel="compiled", threads=3),
+    "blocked": functools.partial(InPlace, kernel="blocked"),
+    "portable": functools.partial(InPlace, kernel="portable"),
+    "cuda": _cuda,
+    "torch": _torch,
+    "torch-compiled": functools.partial(_torch, compiled=True),
+    "update": Pure,
+    "lars_step": lars_step,
+    "jax": functools.partial(_jax, "Jitted"),
+    "jax-eager": functools.partial(_jax, "Eager", donate=False),
+    "jax-donated": functools.partial(_jax, "Eager", donate=True),
+}
+
+
+def cases(only: str = "*") -> list[tuple[str, str, Scenario]]:
+    """Return name, way and scenario of each case whose name fits a pattern."""
+    found = [(f"{way}: {scenario.name}", way, scenario) for scenario in SCENARIOS for way in scenario.on]
+    return [case for case in found if fnmatch(case[0], only)]
+
+
+def recorded(only: str = "*") -> dict[str, Any]:
+    """Take all steps, and return the record of them: "environment", and "cases" by name."""
+    found = {}
+    with np.errstate(all="ignore"):
+        for name, way, scenario in cases(only):
+            found[name] = {key: [digest(x), *_preview(x)] for key, x in taken(WAYS[way], scenario).items()}
+    return {"environment": environment(), "cases": found}
+
+
+def digest(x: Any) -> str:
+    """Return what changes with any bit of an array but those of nan, which is nan whatever its sign and payload."""
+    return hashlib.sha256(f"{x.dtype} {x.shape}".encode() + canonical(x).tobytes()).hexdigest()[:16]
+
+
+def _preview(x: Any) -> list[float | str]:
+    """Return the first number and the mean of all sizes, as far as it is readable."""
+    sizes = np.abs(np.ravel(x)).astype(np.float64)
+    if not sizes.size or x.dtype == np.uint8:
+        return []
+    return [float(f"{number:.7g}") if np.isfinite(number) else str(number) for number in (sizes[0], np.mean(sizes))]
+
+
+def environment() -> dict[str, Any]:
+    """Return what bits depend on beside the library: processor, compiler, and versions."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    facts = {key: re.search(rf"^{key}\s*: (.*)$", info, re.MULTILINE) for key in ("model name", "flags")}
+    gcc = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **{key: match[1].strip() if match else None for key, match in facts.items()},
+        "g++": gcc or None,
+        **versions,
+    }
+
+
+def other_environment(record: Mapping[str, Any]) -> list[str]:
+    """Return in what this machine is another than that of a record."""
+    here, there = environment(), record["environment"]
+    return [f"{key} is {here.get(key)}, not {there[key]}" for key in there if here.get(key) != there[key]]
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what differs between the "cases" of two records, by name of case; missing ones of either are differences.
+
+    Parameters
+    ----------
+    then, now : mapping
+        The "cases" of what `recorded` has returned.
+    """
+    found = {}
+    for name in sorted(then.keys() | now.keys()):
+        if name not in then or name not in now:
+            found[name] = [f"the case is missing in {'the record' if name not in then else 'what was run now'}"]
+            continue
+        keys = [*then[name], *(key for key in now[name] if key not in then[name])]
+        lines = [describe(key, then[name].get(key), now[name].get(key)) for key in keys]
+        if any(lines):
+            found[name] = [line for line in lines if line]
+    return found
+
+
+def describe(key: str, then: list[Any] | None, now: list[Any] | None) -> str:
+    """Return in words how an array differs from what it was, nothing if it does not."""
+    if then is None or now is None:
+        return f"{key}: there was {'none' if then is None else 'one'}, and there is {'none' if now is None else 'one'}"
+    if then[0] == now[0]:
+        return ""
+    if then[1:] == now[1:]:
+        return f"{key}: other bits, though {then[1:]} as before, its first number and the mean of their sizes"
+    return f"{key}: {now[1:]}, not {then[1:]}, its first number and the mean of their sizes"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the record in a file."""
+    record: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    return record
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record, the same file for the same record."""
+    text = json.dumps(record, separators=(",", ":"))
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if something differs."""
+    parser = argparse.ArgumentParser(prog="bits.py", description=__doc__)
+    parser.add_argument("task", choices=["record", "compare"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--only", default="*", metavar="PATTERN")
+    asked = parser.parse_args(arguments)
+    now = recorded(asked.only)
+    if asked.task == "record":
+        write(asked.file, now)
+        return 0
+    then = read(asked.file)
+    for line in other_environment(then):
+        print(f"another environment: {line}")
+    wanted = {name: case for name, case in then["cases"].items() if fnmatch(name, asked.only)}
+    found = differences(wanted, now["cases"])
+    for name, lines in found.items():
+        print("\n  ".join([name, *lines]))
+    print(f"{len(found)} of {len(wanted)} cases differ")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
