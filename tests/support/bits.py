@@ -13,13 +13,9 @@ import gzip
 import hashlib
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +24,10 @@ if __package__ in (None, ""):
 
 import numpy as np
 from support.bits_cases import SCENARIOS, Scenario
+from support.bits_environment import environment, other_environment
 from support.bits_runs import InPlace, Pure, Subject, canonical, lars_step, taken
 
-__all__ = ["cases", "describe", "differences", "environment", "other_environment", "read", "recorded", "write"]
-
-PACKAGES = ("numpy", "numba", "llvmlite", "torch", "jax", "jaxlib", "ml_dtypes")
+__all__ = ["WAYS", "cases", "differences", "digest", "main", "read", "recorded", "write"]
 
 
 def _torch(scenario: Scenario, **options: Any) -> Subject:
@@ -83,7 +78,10 @@ def recorded(only: str = "*") -> dict[str, Any]:
     found = {}
     with np.errstate(all="ignore"):
         for name, way, scenario in cases(only):
-            found[name] = {key: [digest(x), *_preview(x)] for key, x in taken(WAYS[way], scenario).items()}
+            try:
+                found[name] = {key: [digest(x), *_preview(x)] for key, x in taken(WAYS[way], scenario).items()}
+            except Exception as error:  # of one case, which must not hide what others say
+                found[name] = {"failed": [f"{type(error).__name__}: {error}"]}
     return {"environment": environment(), "cases": found}
 
 
@@ -100,35 +98,6 @@ def _preview(x: Any) -> list[float | str]:
     return [float(f"{number:.7g}") if np.isfinite(number) else str(number) for number in (sizes[0], np.mean(sizes))]
 
 
-def environment() -> dict[str, Any]:
-    """Return what bits depend on beside the library: processor, compiler, and versions."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        info = ""
-    facts = {key: re.search(rf"^{key}\s*: (.*)$", info, re.MULTILINE) for key in ("model name", "flags")}
-    gcc = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        **{key: match[1].strip() if match else None for key, match in facts.items()},
-        "g++": gcc or None,
-        **versions,
-    }
-
-
-def other_environment(record: Mapping[str, Any]) -> list[str]:
-    """Return in what this machine is another than that of a record."""
-    here, there = environment(), record["environment"]
-    return [f"{key} is {here.get(key)}, not {there[key]}" for key in there if here.get(key) != there[key]]
-
-
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return what differs between the "cases" of two records, by name of case; missing ones of either are differences.
 
@@ -143,21 +112,21 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, li
             found[name] = [f"the case is missing in {'the record' if name not in then else 'what was run now'}"]
             continue
         keys = [*then[name], *(key for key in now[name] if key not in then[name])]
-        lines = [describe(key, then[name].get(key), now[name].get(key)) for key in keys]
+        lines = [_describe(key, then[name].get(key), now[name].get(key)) for key in keys]
         if any(lines):
             found[name] = [line for line in lines if line]
     return found
 
 
-def describe(key: str, then: list[Any] | None, now: list[Any] | None) -> str:
+def _describe(key: str, then: list[Any] | None, now: list[Any] | None) -> str:
     """Return in words how an array differs from what it was, nothing if it does not."""
     if then is None or now is None:
-        return f"{key}: there was {'none' if then is None else 'one'}, and there is {'none' if now is None else 'one'}"
+        return f"{key}: {now[0]}" if now and key == "failed" else f"{key}: {'is new' if then is None else 'is missing'}"
     if then[0] == now[0]:
         return ""
-    if then[1:] == now[1:]:
-        return f"{key}: other bits, though {then[1:]} as before, its first number and the mean of their sizes"
-    return f"{key}: {now[1:]}, not {then[1:]}, its first number and the mean of their sizes"
+    if then[1:] != now[1:]:
+        return f"{key}: its first number and the mean of all sizes are {now[1:]}, not {then[1:]}"
+    return f"{key}: other bits" + (f", about the same numbers: {then[1:]}" if then[1:] else "")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -182,7 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
     now = recorded(asked.only)
     if asked.task == "record":
         write(asked.file, now)
-        return 0
+        failed = {name: case["failed"][0] for name, case in now["cases"].items() if "failed" in case}
+        print("\n".join([f"{name}: {reason}" for name, reason in failed.items()] + [f"{len(now['cases'])} cases"]))
+        return int(bool(failed))
     then = read(asked.file)
     for line in other_environment(then):
         print(f"another environment: {line}")
