@@ -15,10 +15,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import bits
 import numpy as np
 import pytest
-from support import bits
-from support.bits_environment import other_environment
+from bits_environment import other_environment
 
 import lars_array
 import lars_torch

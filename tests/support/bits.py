@@ -1,6 +1,6 @@
 """A record of what steps compute, to the bit: ``python tests/support/bits.py record FILE``, or ``compare FILE``.
 
-It uses what is public, beside `support.bits_cuda`, so that it says of any version of the library, the one that Python
+It uses what is public, beside `bits_cuda`, so that it says of any version of the library, the one that Python
 finds, whether it computes what another one has. ``--only PATTERN`` takes some of the cases, each named by the way to
 take steps and its scenario: ``--only 'jax*: rule*'``.
 """
@@ -12,39 +12,35 @@ import functools
 import gzip
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = os.fspath(Path(__file__).resolve().parents[1])
-
 import numpy as np
-from support.bits_cases import SCENARIOS, Scenario
-from support.bits_environment import environment, other_environment
-from support.bits_runs import InPlace, Pure, Subject, canonical, lars_step, taken
+from bits_cases import SCENARIOS, Scenario
+from bits_environment import environment, other_environment
+from bits_runs import InPlace, Pure, Subject, canonical, lars_step, taken
 
 __all__ = ["WAYS", "cases", "differences", "digest", "main", "read", "recorded", "write"]
 
 
 def _torch(scenario: Scenario, **options: Any) -> Subject:
-    from support.bits_torch import Torch
+    from bits_torch import Torch
 
     return Torch(scenario, **options)
 
 
 def _jax(name: str, scenario: Scenario, **options: Any) -> Subject:
-    from support import bits_jax
+    import bits_jax
 
     subject: Subject = getattr(bits_jax, name)(scenario, **options)
     return subject
 
 
 def _cuda(scenario: Scenario) -> Subject:
-    from support.bits_cuda import Cuda
+    from bits_cuda import Cuda
 
     return Cuda(scenario)
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from support.bits_arrays import GRADIENT_TYPES, TYPES
+from bits_arrays import GRADIENT_TYPES, TYPES
 
 from lars_array import RULES, warmup_cosine, warmup_polynomial
 
@@ -32,13 +32,13 @@ class Scenario(NamedTuple):
     options : dict
         Of the optimizer, whichever it is.
     on : tuple of str
-        The ways to take these steps, keys of `support.bits.WAYS`.
+        The ways to take these steps, keys of `bits.WAYS`.
     model : str
-        A key of `support.bits_arrays.MODELS`.
+        A key of `bits_arrays.MODELS`.
     dtype, g_dtype : str
         Of parameters and of gradients; None for the parameters'.
     layout, g_layout : str
-        How they lie, a key of `support.bits_arrays.LAYOUTS`.
+        How they lie, a key of `bits_arrays.LAYOUTS`.
     groups : tuple of tuple (tuple of str, dict)
         Names of parameters and overrides of each group; none for one group of all.
     missing : dict of int to tuple of str

@@ -22,8 +22,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from support.bits_cases import Scenario
-from support.bits_runs import InPlace
+from bits_cases import Scenario
+from bits_runs import InPlace
 
 __all__ = ["Cuda", "missing"]
 

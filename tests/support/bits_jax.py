@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.bits_arrays import arrays
-from support.bits_cases import Scenario
-from support.bits_runs import Subject
+from bits_arrays import arrays
+from bits_cases import Scenario
+from bits_runs import Subject
 
 from lars_jax import LARS, lars
 

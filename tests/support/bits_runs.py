@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-from support.bits_arrays import arrays
-from support.bits_cases import STEPS, Scenario
+from bits_arrays import arrays
+from bits_cases import STEPS, Scenario
 
 import lars_array
 

@@ -9,9 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from support.bits_arrays import arrays
-from support.bits_cases import Scenario
-from support.bits_runs import Subject
+from bits_arrays import arrays
+from bits_cases import Scenario
+from bits_runs import Subject
 
 from lars_torch import LARS
 
