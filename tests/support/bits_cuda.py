@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
 from itertools import product
@@ -73,14 +73,22 @@ class Cuda(InPlace):
     def around(self) -> AbstractContextManager[Any]:
         """Have `Far` arrays taken for arrays on a device."""
         stack = ExitStack()
-        kernel = internals()[0].Kernel
-        stack.enter_context(patch.object(kernel, "unusable", staticmethod(lambda params: None)))
-        stack.enter_context(patch.object(kernel, "addresses", staticmethod(_addresses)))
-        stack.enter_context(patch.object(kernel, "Device", _Device()))
-        for name, module in list(sys.modules.items()):
-            if name.split(".")[0] in ("lars_array", "lars_torch", "lars_jax") and hasattr(module, "is_distant"):
-                stack.enter_context(patch.object(module, "is_distant", _is_far))
+        for owner, name, value in _replaced():
+            stack.enter_context(patch.object(owner, name, value))
         return stack
+
+
+def _replaced() -> Iterator[tuple[Any, str, Any]]:
+    """Yield what the library has to be told: of each thing that may have one of several names, those that there are."""
+    kernel = internals()[0].Kernel
+    own = dict.fromkeys(("unusable", "unsupported_reason"), staticmethod(lambda params: None))
+    for name, value in (own | {"addresses": staticmethod(_addresses), "Device": _Device()}).items():
+        if hasattr(kernel, name):
+            yield kernel, name, value
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] in ("lars_array", "lars_torch", "lars_jax"):
+            for name in {"is_distant", "is_on_accelerator"} & vars(module).keys():
+                yield module, name, _is_far
 
 
 class _Device:
