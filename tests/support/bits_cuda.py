@@ -1,0 +1,150 @@
+"""The CUDA kernels for the recorder of bits: compiled by g++, and run on NumPy arrays that pretend to lie elsewhere.
+
+The one part of the recorder that looks into the library, so it knows where things were and where they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from bits_cases import Scenario
+from bits_runs import InPlace
+
+__all__ = ["Cuda", "missing"]
+
+THREADS, ROWS = 32, 8
+
+
+def missing() -> str | None:
+    """Return why the kernels can't be compiled here."""
+    return None if shutil.which("g++") else "no g++"
+
+
+def internals() -> tuple[Any, Any]:
+    """Return the module of the CUDA kernel and that of its source, where they are or where they were."""
+    try:
+        return import_module("lars_array.kernels.cuda.kernel"), import_module("lars_array.kernels.cuda.source")
+    except ModuleNotFoundError:
+        return import_module("lars_array.kernels.cuda"), import_module("lars_array.kernels.cuda_source")
+
+
+class Far(np.ndarray):
+    """An array on the pretended device."""
+
+
+def _is_far(x: Any) -> bool:
+    return isinstance(x, Far)
+
+
+def _far(x: Any) -> Far:
+    x = np.asarray(x)
+    there = np.empty_like(x).view(Far)  # as it lies, but where there is no dense order that could be kept
+    there[...] = x
+    return there
+
+
+def _addresses(arrays: Sequence[Any], kind: Any = np.int64) -> Any:
+    return np.array([x.__array_interface__["data"][0] for x in arrays], kind)
+
+
+class Cuda(InPlace):
+    """`lars_array.LARS` over arrays of the pretended device."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+        with self.around():
+            super().__init__(scenario, "cuda", place=_far)
+
+    def around(self) -> AbstractContextManager[Any]:
+        """Have `Far` arrays taken for arrays on a device."""
+        stack = ExitStack()
+        for owner, name, value in _replaced():
+            stack.enter_context(patch.object(owner, name, value))
+        return stack
+
+
+def _replaced() -> Iterator[tuple[Any, str, Any]]:
+    """Yield what the library has to be told: of each thing that may have one of several names, those that there are."""
+    kernel = internals()[0].Kernel
+    own = dict.fromkeys(("unusable", "unsupported_reason"), staticmethod(lambda params: None))
+    for name, value in (own | {"addresses": staticmethod(_addresses), "Device": _Device()}).items():
+        if hasattr(kernel, name):
+            yield kernel, name, value
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] in ("lars_array", "lars_torch", "lars_jax"):
+            for name in {"is_distant", "is_on_accelerator"} & vars(module).keys():
+                yield module, name, _is_far
+
+
+class _Device:
+    """What the kernel asks of a device."""
+
+    threads, rows = THREADS, ROWS
+    addresses = staticmethod(functools.partial(_addresses, kind=np.uint64))
+
+    def on(self, like: Any) -> _Device:
+        return self
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        return np.zeros(shape, dtype).view(Far)
+
+    def put(self, array: Any) -> Any:
+        return np.array(array).view(Far)
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def prepare(self, pairs: Any) -> None:
+        pass
+
+    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        values = [
+            ctypes.c_void_p(int(_addresses([x])[0] if isinstance(x, np.ndarray) else x))
+            if isinstance(x, np.ndarray | np.uint64)
+            else ctypes.c_int(int(x))
+            for x in arguments
+        ]
+        getattr(_library(), f"launch_{name}")(blocks, 0, *values)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Return the kernels of all pairs of types, compiled."""
+    source = internals()[1]
+    pairs = list(product(source.ELEMENTS, source.ELEMENTS))
+    named = [(source.pair_name(stage, *pair), n) for pair in pairs for stage, n in (("sums", 1), ("apply", 3))]
+    launchers = [_launcher(name, count) for name, count in [*named, *((name, 0) for name in source.COMMON)]]
+    poke = f"run(blocks, {THREADS}, order, [=] {{ poke(places, *words); }});"
+    launchers.append(f"void launch_poke(int blocks, int order, u64* places, const Words* words) {{ {poke} }}")
+    tests = Path(__file__).resolve().parents[1]
+    header = next(path for path in sorted(tests.rglob("cuda_on_cpu.h")))
+    folder = tempfile.TemporaryDirectory(prefix="lars-array-bits-")
+    atexit.register(folder.cleanup)
+    code = [f'#include "{header}"', source.source(pairs, THREADS=THREADS, ROWS=ROWS), 'extern "C" {', *launchers, "}"]
+    path = Path(folder.name) / "kernels.cpp"
+    path.write_text("\n".join(code))
+    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique", "-shared", "-fPIC"]
+    subprocess.run(["g++", *options, "-o", path.with_suffix(".so"), path], check=True, capture_output=True)
+    return ctypes.CDLL(os.fspath(path.with_suffix(".so")))
+
+
+def _launcher(name: str, integers: int) -> str:
+    numbers = [f"i{k}" for k in range(integers)]
+    declared = ", ".join(["int blocks", "int order", "const Model* m", *(f"int {x}" for x in numbers)])
+    call = f"run(blocks, {THREADS}, order, [=] {{ {name}({', '.join(['*m', *numbers])}); }});"
+    return f"void launch_{name}({declared}) {{ {call} }}"
