@@ -8,7 +8,8 @@ layouts; a step then needs nothing but the addresses of its arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
+from itertools import product
+from operator import is_, mul
 from typing import Any
 
 import numpy as np
@@ -343,7 +344,7 @@ class StepProgram:
         dropped = [i for i, x in zip(self._index, self._masters) if x is None and state.masters[i] is not None]
         if new_buffers or new_masters or dropped:
             state.keep(new_buffers, new_masters, dropped)
-            self._new = {}, {}
+            self._new, self._to_fill = ({}, {}), []
             self._note_lists(state)
 
     # ----------------------------------------------------------------------------------------------------- on a device
@@ -384,8 +385,8 @@ def _row_offsets(rows: LayerRows, arrays: Sequence[Any]) -> Any:
     """Return where each row begins in its parameter's array, in bytes; None if addresses are unknown."""
     if not hasattr(arrays[0], "strides"):
         return None
-    offsets = []
+    offsets: list[int] = []
     for own, x in zip(rows.slices, arrays, strict=True):
-        index = np.indices(own.lead).reshape(len(own.lead), -1)
-        offsets.append(np.array(x.strides[: len(own.lead)], np.int64) @ index if own.lead else np.zeros(1, np.int64))
-    return np.concatenate(offsets)
+        strides = x.strides[: len(own.lead)]
+        offsets += [sum(map(mul, index, strides)) for index in product(*map(range, own.lead))]
+    return np.array(offsets, np.int64)
