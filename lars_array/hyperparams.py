@@ -22,6 +22,7 @@ __all__ = [
     "at_step",
     "check",
     "complete",
+    "defaults_from",
     "inputs_of",
     "needs_buffer",
     "options_of",
@@ -181,6 +182,11 @@ def complete(group: Mapping[str, Any]) -> dict[str, Any]:
     if "lr" not in group:
         raise ValueError("a parameter group must have the key 'lr'")
     return {"lr": group["lr"], **DEFAULTS, **group}
+
+
+def defaults_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyper-parameters among the arguments of an optimizer, which its groups have by default."""
+    return {name: arguments[name] for name in ("lr", *DEFAULTS)}
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
