@@ -27,17 +27,18 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
-from lars_array.core import Hyper, plan
+from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
+from lars_array.kernels.tape import INPUTS, record
 from lars_array.layers import LayerRows, labels_of
 from lars_array.nonfinite import finite, max_finite, max_square_sum, quick_finite, refuse_nonfinite
 from lars_array.state.device import DeviceRows, DeviceState
 from lars_array.state.memory import MemoryRanges, check_writable
-from lars_array.state.store import ParamState, allocate_buffers
+from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
-__all__ = ["StepProgram", "Stepper"]
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "reads_previous_lr"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -92,14 +93,18 @@ class Stepper:
         if all(g is None for g in grads):
             return None if found_inf is _FOUND else StepResult.of_nothing()
         with device_context(state.params[0]), np.errstate(all="ignore"):  # non-finite numbers are reported by name
-            program, gradients = self._bind(state, grads, groups)
+            program, gradients = self.bind(state, grads, groups)
             return None if found_inf is _FOUND else program.run(state, gradients, groups, found_inf)
 
-    def _bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients]:
-        """Return the program for these arrays, made anew where one of them changed its type or layout."""
+    def bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients]:
+        """Return the program for these arrays, made anew where one of them changed its type or layout.
+
+        All checks that need no sums are done then. Parameters and results are those of `step`.
+        """
         program = self._program
         gradients = None if program is None else program.bind(state, grads, groups)
         if program is None or gradients is None:
+            state.prepare()
             program = StepProgram(state, grads, groups, self.choose_kernel)
             gradients = program.bind(state, grads, groups)
             assert gradients is not None
@@ -160,7 +165,7 @@ class StepProgram:
 
         labels = labels_of(state.layer_of, state.names)
         rows = LayerRows.of(names, own, [state.layer_axes[i] for i in index], [labels[i] for i in index])
-        views = list(map(state.view, own_grads))
+        views = list(map(state.borrow, own_grads))
         self._arrays = KernelArrays(*map(rows.views, (own, views, self._buffers, self._masters)))
         self._kernel = make_kernel(kernel_type, self._arrays, xp)
         self._names, self._row_names, self._joined = names, names, rows.joined
@@ -374,6 +379,13 @@ class StepProgram:
     def _changes_masters(self, state: ParamState) -> bool:
         kept = zip(self._index, self._masters, strict=True)
         return bool(self._new[1]) or any(x is None and state.masters[i] is not None for i, x in kept)
+
+
+def reads_previous_lr(rule: Any) -> bool:
+    """Return whether steps by a rule depend on the learning rate of the step before."""
+    tape = record(resolve(rule))
+    register = INPUTS.index("previous_lr")
+    return tape is None or bool((tape.operations[:, 1:] == register).any() or (tape.outputs == register).any())
 
 
 def _keeps(groups: Groups) -> list[tuple[bool, bool]]:

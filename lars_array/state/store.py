@@ -192,9 +192,16 @@ class ParamState:
 
     # Adapters, whose lists hold arrays of another kind, override what follows.
 
+    def prepare(self) -> None:
+        """Check the arrays before a program is made for them."""
+
     def view(self, array: Any) -> Any:
         """Return an array as kernels take it, on the same memory."""
         return array
+
+    def borrow(self, gradient: Any) -> Any:
+        """Return the view of a gradient that a program keeps for its type and layout."""
+        return gradient
 
     def specs(self, arrays: Sequence[Any], specs_of: Callable[[Sequence[Any]], ArraySpecs] | None) -> ArraySpecs:
         """Return the types and layouts of arrays; `specs_of` is the kernel's way to find them."""
