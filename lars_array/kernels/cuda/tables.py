@@ -178,8 +178,8 @@ class DeviceTables:
         for name, column in (("p", arrays.params), ("v", arrays.buffers), ("master", arrays.masters)):
             host.arrays[name] = np.array([0 if x is None else device.address(x) for x in column], np.uint64)[host.order]
         host.rows["limit"] = [_LIMITS[COMPUTE[p]] for p, _ in types]
-        narrowed = np.array([g == "float64" and COMPUTE[p] == "float32" for p, g in types])
-        host.rows["square_limit"] = np.where(narrowed, host.rows["limit"] ** 2, np.inf)
+        narrowed = [g == "float64" and COMPUTE[p] == "float32" for p, g in types]
+        host.rows["square_limit"] = [_LIMITS["float32"] ** 2 if narrow else np.inf for narrow in narrowed]
         if rows is not None:
             host.rows["group"], host.rows["param"] = rows.group_of, rows.param_of
             host.rows["number"], host.rows["keeps"] = rows.number, rows.keeps
