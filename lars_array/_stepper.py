@@ -7,7 +7,7 @@ layouts; a step then needs nothing but the addresses of its arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from operator import is_, mul
 from typing import Any
@@ -55,11 +55,12 @@ class Stepper:
 
     def __init__(self, kernel: str | None = None) -> None:
         self._kernel_name = kernel
+        self._kernel: Any = None
         self._program: StepProgram | None = None
 
-    def choose_kernel(self, params: Sequence[Any]) -> Any:
-        """Return the kernel for `params`; raise ValueError if the one asked for can't take them."""
-        return kernels.choose(params, self._kernel_name)
+    def choose_kernel(self, params: Sequence[Any]) -> None:
+        """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
+        self._kernel = kernels.choose(params, self._kernel_name)
 
     def step(self, state: ParamState, grads: Sequence[Any], groups: Groups, found_inf: Any = None) -> StepResult | None:
         """Take one step: either all of it is done or, where it is rejected, nothing.
@@ -100,14 +101,17 @@ class Stepper:
         program = self._program
         gradients = None if program is None else program.bind(state, grads, groups)
         if program is None or gradients is None:
-            program = StepProgram(state, grads, groups, self.choose_kernel)
+            if self._kernel is None:
+                self.choose_kernel(list(map(state.view, state.params)))
+            program = StepProgram(state, grads, groups, self._kernel)
             gradients = program.bind(state, grads, groups)
             assert gradients is not None
             self._program = program
         return program, gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kernel_name": self._kernel_name, "_program": None}  # programs hold addresses
+        # Programs hold addresses, and another machine may have another fastest kernel.
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None}
 
 
 class StepProgram:
@@ -123,8 +127,8 @@ class StepProgram:
         One a parameter.
     groups : sequence of mappings
         Complete and checked hyper-parameters.
-    choose_kernel : callable
-        ``choose_kernel(params) -> kernel``.
+    kernel_type : type
+        One of `lars_array.kernels`.
 
     Raises
     ------
@@ -132,9 +136,7 @@ class StepProgram:
         For arrays that do not fit, naming the parameter.
     """
 
-    def __init__(
-        self, state: ParamState, grads: Sequence[Any], groups: Groups, choose_kernel: Callable[..., Any]
-    ) -> None:
+    def __init__(self, state: ParamState, grads: Sequence[Any], groups: Groups, kernel_type: Any) -> None:
         self._absent = [i for i, g in enumerate(grads) if g is None]
         self._index = index = [i for i, g in enumerate(grads) if g is not None]
         names = [state.names[i] for i in index] if self._absent else state.names
@@ -144,7 +146,6 @@ class StepProgram:
             state.check_gradient(name, g, p)
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)
-        kernel_type = choose_kernel(params)
         self.xp = xp = array_namespace(own[0])
         self._group_of = state.group_of[index] if self._absent else state.group_of
         self._keeps = _keeps(groups)
@@ -252,8 +253,9 @@ class StepProgram:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
 
     def _refuse_changed(self, state: ParamState) -> None:
-        """Raise for the parameter that is no longer as kernels and momentum buffers know it."""
-        for i, (name, p) in enumerate(zip(state.names, state.params, strict=True)):
+        """Raise for a parameter of this program that its owner has changed; others may change while they sit out."""
+        for i in self._index:
+            name, p = state.names[i], state.params[i]
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)
             moved = ArraySpecs([p]).addresses([p])[0] != self._addresses[i]

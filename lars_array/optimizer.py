@@ -391,8 +391,8 @@ class LARS:
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
         state = self._state.extended(layout.groups, axes)
-        self._stepper.choose_kernel(state.params)
         self.synchronize()
+        self._stepper.choose_kernel(state.params)
         self._state = state
         self.param_groups += groups
         self._layer_axes += axes
