@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cpu, growth, latency, plot, results, table
+from benchmarks import cpu, growth, latency, plot, results, size, table
 from benchmarks.cases import CASES, GROUPS, GROWTH, chosen
 from benchmarks.contestant import OPTIONS, UnavailableError
 from benchmarks.contestants import CPU
@@ -21,8 +21,11 @@ OUT = ROOT / "benchmarks" / "results"
 
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a contestant failed, 2 if nothing could be measured."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["size"]:
+        return size.main(given[1:])
     parser = _parser()
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args(given)
     if asked.rounds is not None and asked.rounds < 1:
         parser.error("--rounds must be at least 1")
     if asked.suite == "gpu":
