@@ -224,7 +224,8 @@ def update(
     xp, like = array_namespace(*arrays), arrays[0]
     group_of_all = [k for k, group in enumerate(layout.groups) for _ in group.names]
     labels = labels_of(layer_of, names)
-    own, ps, gs, group_of, labels = ([x[i] for i in index] for x in (names, arrays, gradients, group_of_all, labels))
+    lists: tuple[list[Any], ...] = (names, arrays, gradients, group_of_all, labels)
+    own, ps, gs, group_of, labels = ([x[i] for i in index] for x in lists)
     keeps = [needs_buffer(groups[k]) for k in group_of]
     vs = [state.momentum_buffers[name] if keep else None for name, keep in zip(own, keeps, strict=True)]
     rows = LayerRows.of(own, ps, [groups[k]["layer_axes"] for k in group_of], labels)
