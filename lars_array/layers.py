@@ -129,9 +129,7 @@ def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Hashable]:
     return labels
 
 
-def _joined_rows(
-    names: Sequence[str], labels: Sequence[Hashable], slices: Sequence[LayerSlices]
-) -> list[list[int]]:
+def _joined_rows(names: Sequence[str], labels: Sequence[Hashable], slices: Sequence[LayerSlices]) -> list[list[int]]:
     """Return the rows of each layer of several: of stacks with one label, slices of one index form a layer."""
     first: dict[Hashable, int] = {}
     rows: dict[Hashable, list[int]] = {}
