@@ -105,7 +105,9 @@ def lars_step(
     rows = LayerRows.of(["p"], [p], [group["layer_axes"]], [None])
     count = len(rows.owner)
     inputs = inputs_of([group], [0] * count, [v is None] * count, [before] * count, like=p, xp=xp)
-    (new_p,), (new_v,), outputs = core_step([p], [g], [buffer], inputs, rows, xp=xp)
+    # The third stage runs before the check: its overflows are part of a step that is rejected or skipped.
+    with np.errstate(all=None if nonfinite == "propagate" else "ignore"):
+        (new_p,), (new_v,), outputs = core_step([p], [g], [buffer], inputs, rows, xp=xp)
     if nonfinite != "propagate":
         ok = xp.all(finite_layers(outputs.S, outputs.C, [p] * count, [g.dtype] * count, xp=xp))
         if nonfinite == "raise" and not bool(ok):
