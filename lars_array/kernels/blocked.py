@@ -60,8 +60,9 @@ class Kernel:
         """Return `core.sums`."""
         count = len(self._trained)
         weights = None if operand is None else [[0.0] * count if x is None else x.tolist() for x in operand]
-        reads_buffer = [weights is not None and weights[2][i] != 0 and v is not None for i, v in enumerate(self._buffers)]
-        arrays = zip(self._trained, grads.arrays, self._buffers, reads_buffer, strict=True)
+        buffers = self._buffers
+        reads_buffer = [weights is not None and weights[2][i] != 0 and v is not None for i, v in enumerate(buffers)]
+        arrays = zip(self._trained, grads.arrays, buffers, reads_buffer, strict=True)
         pieces = _Pieces([[p, g, v] if reads else [p, g] for p, g, v, reads in arrays], READ_BLOCK, writes=False)
         partial = np.zeros((len(pieces.sizes), 3))
 
