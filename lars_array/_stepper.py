@@ -7,7 +7,7 @@ layouts; a step then needs nothing but the addresses of its arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from operator import is_, mul
 from typing import Any
@@ -55,11 +55,12 @@ class Stepper:
 
     def __init__(self, kernel: str | None = None) -> None:
         self._kernel_name = kernel
+        self._kernel: Any = None
         self._program: StepProgram | None = None
 
-    def choose_kernel(self, params: Sequence[Any]) -> Any:
-        """Return the kernel for `params`; raise ValueError if the one asked for can't take them."""
-        return kernels.choose(params, self._kernel_name)
+    def choose_kernel(self, params: Sequence[Any]) -> None:
+        """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
+        self._kernel = kernels.choose(params, self._kernel_name)
 
     def step(self, state: ParamState, grads: Sequence[Any], groups: Groups, found_inf: Any = None) -> StepResult | None:
         """Take one step: either all of it is done or, where it is rejected, nothing.
@@ -100,14 +101,17 @@ class Stepper:
         program = self._program
         gradients = None if program is None else program.bind(state, grads, groups)
         if program is None or gradients is None:
-            program = StepProgram(state, grads, groups, self.choose_kernel)
+            if self._kernel is None:
+                self.choose_kernel(list(map(state.view, state.params)))
+            program = StepProgram(state, grads, groups, self._kernel)
             gradients = program.bind(state, grads, groups)
             assert gradients is not None
             self._program = program
         return program, gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kernel_name": self._kernel_name, "_program": None}  # programs hold addresses
+        # Programs hold addresses, and another machine may have another fastest kernel.
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None}
 
 
 class StepProgram:
@@ -123,8 +127,8 @@ class StepProgram:
         One a parameter.
     groups : sequence of mappings
         Complete and checked hyper-parameters.
-    choose_kernel : callable
-        ``choose_kernel(params) -> kernel``.
+    kernel_type : type
+        One of `lars_array.kernels`.
 
     Raises
     ------
@@ -132,9 +136,7 @@ class StepProgram:
         For arrays that do not fit, naming the parameter.
     """
 
-    def __init__(
-        self, state: ParamState, grads: Sequence[Any], groups: Groups, choose_kernel: Callable[..., Any]
-    ) -> None:
+    def __init__(self, state: ParamState, grads: Sequence[Any], groups: Groups, kernel_type: Any) -> None:
         self._absent = [i for i, g in enumerate(grads) if g is None]
         self._index = index = [i for i, g in enumerate(grads) if g is not None]
         names = [state.names[i] for i in index] if self._absent else state.names
@@ -144,13 +146,15 @@ class StepProgram:
             state.check_gradient(name, g, p)
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)
-        kernel_type = choose_kernel(params)
         self.xp = xp = array_namespace(own[0])
         self._group_of = state.group_of[index] if self._absent else state.group_of
         self._keeps = _keeps(groups)
         self._buffers, self._masters, self._new = self._kept(state, names, own)
         self._to_fill = [(params[i], master) for i, master in self._new[1].items()]
-        self._first = np.array([state.buffers[i] is None for i in index], bool)
+        masters = zip(index, self._masters, strict=True)
+        self._dropped = [i for i, x in masters if x is None and state.masters[i] is not None]
+        first = np.array([state.buffers[i] is None for i in index], bool)
+        kept = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
         specs_of = getattr(kernel_type, "specs", None)
         self._param_specs = state.specs(state.params, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
@@ -168,8 +172,10 @@ class StepProgram:
         owner = np.array(rows.owner, np.int32)
         if rows.is_stacked:
             self._row_names, self._rows, self._offsets = rows.names(names), rows, _row_offsets(rows, views)
-        self._owner, self._row_param = owner, np.array(index, np.int32)[owner]
-        self._row_group = self._group_of[owner]
+        self._row_param, self._row_group = np.array(index, np.int32)[owner], self._group_of[owner]
+        self._used_groups = np.unique(self._group_of).tolist()
+        # Of the hyper-parameters each group has two rows, without and with a momentum buffer: now, and after a step.
+        self._hyper_row, self._next_row = (2 * self._row_group + x[owner] for x in (first, first & ~kept))
         like = self._arrays.params[0]
         trained = self._arrays.trained
         self._limit = max_finite(trained, like=like, xp=xp)
@@ -195,7 +201,8 @@ class StepProgram:
                 used[k] = x
             found.append(used)
             new.append({self._index[k]: x for k, x in zip(missing, made, strict=True)})
-        return *found, new
+        buffers, masters = found
+        return buffers, masters, new
 
     def _all_kept(self, state: ParamState) -> list[list[Any]]:
         """Return the buffers and masters of all parameters as this program leaves them."""
@@ -239,7 +246,7 @@ class StepProgram:
             return None
         self._check_memory(state, own, begins)
         rows, view = self._rows, state.view
-        at = begins if self._offsets is None else begins[self._owner] + self._offsets
+        at = begins if self._offsets is None else begins[rows.owner] + self._offsets
         return Gradients(at, lambda: list(map(view, own)) if rows is None else rows.views(list(map(view, own))))
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
@@ -252,8 +259,9 @@ class StepProgram:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
 
     def _refuse_changed(self, state: ParamState) -> None:
-        """Raise for the parameter that is no longer as kernels and momentum buffers know it."""
-        for i, (name, p) in enumerate(zip(state.names, state.params, strict=True)):
+        """Raise for a parameter of this program that its owner has changed; others may change while they sit out."""
+        for i in self._index:
+            name, p = state.names[i], state.params[i]
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)
             moved = ArraySpecs([p]).addresses([p])[0] != self._addresses[i]
@@ -269,7 +277,7 @@ class StepProgram:
         if is_on_accelerator(self._arrays.params[0]):
             return self._queue(state, grads, groups, found_inf)
         policies = [group["nonfinite"] for group in groups]
-        of_rows = {policies[k] for k in np.unique(self._group_of).tolist()}
+        of_rows = {policies[k] for k in self._used_groups}
         fused = self._fused(state, grads, groups, write=of_rows == {"propagate"})
         S, C, result = fused or self._staged(state, grads, groups)
         if of_rows != {"propagate"} and self._is_skipped(S, C, policies, grads):
@@ -292,7 +300,7 @@ class StepProgram:
         _, inputs, prepared = self._prepared
         if prepared is None:
             return None
-        row, previous_lr = 2 * self._row_group + self._first[self._owner], state.previous_lr[self._row_param]
+        row, previous_lr = self._hyper_row, state.previous_lr[self._row_param]
         S, C, gamma = self._kernel.fused(grads, inputs, prepared, row, previous_lr, write=write)
 
         def row_inputs() -> tuple[Any, Hyper, list[Any]]:
@@ -303,9 +311,10 @@ class StepProgram:
 
     def _staged(self, state: ParamState, grads: Gradients, groups: Groups) -> tuple[Any, Any, StepResult]:
         """Return S, C and the result from a kernel that only takes sums."""
-        first, previous_lr = self._first[self._owner].tolist(), state.previous_lr[self._row_param].tolist()
+        (group_of, first), previous_lr = np.divmod(self._hyper_row, 2), state.previous_lr[self._row_param]
+        lists = group_of.tolist(), first.astype(bool).tolist(), previous_lr.tolist()
         like, xp = self._arrays.params[0], self.xp
-        inputs = inputs_of(groups, self._row_group.tolist(), first, previous_lr, like=like, xp=xp)
+        inputs = inputs_of(groups, *lists, like=like, xp=xp)
         outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
         return outputs.S, outputs.C, StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, *outputs[3:]))
 
@@ -334,17 +343,13 @@ class StepProgram:
             rates[self._index] = own
         state.previous_lr = rates
         self._publish(state)
-        keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
-        if (self._first & keeps).any():
-            self._first = self._first & ~keeps
+        self._hyper_row = self._next_row
 
     def _publish(self, state: ParamState) -> None:
         """Let the state have new buffers and masters, and forget the masters that are not wanted any more."""
-        new_buffers, new_masters = self._new
-        dropped = [i for i, x in zip(self._index, self._masters) if x is None and state.masters[i] is not None]
-        if new_buffers or new_masters or dropped:
-            state.keep(new_buffers, new_masters, dropped)
-            self._new, self._to_fill = ({}, {}), []
+        if any(self._new) or self._dropped:
+            state.keep(*self._new, self._dropped)
+            self._new, self._dropped, self._to_fill = ({}, {}), [], []
             self._note_lists(state)
 
     # ----------------------------------------------------------------------------------------------------- on a device
@@ -364,16 +369,12 @@ class StepProgram:
         capturing = getattr(self._kernel, "is_capturing", bool)()
         device.write(groups, captured=capturing)
         # Masters are known to the host: it waits for the step that makes or drops them.
-        waits = self._changes_masters(state) and not capturing
+        waits = bool(self._new[1] or self._dropped) and not capturing
         before = int(device.counts[0]) if waits else 0
-        result = rows.step(self._kernel, grads, groups, device, found_inf)
+        result: StepResult = rows.step(self._kernel, grads, groups, device, found_inf)
         if not waits or int(device.counts[0]) > before:
             self._publish(state)
         return result
-
-    def _changes_masters(self, state: ParamState) -> bool:
-        kept = zip(self._index, self._masters, strict=True)
-        return bool(self._new[1]) or any(x is None and state.masters[i] is not None for i, x in kept)
 
 
 def _keeps(groups: Groups) -> list[tuple[bool, bool]]:

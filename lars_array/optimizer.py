@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context
@@ -242,9 +243,11 @@ class LARS:
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
         gradients = match_gradients(grads, self._state.names, self._order)
+        if set(map(type, gradients)) != {np.ndarray}:
+            gradients = list(map(_detached, gradients))
         groups = self._hyperparams.read(self.param_groups, self.steps)
         self._check_axes()
-        result = self._stepper.step(self._state, [_detached(g) for g in gradients], groups, found_inf)
+        result = self._stepper.step(self._state, gradients, groups, found_inf)
         if result is None:
             self.skipped_steps += 1
             return loss
@@ -391,8 +394,8 @@ class LARS:
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
         state = self._state.extended(layout.groups, axes)
-        self._stepper.choose_kernel(state.params)
         self.synchronize()
+        self._stepper.choose_kernel(state.params)
         self._state = state
         self.param_groups += groups
         self._layer_axes += axes
