@@ -165,8 +165,9 @@ class StepProgram:
         labels = labels_of(state.layer_of, state.names)
         rows = LayerRows.of(names, own, [state.layer_axes[i] for i in index], [labels[i] for i in index])
         views = list(map(state.view, own_grads))
-        self._arrays = KernelArrays(*map(rows.views, (own, views, self._buffers, self._masters)))
-        self._kernel = make_kernel(kernel_type, self._arrays, xp)
+        arrays = KernelArrays(*map(rows.views, (own, views, self._buffers, self._masters)))
+        self._kernel = make_kernel(kernel_type, arrays, xp)
+        self._arrays = arrays._replace(grads=())  # a model's memory, which callers may free after each step
         self._names, self._row_names, self._joined = names, names, rows.joined
         self._rows = self._offsets = None
         owner = np.array(rows.owner, np.int32)
@@ -179,7 +180,7 @@ class StepProgram:
         like = self._arrays.params[0]
         trained = self._arrays.trained
         self._limit = max_finite(trained, like=like, xp=xp)
-        self._square_limit = max_square_sum(trained, [g.dtype for g in self._arrays.grads], like=like, xp=xp)
+        self._square_limit = max_square_sum(trained, [g.dtype for g in arrays.grads], like=like, xp=xp)
         self._least_limit = min(float(xp.finfo(kind).max) for kind in {real_dtype(p, xp) for p in own})
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None

@@ -68,7 +68,8 @@ class Table:
     """
 
     def __init__(self, arrays: KernelArrays, layers: Sequence[int]) -> None:
-        self._held = own = arrays.at(layers)
+        own = arrays.at(layers)
+        self._held = own._replace(grads=())
         trained, copies = own.trained, own.copies
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
