@@ -32,7 +32,7 @@ class Kernel:
     Device: Any = device.Device
 
     def __init__(self, arrays: KernelArrays, xp: Any) -> None:
-        self._arrays, self._xp = arrays, xp
+        self._arrays, self._xp = arrays._replace(grads=()), xp
         self._types = [(_element(p), _element(g)) for p, g in zip(arrays.params, arrays.grads, strict=True)]
         self._device = self.Device.on(arrays.params[0])
         self._found_inf = self._device.zeros((), np.float32)
