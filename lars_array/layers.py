@@ -94,7 +94,7 @@ class LayerRows(NamedTuple):
     def views(self, arrays: Sequence[Any]) -> list[Any]:
         """Return the slices of all parameters' arrays."""
         if not self.is_stacked:
-            return list(arrays)
+            return arrays
         return [view for own, x in zip(self.slices, arrays, strict=True) for view in own.views(x)]
 
     def spread(self, values: Sequence[Any]) -> list[Any]:

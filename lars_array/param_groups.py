@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lars_array.state.inputs import read_parameters
+from lars_array.state.inputs import Position, read_parameters
 
 __all__ = ["is_bias_or_norm", "param_groups"]
 
@@ -78,7 +78,9 @@ def param_groups(
         raise TypeError("params must not be groups already; give the parameters themselves")
     excluded_from_decay, excluded_from_adaptation = _predicate("no_decay", no_decay), _predicate("no_adapt", no_adapt)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, array in zip(layout.groups[0].names, layout.groups[0].arrays, strict=True):
+    given = layout.groups[0]
+    named = given.form in ("mapping", "pairs")
+    for name, array in zip(given.names if named else map(Position, given.names), given.arrays, strict=True):
         key = not excluded_from_decay(name, array), not excluded_from_adaptation(name, array)
         groups.setdefault(key, {})[name] = array
     result = []
