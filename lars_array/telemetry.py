@@ -49,7 +49,7 @@ class StepResult(NamedTuple):
     @classmethod
     def of_nothing(cls) -> StepResult:
         """Return the result of a step in which no parameter had a gradient."""
-        return cls((), None, _Constant(None))
+        return cls((), None, partial(tuple, ()))
 
     def norms(self) -> dict[str, Norms]:
         """Return the norms of each row by name; waits for a device."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -129,3 +131,17 @@ def test_a_step_without_gradients_can_be_skipped_too(kernel: str) -> None:
     assert (optimizer.steps, optimizer.skipped_steps) == (0, 1)
     optimizer.step([None], found_inf=np.zeros(()))
     assert (optimizer.steps, optimizer.skipped_steps) == (1, 1)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "raise"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_are_not_kept(kernel: str, policy: str) -> None:
+    """They are as much memory as the model, and usually made anew for each step."""
+    optimizer = LARS([np.ones(5), np.ones((4, 6))[:, ::2]], lr=0.1, momentum=0.9, nonfinite=policy, kernel=kernel)
+    grads = [np.ones(5), np.ones((4, 3))]
+    for _ in range(2):
+        optimizer.step(grads)
+    known = [weakref.ref(g) for g in grads]
+    del grads
+    gc.collect()
+    assert all(g() is None for g in known)
