@@ -136,7 +136,8 @@ class StepProgram:
         self, state: ParamState, grads: Sequence[Any], groups: Groups, choose_kernel: Callable[..., Any]
     ) -> None:
         self._absent = [i for i, g in enumerate(grads) if g is None]
-        self._index = index = [i for i, g in enumerate(grads) if g is not None]
+        index: Sequence[int] = [i for i, g in enumerate(grads) if g is not None] if self._absent else range(len(grads))
+        self._index = index
         names = [state.names[i] for i in index] if self._absent else state.names
         params, own_grads = list(map(state.view, state.params)), [grads[i] for i in index]
         own = [params[i] for i in index] if self._absent else params
@@ -162,12 +163,13 @@ class StepProgram:
         rows = LayerRows.of(names, own, [state.layer_axes[i] for i in index], [labels[i] for i in index])
         views = list(map(state.view, own_grads))
         self._arrays = KernelArrays(*map(rows.views, (own, views, self._buffers, self._masters)))
-        self._kernel = make_kernel(kernel_type, self._arrays, xp)
         self._names, self._row_names, self._joined = names, names, rows.joined
         self._rows = self._offsets = None
         owner = np.array(rows.owner, np.int32)
         if rows.is_stacked:
             self._row_names, self._rows, self._offsets = rows.names(names), rows, _row_offsets(rows, views)
+        del rows, labels, views  # of many thousand parameters they take more memory than a kernel needs
+        self._kernel = make_kernel(kernel_type, self._arrays, xp)
         self._owner, self._row_param = owner, np.array(index, np.int32)[owner]
         self._row_group = self._group_of[owner]
         like = self._arrays.params[0]

@@ -68,7 +68,7 @@ class Table:
     """
 
     def __init__(self, arrays: KernelArrays, layers: Sequence[int]) -> None:
-        self._held = own = arrays.at(layers)
+        self._held = own = arrays if len(layers) == len(arrays.params) else arrays.at(layers)
         trained, copies = own.trained, own.copies
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
@@ -164,9 +164,11 @@ def _no_weights(rows: int) -> Any:
 
 def _addresses(arrays: Sequence[Any]) -> Any:
     """Return the addresses of arrays, 0 for None."""
-    there = [i for i, x in enumerate(arrays) if x is not None]
+    present = np.fromiter((x is not None for x in arrays), bool, len(arrays))
+    if present.all():
+        return addresses(arrays)
     found = np.zeros(len(arrays), np.int64)
-    found[there] = addresses([arrays[i] for i in there])
+    found[present] = addresses([x for x in arrays if x is not None])
     return found
 
 
