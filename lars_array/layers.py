@@ -91,8 +91,8 @@ class LayerRows(NamedTuple):
         """Return the names of all rows, from those of the parameters."""
         return [row for own, name in zip(self.slices, names, strict=True) for row in own.names(name)]
 
-    def views(self, arrays: Sequence[Any]) -> list[Any]:
-        """Return the slices of all parameters' arrays."""
+    def views(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        """Return the slices of all parameters' arrays; the sequence itself where no parameter is sliced."""
         if not self.is_stacked:
             return arrays
         return [view for own, x in zip(self.slices, arrays, strict=True) for view in own.views(x)]

@@ -165,9 +165,11 @@ def _no_weights(rows: int) -> Any:
 
 def _addresses(arrays: Sequence[Any]) -> Any:
     """Return the addresses of arrays, 0 for None."""
-    there = [i for i, x in enumerate(arrays) if x is not None]
+    present = np.fromiter((x is not None for x in arrays), bool, len(arrays))
+    if present.all():
+        return addresses(arrays)
     found = np.zeros(len(arrays), np.int64)
-    found[there] = addresses([arrays[i] for i in there])
+    found[present] = addresses([x for x in arrays if x is not None])
     return found
 
 
