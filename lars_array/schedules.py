@@ -128,9 +128,11 @@ class warmup_cosine(_WarmUp):  # noqa: N801 - used as a function, like functools
     --------
     warmup_polynomial : The decay of the LARS paper.
 
-    Notes ----- Called with an integer, the schedule returns a float. Called with an array, also a traced one, it
-    computes with the array's namespace and returns an array: of the same dtype, or of the default floating-point dtype
-    for integer arrays.
+    Notes
+    -----
+    Called with an integer, the schedule returns a float. Called with an array, also a traced one, it computes with the
+    array's namespace and returns an array: of the same dtype, or of the default floating-point dtype for integer
+    arrays.
 
     The values equal those of ``optax.warmup_cosine_decay_schedule``.
 
