@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["markdown"]
+__all__ = ["aligned", "digits", "markdown"]
 
 HEAD = """# One optimizer step on a CPU
 
@@ -64,7 +64,9 @@ def _case(name: str, case: dict[str, Any]) -> str:
         + f" Other processes used {case['cores_used_by_others']:.2f} cores"
         + (", so these figures are unreliable." if case["cores_used_by_others"] > DISTURBED else "."),
         "",
-        *_table(COLUMNS, [_row(row) for row in sorted(case["contestants"].values(), key=lambda row: row["median_ms"])]),
+        *aligned(
+            COLUMNS, [_row(row) for row in sorted(case["contestants"].values(), key=lambda row: row["median_ms"])]
+        ),
     ]
     for title, reasons in (("Skipped", case["skipped"]), ("Failed", case["failed"])):
         if reasons:
@@ -95,9 +97,9 @@ def _reasons(reasons: dict[str, str]) -> list[str]:
 def _row(row: dict[str, Any]) -> list[str]:
     return [
         row["label"],
-        *("–" if row[key] is None else _digits(row[key]["median"]) for key in ("ratio", "ratio_to_limit")),
-        _digits(row["median_ms"]),
-        " – ".join(_digits(x) for x in row["quartiles_ms"]),
+        *("–" if row[key] is None else digits(row[key]["median"]) for key in ("ratio", "ratio_to_limit")),
+        digits(row["median_ms"]),
+        " – ".join(digits(x) for x in row["quartiles_ms"]),
         f"{row['first_steps_s']:.1f}",
         _memory(row.get("memory")),
         f"{row['error']:.0e}",
@@ -124,7 +126,7 @@ def _latency(latency: dict[str, Any]) -> str:
             rows.append([f"{kernel}, {state}", *(f"{1e3 * seconds:,.1f}" for seconds in shown)])
     head = ["lars_array kernel", "import ms", "construct ms", "first step ms", "second step ms"]
     text = "In a new process with NumPy and ResNet-50's arrays loaded. Warm: with compiled code on disk. Cold: without."
-    return "\n".join(["## First step", "", text, "", *_table(head, rows), *notes]) + "\n"
+    return "\n".join(["## First step", "", text, "", *aligned(head, rows), *notes]) + "\n"
 
 
 def _growth(growth: dict[str, Any]) -> str:
@@ -132,7 +134,7 @@ def _growth(growth: dict[str, Any]) -> str:
     times, memories = [], []
     for row in growth["contestants"].values():
         found = list(zip(growth["sizes"], row["sizes"]))
-        times.append([row["label"], *("–" if x is None else _digits(1e6 * x["median_ms"] / size) for size, x in found)])
+        times.append([row["label"], *("–" if x is None else digits(1e6 * x["median_ms"] / size) for size, x in found)])
         memories.append([row["label"], *("–" if x is None else _memory(x.get("memory")) for _, x in found)])
     sizes = [f"{size:,}" for size in growth["sizes"]]
     lines = [
@@ -141,16 +143,16 @@ def _growth(growth: dict[str, Any]) -> str:
         f"{growth['rounds']} rounds, each with all sizes of a contestant, {growth['date']}, commit "
         f"{growth['commit'] or 'unknown'}. Other processes used {growth['cores_used_by_others']:.2f} cores.",
         "",
-        *_table(["ns per element", *sizes], times),
+        *aligned(["ns per element", *sizes], times),
         "",
-        *_table(["memory MB", *sizes], memories),
+        *aligned(["memory MB", *sizes], memories),
     ]
     if growth["failed"]:
         lines += ["", "Failed:", "", *_reasons(growth["failed"])]
     return "\n".join(lines) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def aligned(head: list[str], rows: list[list[str]]) -> list[str]:
     """Return aligned lines, readable as plain text."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
 
@@ -162,6 +164,6 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [line(head), line(rule), *map(line, rows)]
 
 
-def _digits(x: float) -> str:
+def digits(x: float) -> str:
     """Three significant digits, or all before the point."""
     return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"

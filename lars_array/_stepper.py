@@ -201,7 +201,8 @@ class StepProgram:
                 used[k] = x
             found.append(used)
             new.append({self._index[k]: x for k, x in zip(missing, made, strict=True)})
-        return *found, new
+        buffers, masters = found
+        return buffers, masters, new
 
     def _all_kept(self, state: ParamState) -> list[list[Any]]:
         """Return the buffers and masters of all parameters as this program leaves them."""
@@ -370,7 +371,7 @@ class StepProgram:
         # Masters are known to the host: it waits for the step that makes or drops them.
         waits = bool(self._new[1] or self._dropped) and not capturing
         before = int(device.counts[0]) if waits else 0
-        result = rows.step(self._kernel, grads, groups, device, found_inf)
+        result: StepResult = rows.step(self._kernel, grads, groups, device, found_inf)
         if not waits or int(device.counts[0]) > before:
             self._publish(state)
         return result

@@ -105,7 +105,9 @@ def lars_step(
     rows = LayerRows.of(["p"], [p], [group["layer_axes"]], [None])
     count = len(rows.owner)
     inputs = inputs_of([group], [0] * count, [v is None] * count, [before] * count, like=p, xp=xp)
-    (new_p,), (new_v,), outputs = core_step([p], [g], [buffer], inputs, rows, xp=xp)
+    # The third stage runs before the check: its overflows are part of a step that is rejected or skipped.
+    with np.errstate(all=None if nonfinite == "propagate" else "ignore"):
+        (new_p,), (new_v,), outputs = core_step([p], [g], [buffer], inputs, rows, xp=xp)
     if nonfinite != "propagate":
         ok = xp.all(finite_layers(outputs.S, outputs.C, [p] * count, [g.dtype] * count, xp=xp))
         if nonfinite == "raise" and not bool(ok):
@@ -224,7 +226,8 @@ def update(
     xp, like = array_namespace(*arrays), arrays[0]
     group_of_all = [k for k, group in enumerate(layout.groups) for _ in group.names]
     labels = labels_of(layer_of, names)
-    own, ps, gs, group_of, labels = ([x[i] for i in index] for x in (names, arrays, gradients, group_of_all, labels))
+    lists: tuple[list[Any], ...] = (names, arrays, gradients, group_of_all, labels)
+    own, ps, gs, group_of, labels = ([x[i] for i in index] for x in lists)
     keeps = [needs_buffer(groups[k]) for k in group_of]
     vs = [state.momentum_buffers[name] if keep else None for name, keep in zip(own, keeps, strict=True)]
     rows = LayerRows.of(own, ps, [groups[k]["layer_axes"] for k in group_of], labels)

@@ -246,7 +246,7 @@ class Hyperparams:
     """The hyper-parameters of parameter groups, which are checked again only after a possible change."""
 
     def __init__(self) -> None:
-        self._last: tuple[Any, Sequence[Mapping[str, Any]]] = None, []
+        self._last: tuple[list[Any], Sequence[Mapping[str, Any]]] = [], []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hyperparams, ()
@@ -274,34 +274,28 @@ class Hyperparams:
         all_options = [scheduled(options_of(group), step) for group in param_groups]
         seen = [_comparable(options) for options in all_options]
         before, groups = self._last
-        if before is None or None in seen or before != seen:
+        if not (seen and len(seen) == len(before) and all(map(_is_same, seen, before))):
             groups = [readable(options, step) for options in all_options]
-            self._last = (None if None in seen else seen), groups  # in one assignment, for interrupts
+            self._last = seen, groups  # in one assignment, for interrupts
         return groups
 
 
 def _comparable(options: Mapping[str, Any]) -> Any:
-    """Return all values in a form for comparison with later ones; None if a value is a mutable object."""
+    """Return names, types and values, rule and bounds; None if a value is a mutable object."""
     options = dict(options)
     rule, bounds = options.pop("rule", None), options.pop("trust_bounds", None)
     kinds = list(map(type, options.values()))
     if not _PLAIN.issuperset(kinds) or not (bounds is None or type(bounds) is tuple):
         return None
     rule = RULES.get(rule) if type(rule) is str else rule
-    # Users' objects may define their own equality: compare identity. References keep an id from being reused.
-    return list(options), kinds, list(options.values()), _Same(rule), _Same(bounds)
+    return list(options), kinds, list(options.values()), rule, bounds
 
 
-class _Same:
-    """An object that is equal to itself only."""
-
-    def __init__(self, x: Any) -> None:
-        self.x = x
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.x is other.x
-
-    __hash__ = object.__hash__
+def _is_same(now: Any, before: Any) -> bool:
+    """Return whether two results of `_comparable` are the same; custom objects may define their own equality."""
+    if now is None or before is None or now[:3] != before[:3]:
+        return False
+    return now[3] is before[3] and now[4] is before[4]
 
 
 def row_values(group: Mapping[str, Any]) -> list[Any]:

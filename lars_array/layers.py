@@ -21,7 +21,7 @@ class LayerSlices(NamedTuple):
 
     lead: tuple[int, ...]
     start: int
-    count: int
+    size: int
 
     def names(self, name: str) -> list[str]:
         """Return the names of its rows, "w[0]" and so on."""
@@ -32,14 +32,14 @@ class LayerSlices(NamedTuple):
     def views(self, array: Any) -> list[Any]:
         """Return the slices of an array of the parameter's shape, one per row; None for None."""
         if array is None or not self.lead:
-            return [array] * self.count
+            return [array] * self.size
         return [array[(*index, ...)] for index in product(*map(range, self.lead))]
 
     def coefficients(self, C: Any, *, xp: Any) -> Any:
         """Return this parameter's part of the coefficients of all rows, in the shape for `core.apply`."""
         if not self.lead:
             return C[self.start, :]
-        return xp.reshape(C[self.start : self.start + self.count, :], (*self.lead, 6))
+        return xp.reshape(C[self.start : self.start + self.size, :], (*self.lead, 6))
 
 
 class LayerRows(NamedTuple):
@@ -78,8 +78,8 @@ class LayerRows(NamedTuple):
             lead = tuple(int(length) for length in p.shape[:axes])
             lead = lead if prod(lead) else ()  # an empty parameter is one layer
             slices.append(LayerSlices(lead, start, prod(lead)))
-            start += slices[-1].count
-        owner = [i for i, own in enumerate(slices) for _ in range(own.count)]
+            start += slices[-1].size
+        owner = [i for i, own in enumerate(slices) for _ in range(own.size)]
         return cls(slices, owner, _joined_rows(names, labels, slices))
 
     @property
@@ -129,9 +129,7 @@ def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Hashable]:
     return labels
 
 
-def _joined_rows(
-    names: Sequence[str], labels: Sequence[Hashable], slices: Sequence[LayerSlices]
-) -> list[list[int]]:
+def _joined_rows(names: Sequence[str], labels: Sequence[Hashable], slices: Sequence[LayerSlices]) -> list[list[int]]:
     """Return the rows of each layer with several; of stacks with one label, slices of one index form a layer."""
     first: dict[Hashable, int] = {}
     rows: dict[Hashable, list[int]] = {}
@@ -142,6 +140,6 @@ def _joined_rows(
         if slices[other].lead != own.lead:
             leads = f"{names[other]!r} has {slices[other].lead!r} and {names[i]!r} has {own.lead!r}"
             raise ValueError(f"parameters joined into one layer must have the same leading axes; in {label!r} {leads}")
-        for k in range(own.count):
+        for k in range(own.size):
             rows.setdefault((label, k), []).append(own.start + k)
     return [found for found in rows.values() if len(found) > 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -48,7 +49,7 @@ class StepResult(NamedTuple):
     @classmethod
     def of_nothing(cls) -> StepResult:
         """Return the result of a step in which no parameter had a gradient."""
-        return cls((), None, lambda: None)
+        return cls((), None, _Constant(None))
 
     def norms(self) -> dict[str, Norms]:
         """Return the norms of each row by name; waits for the device."""
@@ -77,15 +78,4 @@ class StepResult(NamedTuple):
 
     def settled(self) -> StepResult:
         """Return the result with its inputs evaluated, so that it can be pickled."""
-        found = self.inputs()
-        return self._replace(inputs=_Constant(found))
-
-
-class _Constant:
-    """A function that returns one value and can be pickled."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __call__(self) -> Any:
-        return self.value
+        return self._replace(inputs=partial(tuple, self.inputs()))

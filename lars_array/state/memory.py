@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_cupy_array, is_numpy_array, is_writeable_array
 
-from lars_array._arrays import is_on_accelerator
+from lars_array._arrays import array_at, is_on_accelerator
 
 __all__ = ["MemoryRanges", "check_writable"]
 
@@ -149,19 +149,6 @@ class MemoryRanges:
         return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
 
 
-class PointerView:
-    """A CuPy array in NumPy's terms: NumPy compares addresses, which are not dereferenced."""
-
-    def __init__(self, array: Any) -> None:
-        self.__array_interface__ = {
-            "data": (array.data.ptr, False),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.itemsize}",
-            "version": 3,
-        }
-
-
 def _bounds(view: Any) -> tuple[int, int]:
     if view.flags.c_contiguous:
         start = view.__array_interface__["data"][0]
@@ -174,7 +161,8 @@ def _host_view(array: Any) -> Any:
     if isinstance(array, np.ndarray):
         return array
     if is_cupy_array(array):
-        return np.asarray(PointerView(array))
+        # NumPy compares addresses, and never reads the memory, which is not the host's.
+        return array_at(array.data.ptr, array.shape, f"V{array.itemsize}", array.strides)
     if is_on_accelerator(array):  # exporting it could synchronize the device
         return None
     try:

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
-from lars_array._arrays import ArraySpecs, check_buffer, check_gradient, check_master, compute_dtype, device_context, to_floats
+from lars_array._arrays import (
+    ArraySpecs,
+    check_buffer,
+    check_gradient,
+    check_master,
+    compute_dtype,
+    device_context,
+    to_floats,
+)
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
@@ -184,7 +192,7 @@ class ParamState:
     def row_numbers(self, index: Sequence[int]) -> list[int]:
         """Return the number of each row of the parameters at `index` among all rows."""
         slices = self.rows().slices
-        return [slices[i].start + k for i in index for k in range(slices[i].count)]
+        return [slices[i].start + k for i in index for k in range(slices[i].size)]
 
     def row_names(self) -> list[str]:
         """Return the names of all rows."""
@@ -240,8 +248,8 @@ def allocate_buffers(params: Sequence[Any]) -> list[Any]:
         memory = np.zeros(int(room.sum()) + ALIGNMENT, np.uint8)
         offset = -memory.__array_interface__["data"][0] % ALIGNMENT
         for i, start in zip(index, (starts + offset).tolist(), strict=True):
-            layout = "C" if params[i].flags.c_contiguous else "F"
-            buffers[i] = np.ndarray(params[i].shape, kind, memory, start, order=layout)  # type: ignore[call-overload]
+            layout: Any = "C" if params[i].flags.c_contiguous else "F"
+            buffers[i] = np.ndarray(params[i].shape, kind, memory, start, order=layout)
     return buffers
 
 

@@ -89,7 +89,8 @@ class HeaderSpecs(ArraySpecs):
         """See `ArraySpecs.same`."""
         _, *known = self._known[self._index[i]]
         flags = array.flags
-        return known == [array.dtype, array.shape, array.strides, flags.aligned, flags.writeable]
+        same: bool = known == [array.dtype, array.shape, array.strides, flags.aligned, flags.writeable]
+        return same
 
     def addresses(self, arrays: Sequence[Any]) -> Any:
         """See `ArraySpecs.addresses`."""

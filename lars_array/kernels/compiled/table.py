@@ -87,7 +87,7 @@ class Table:
         self.offsets = np.cumsum(self.left) - self.left
         self.shared_pieces = int(self.left.sum())
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
-        self._tasks: dict[tuple[int, int], Any] = {}
+        self._tasks: dict[tuple[str, int], Any] = {}
 
     def call(
         self,
@@ -176,7 +176,8 @@ def _compile_for(types: DtypeSignature) -> None:
     none, nowhere, nothing = np.empty(0, np.int64), np.empty(0, np.int32), np.empty((0, 3))
     arguments = (np.empty((0, 5), np.int64), np.zeros(1, np.int64), none, none, np.empty((0, 3), np.int64))
     by_row = (_no_weights(1), _NO_RATES, _NO_HYPER, *_NO_PROGRAMS)
-    at_first(work, *arguments, none, none, nowhere, nothing, nowhere, *by_row, nothing, np.empty((0, 6)), *_likes(types))
+    by_table = none, none, nowhere, nothing, nowhere
+    at_first(work, *arguments, *by_table, *by_row, nothing, np.empty((0, 6)), *_likes(types))
 
 
 @cache
