@@ -140,7 +140,7 @@ class StepProgram:
         self._absent = [i for i, g in enumerate(grads) if g is None]
         self._index: Sequence[int] = range(len(grads))
         self._names, params = state.names, state.view_all(state.params)
-        own, own_grads, self._group_of = params, grads, state.group_of
+        own, own_grads, self._group_of = params, list(grads), state.group_of
         if self._absent:
             self._index = index = [i for i, g in enumerate(grads) if g is not None]
             self._names, own, own_grads = ([x[i] for i in index] for x in (state.names, params, grads))
@@ -161,13 +161,14 @@ class StepProgram:
         self._note_lists(state)
         self._ranges = MemoryRanges(state.names, params, *self._all_kept(state))
 
-        rows, self._joined, self._row_names = None, (), self._names
+        rows, self._row_names = None, self._names
+        self._joined: Sequence[Sequence[int]] = ()
         arrays = KernelArrays(own, state.view_all(own_grads), buffers, masters)
         owner, self._offsets = np.arange(len(own), dtype=np.int32), None
         if state.has_layers:
             labels = labels_of(state.layer_of, state.names)
-            axes, labels = ([x[i] for i in self._index] for x in (state.layer_axes, labels))
-            rows = LayerRows.of(self._names, own, axes, labels)
+            axes = [state.layer_axes[i] for i in self._index]
+            rows = LayerRows.of(self._names, own, axes, [labels[i] for i in self._index])
             self._joined, self._row_names, owner = rows.joined, rows.names(self._names), np.array(rows.owner, np.int32)
             self._offsets = _row_offsets(rows, arrays.grads)
             arrays = KernelArrays(*map(rows.views, arrays))
@@ -239,7 +240,7 @@ class StepProgram:
                 return None
         if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
             return None
-        own = grads
+        own: Any = grads
         if self._absent:
             own = [grads[i] for i in self._index]
             if len(own) + sum(g is None for g in grads) < len(grads):
@@ -351,7 +352,8 @@ class StepProgram:
     def _publish(self, state: ParamState) -> None:
         """Let the state have new buffers and masters, and forget the masters that are not wanted any more."""
         if any(self._new) or self._dropped:
-            state.keep(*self._new, self._dropped)
+            buffers, masters = self._new
+            state.keep(buffers, masters, self._dropped)
             self._new, self._dropped, self._to_fill = ({}, {}), [], []
             self._note_lists(state)
 

@@ -79,8 +79,8 @@ def param_groups(
     excluded_from_decay, excluded_from_adaptation = _predicate("no_decay", no_decay), _predicate("no_adapt", no_adapt)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     given = layout.groups[0]
-    named = given.form in ("mapping", "pairs")
-    for name, array in zip(given.names if named else map(Position, given.names), given.arrays, strict=True):
+    has_names = given.form in ("mapping", "pairs")
+    for name, array in zip(given.names if has_names else map(Position, given.names), given.arrays, strict=True):
         key = not excluded_from_decay(name, array), not excluded_from_adaptation(name, array)
         groups.setdefault(key, {})[name] = array
     result = []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from array import array as numbers
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
