@@ -18,7 +18,7 @@ from benchmarks.contestant import OPTIONS, UnavailableError
 from benchmarks.contestants import CPU
 from benchmarks.machine import ROOT, commit, machine, versions
 
-FORMAT = 2  # of the JSON; another number for each change of what its cases hold
+FORMAT = 2  # of the JSON; increased when the contents of its cases change
 OUT = ROOT / "benchmarks" / "results"
 
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     contestants = [c for c in CPU if not asked.only or any(part in c.name for part in asked.only)]
     if not contestants:
         parser.error(f"no contestant has any of {', '.join(map(repr, asked.only))} in its name; see --list")
-    # Some contestants are not to take the place of all.
+    # Results of some contestants must not replace those of all.
     path = None if asked.only and asked.out is None else (asked.out or OUT) / "cpu.json"
     if asked.render:
         return _render(path or OUT / "cpu.json")
@@ -83,11 +83,11 @@ def _gpu(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _render(path: Path) -> int:
     if not path.exists():
-        print(f"there is no {path.name} in that folder yet", file=sys.stderr)
+        print(f"no {path.name} in that folder yet", file=sys.stderr)
         return 2
     document = json.loads(path.read_text())
     if document.get("format") != FORMAT:
-        print(f"{path.name} is of format {document.get('format')!r}; only {FORMAT!r} can be drawn", file=sys.stderr)
+        print(f"{path.name} has format {document.get('format')!r}; only {FORMAT!r} is supported", file=sys.stderr)
         return 2
     _write(path, document)
     print(table.markdown(document))
@@ -105,7 +105,7 @@ def _measure(document: dict[str, Any], names: list[str], contestants: list[Any],
             measured = cpu.measure(name, case, contestants, rounds or case.rounds, reasons=reasons)
             document["cases"][name] = when | measured
         document["cases"] = {key: document["cases"][key] for key in CASES if key in document["cases"]}
-        _write(path, document)  # what was measured is not lost if a later case ends badly
+        _write(path, document)  # keep the results if a later case fails
 
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:
@@ -118,26 +118,26 @@ def _write(path: Path | None, document: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=["cpu", "gpu"], help="what to measure on")
-    parser.add_argument("--list", action="store_true", help="list cases and contestants, and measure nothing")
+    parser.add_argument("suite", choices=["cpu", "gpu"], help="the device to measure")
+    parser.add_argument("--list", action="store_true", help="list cases and contestants without measuring")
     parser.add_argument(
         "--case",
         nargs="+",
         metavar="NAME",
         help="cases or groups of cases (default: the group 'default', about a quarter of an hour)",
     )
-    parser.add_argument("--rounds", type=int, help="how often each contestant is timed (default: depends on the case)")
+    parser.add_argument("--rounds", type=int, help="timed steps per contestant (default: depends on the case)")
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="SUBSTRING",
-        help="only contestants with one of these in their name; then files are written only if --out is given",
+        help="only contestants whose name contains one of these; files are then written only with --out",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of cpu.json, cpu.md and cpu.png (default: benchmarks/results)"
     )
-    parser.add_argument("--replace", action="store_true", help="begin a new cpu.json instead of adding cases to it")
-    parser.add_argument("--render", action="store_true", help="measure nothing, only draw and print cpu.json again")
+    parser.add_argument("--replace", action="store_true", help="start a new cpu.json instead of adding cases to it")
+    parser.add_argument("--render", action="store_true", help="render and print cpu.json again without measuring")
     return parser
 
 

@@ -238,7 +238,7 @@ _kept = threading.local()
 
 def _scratch(size: int, dtype: Any, slot: int) -> Any:
     """Return an uninitialised array that this thread may use until it asks for the same slot again."""
-    arrays = _kept.__dict__
+    arrays: dict[Any, Any] = _kept.__dict__
     if (dtype, slot) not in arrays or arrays[dtype, slot].size < size:
         arrays[dtype, slot] = np.empty(size, dtype)
     return arrays[dtype, slot][:size]

@@ -81,18 +81,20 @@ class MemoryRanges:
     ) -> None:
         self._names, self._arrays = names, (params, buffers, masters)
         # A table, not objects: a model may have many thousand arrays, and every step searches it.
-        table: list[tuple[int, int, int]] = []
+        arrays = [*params, *buffers, *masters]
+        ranges = np.zeros((len(arrays), 3), np.int64)
         unseen: dict[int, int] = {}
-        for i, array in enumerate([*params, *buffers, *masters]):
+        for i, array in enumerate(arrays):
             view = None if array is None else _host_view(array)
             if view is not None and view.size:
-                table.append((*_bounds(view), i))
+                ranges[i] = (*_bounds(view), i)
             elif array is not None:  # an empty array has no range either
                 if id(array) in unseen:
                     raise ValueError(self._given_twice(i, unseen[id(array)]))
                 unseen[id(array)] = i
         self._unseen = unseen
-        ranges = np.array(sorted(table), np.int64).reshape(-1, 3)
+        ranges = ranges[ranges[:, 1] > 0]
+        ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
         self._starts, self._index = ranges[:, 0].copy(), ranges[:, 2].astype(np.int32)
         self._reach = np.concatenate([[0], np.maximum.accumulate(ranges[:, 1])])
         for k in np.flatnonzero(self._starts < self._reach[:-1]).tolist():

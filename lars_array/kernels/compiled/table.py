@@ -69,8 +69,8 @@ class Table:
 
     def __init__(self, arrays: KernelArrays, layers: Sequence[int]) -> None:
         own = arrays.at(layers)
-        self._held = own._replace(grads=())
         trained, copies = own.trained, own.copies
+        self._held = trained, own.buffers, copies
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         copy_type = None if copy is None else _stored_as(copy.dtype)
@@ -165,9 +165,11 @@ def _no_weights(rows: int) -> Any:
 
 def _addresses(arrays: Sequence[Any]) -> Any:
     """Return the addresses of arrays, 0 for None."""
-    there = [i for i, x in enumerate(arrays) if x is not None]
+    present = np.fromiter((x is not None for x in arrays), bool, len(arrays))
+    if present.all():
+        return addresses(arrays)
     found = np.zeros(len(arrays), np.int64)
-    found[there] = addresses([arrays[i] for i in there])
+    found[present] = addresses([x for x in arrays if x is not None])
     return found
 
 
