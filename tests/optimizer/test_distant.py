@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lars_array.memory
 import lars_array.settings
 from lars_array import LARS, RULES, NonFiniteError, kernels
-from lars_array.arrays import is_distant
+from lars_array._arrays import is_on_accelerator
 from lars_array.hyper import GIVEN
 from lars_array.hyper_table import HyperTable
 from lars_array.news import Mailbox, News
