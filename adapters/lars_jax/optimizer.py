@@ -364,6 +364,10 @@ class _State(ParamState):
         """See `ParamState.view`."""
         return self.memory.view(array) if isinstance(array, jax.Array) else array
 
+    def view_all(self, arrays: list[Any]) -> list[Any]:
+        """See `ParamState.view_all`."""
+        return list(map(self.view, arrays))
+
     def specs(self, arrays: Sequence[Any], specs_of: Callable[[Sequence[Any]], ArraySpecs] | None) -> ArraySpecs:
         """See `ParamState.specs`."""
         return self.memory.specs if isinstance(arrays[0], jax.Array) else super().specs(arrays, specs_of)
