@@ -31,13 +31,14 @@ from lars_array.core import Hyper, plan
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
 from lars_array.layers import LayerRows, labels_of
-from lars_array.nonfinite import finite, max_finite, max_square_sum, quick_finite, refuse_nonfinite
+from lars_array.nonfinite import finite, finite_layers, max_finite, max_square_sum, quick_finite, refuse_nonfinite
 from lars_array.state.device import DeviceRows, DeviceState
 from lars_array.state.memory import MemoryRanges, check_writable
-from lars_array.state.store import ParamState, allocate_buffers
+from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
-__all__ = ["StepProgram", "Stepper"]
+# Adapters import the names from other modules here.
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers"]
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -22,6 +22,7 @@ __all__ = [
     "at_step",
     "check",
     "complete",
+    "defaults_from",
     "inputs_of",
     "needs_buffer",
     "options_of",
@@ -63,6 +64,12 @@ DEFAULTS: dict[str, Any] = {
     "layer_axes": 0,
     "master_weights": False,
 }
+
+
+def defaults_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments of a function that are hyper-parameters: `lr` and the keys of `DEFAULTS`."""
+    return {name: arguments[name] for name in ("lr", *DEFAULTS) if name in arguments}
+
 
 # The fields of `Hyper` that come from a group's hyper-parameters; the last two are state.
 GROUP_FIELDS = Hyper._fields[:-2]
