@@ -13,11 +13,10 @@ import torch.utils.dlpack
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lars_array import _arrays
-from lars_array._arrays import COMPUTE, ArraySpecs, array_at, dtype_name, span
+from lars_array._arrays import COMPUTE, ArraySpecs, dtype_name, span
 
 __all__ = [
     "TensorSpecs",
-    "borrow",
     "check_gradient",
     "check_tensor",
     "compute_dtype",
@@ -115,20 +114,6 @@ def _exported(tensor: torch.Tensor) -> Any:
     import cupy
 
     return cupy.from_dlpack(tensor)
-
-
-def borrow(tensor: torch.Tensor) -> Any:
-    """Return a view that does not keep memory alive: its elements may only be read while the tensor is there.
-
-    torch frees gradients between steps, and a view may be kept for its type and layout only.
-    """
-    array = view(tensor)
-    if isinstance(array, np.ndarray):
-        return array_at(tensor.data_ptr(), array.shape, array.dtype, array.strides)
-    import cupy
-
-    memory = cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, None, array.device.id)
-    return cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory, 0), array.strides)
 
 
 def tensor_of(array: Any) -> torch.Tensor:

@@ -59,7 +59,7 @@ class TensorState(ParamState):
         All parameter groups.
     previous_lr : mapping of Tensor to float
         The learning rate of the last step of parameters that have taken one.
-    layer_of : callable
+    layer_of : callable, optional
         As for `lars_array.LARS`.
     kernel : str, optional
         As for `lars_array.LARS`.
@@ -80,7 +80,7 @@ class TensorState(ParamState):
         members: Mapping[int, NamedParam],
         groups: Sequence[Mapping[str, Any]],
         previous_lr: Mapping[torch.Tensor, float],
-        layer_of: Callable[[str], Hashable],
+        layer_of: Callable[[str], Hashable] | None,
         kernel: str | None,
     ) -> None:
         super().__init__(layer_of)
@@ -220,9 +220,9 @@ class TensorState(ParamState):
         """Return a tensor as an array on the same memory."""
         return array.detach() if self._library == "torch" else _arrays.view(array)
 
-    def borrow(self, gradient: torch.Tensor) -> Any:
-        """Return an array with the type and layout of a gradient, which does not keep its memory alive."""
-        return torch.empty_like(gradient, device="meta") if self._library == "torch" else _arrays.borrow(gradient)
+    def view_all(self, arrays: list[Any]) -> list[Any]:
+        """Return tensors as arrays on the same memory, None for None."""
+        return [None if x is None else self.view(x) for x in arrays]
 
     def specs(self, arrays: Sequence[Any], specs_of: Any) -> TensorSpecs:
         """Return the types and layouts of tensors."""

@@ -334,7 +334,8 @@ class LARS(Optimizer):
         previous_lr = self._previous_lrs()
         self._previous_lr = {p: previous_lr[p] for p in params if p in previous_lr}
         self._skipped = self.skipped_steps
-        shared = self.param_groups, self._previous_lr, labels.get, self._kernel
+        layer_of = None if self._layer_of is None else labels.get
+        shared = self.param_groups, self._previous_lr, layer_of, self._kernel
         self._parts = [TensorState(device, own, *shared) for device, own in on.items()]
         self._params = params
         self._without = [i for i in range(len(params)) if not any(i in own for own in on.values())]

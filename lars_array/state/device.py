@@ -51,7 +51,8 @@ class PinnedCounts:
     """
 
     def __init__(self, counts: Any) -> None:
-        self.counts, self.pinned = counts, None
+        self.counts = counts
+        self.pinned: Any = None
         if is_cupy_array(counts):
             import cupyx
 
@@ -115,7 +116,8 @@ class DeviceState:
 
     def __init__(self, first: Sequence[bool], previous_lr: Sequence[float], *, like: Any) -> None:
         self.xp = xp = array_namespace(like)
-        self.like, self.hyper = like, None
+        self.like = like
+        self.hyper: Any = None
         self.first = asarray(list(first), xp.bool, like=like, xp=xp)
         self.previous_lr = asarray(list(previous_lr), accumulation_dtype(xp), like=like, xp=xp)
         self.counts = asarray([0] * ENTRIES, xp.int64, like=like, xp=xp)
@@ -326,7 +328,8 @@ class DeviceRows:
             own = [policies[k] for k in self.group_of]
             strict = None if set(own) == {"propagate"} else self._on_device([x != "propagate" for x in own])
             self._policies = policies, strict, self._on_device([x == "raise" for x in own])
-        return self._policies[1:]  # type: ignore[return-value]
+        _, strict, raises = self._policies
+        return strict, raises
 
     def _on_device(self, values: list[Any]) -> Any:
         return asarray(values, like=self._like, xp=self.xp)

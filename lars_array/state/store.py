@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
-from lars_array._arrays import ArraySpecs, check_buffer, check_gradient, check_master, compute_dtype, device_context, to_floats
+from lars_array._arrays import (
+    ArraySpecs,
+    check_buffer,
+    check_gradient,
+    check_master,
+    compute_dtype,
+    device_context,
+    to_floats,
+)
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
@@ -88,12 +96,18 @@ class ParamState:
         longer.buffers = [*self.used_buffers(), *[None] * len(new)]
         longer.masters = [*self.masters, *[None] * len(new)]
         longer.previous_lr = np.concatenate([self.last_rates(), np.zeros(len(new))])
-        longer.rows()
+        if longer.has_layers:
+            longer.rows()
         for name, p in zip(longer.names, longer.params, strict=True):
             check_writable(name, p)
             _check_same_place(p, longer.params[0], name, longer.names[0])
         MemoryRanges(longer.names, longer.params)
         return longer
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether a layer may be anything but one parameter."""
+        return self.layer_of is not None or any(self.layer_axes)
 
     def rows(self) -> LayerRows:
         """Return the layers of all parameters."""
@@ -184,7 +198,7 @@ class ParamState:
     def row_numbers(self, index: Sequence[int]) -> list[int]:
         """Return the number of each row of the parameters at `index` among all rows."""
         slices = self.rows().slices
-        return [slices[i].start + k for i in index for k in range(slices[i].count)]
+        return [slices[i].start + k for i in index for k in range(slices[i].size)]
 
     def row_names(self) -> list[str]:
         """Return the names of all rows."""
@@ -199,9 +213,9 @@ class ParamState:
         """Return an array as kernels take it, on the same memory."""
         return array
 
-    def borrow(self, gradient: Any) -> Any:
-        """Return the view of a gradient that a program keeps for its type and layout."""
-        return gradient
+    def view_all(self, arrays: list[Any]) -> list[Any]:
+        """Return arrays as kernels take them, None for None."""
+        return arrays
 
     def specs(self, arrays: Sequence[Any], specs_of: Callable[[Sequence[Any]], ArraySpecs] | None) -> ArraySpecs:
         """Return the types and layouts of arrays; `specs_of` is the kernel's way to find them."""
@@ -247,8 +261,8 @@ def allocate_buffers(params: Sequence[Any]) -> list[Any]:
         memory = np.zeros(int(room.sum()) + ALIGNMENT, np.uint8)
         offset = -memory.__array_interface__["data"][0] % ALIGNMENT
         for i, start in zip(index, (starts + offset).tolist(), strict=True):
-            layout = "C" if params[i].flags.c_contiguous else "F"
-            buffers[i] = np.ndarray(params[i].shape, kind, memory, start, order=layout)  # type: ignore[call-overload]
+            layout: Any = "C" if params[i].flags.c_contiguous else "F"
+            buffers[i] = np.ndarray(params[i].shape, kind, memory, start, order=layout)
     return buffers
 
 

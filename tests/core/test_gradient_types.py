@@ -23,12 +23,12 @@ from references import (
 )
 from strategies import FEW, scales, seeds, shapes
 
-import lars_array.gradients
+import lars_array.state.store
 from lars_array import LARS, NonFiniteError, init, lars_step, update
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.kernels import machine, table
-from lars_array.kernels.machine import MEASURE, PIECE, WRITE
-from lars_array.kernels.tasks import ROOM_FROM
+from lars_array.kernels.compiled import loops, table
+from lars_array.kernels.compiled.loops import MEASURE, PIECE, WRITE
+from lars_array.kernels.compiled.tasks import ROOM_FROM
 
 REAL = {"float64": "f8", "float32": "f4", "float16": "f2", "bfloat16": ml_dtypes.bfloat16}
 HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
@@ -197,8 +197,8 @@ def test_compiled_code_reads_such_a_gradient_where_it_lies(monkeypatch: pytest.M
     optimizer.step(gradients)
     calls: list[Any] = []
     monkeypatch.setenv("LARS_ARRAY_THREADS", "1")
-    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), machine.work(*given))[1])
-    monkeypatch.setattr(lars_array.gradients, "check_gradient", None)  # which would look at one after the other
+    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), loops.work(*given))[1])
+    monkeypatch.setattr(lars_array.state.store, "check_gradient", None)  # which would look at one after the other
     optimizer.step(gradients)
     assert [set(todo[:, 0]) for todo, *_ in calls] == [{MEASURE | WRITE}] * 2
     assert sorted(places[:, 1].tolist() for _, _, _, _, places, *_ in calls) == sorted(

@@ -174,7 +174,7 @@ def test_what_is_not_finite_is_named() -> None:
         (
             {"layer_axes": 1, "layer_of": lambda name: "all"},
             ValueError,
-            "what is one layer must be stacked alike; in 'all' 'w' has (2,) and 'b' has (3,)",
+            "parameters joined into one layer must have the same leading axes; in 'all' 'w' has (2,) and 'b' has (3,)",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from assertions import assert_close, assert_refused, assert_same, to_numpy
 
 from lars_array import LARS, RULES, Rule, init, lars_step, preset, register, update
-from lars_array.registry import resolve
+from lars_array.core import resolve
 
 ALL = sorted(RULES)
 W, G = np.array([3.0, 4.0]), np.array([0.5, -0.25])

@@ -10,7 +10,7 @@ import pytest
 from assertions import assert_close, assert_refused, to_numpy
 
 from lars_array import LARS, RULES, init, preset, update
-from lars_array.presets import PRESETS
+from lars_array.rules import PRESETS
 
 SHAPES = {"conv": (4, 3, 2), "bias": (4,), "head": (2, 4)}
 LRS = [0.5 * (1 + np.cos(t)) + 0.01 * t for t in range(20)]

@@ -9,9 +9,8 @@ import pytest
 from assertions import assert_close, to_numpy
 
 from lars_array import RULES, Rule, apply, coefficients, sums
-from lars_array.blocks import update_weights
-from lars_array.core import difference, flash, gradient_factor, plan, prepare
-from lars_array.hyper import DEFAULTS, Hyper, at_step, vectors
+from lars_array.core import Hyper, difference, flash, gradient_factor, plan, update_weights
+from lars_array.hyperparams import DEFAULTS, at_step, inputs_of
 
 # Norms 5, 0.5; 13, 0.
 P = [np.array([3.0, 4.0]), np.array([[5.0], [12.0]])]
@@ -27,7 +26,7 @@ def hyper_of(*layers: dict[str, Any], xp: Any = np, first: bool = False, previou
     """One group a layer."""
     groups = [at_step({"lr": 0.5} | options, 0) for options in layers]
     n = len(groups)
-    return vectors(groups, list(range(n)), [first] * n, [previous_lr] * n, like=xp.zeros(1), xp=xp)
+    return inputs_of(groups, list(range(n)), [first] * n, [previous_lr] * n, like=xp.zeros(1), xp=xp).hyper
 
 
 def flash_row(S: list[float], first: bool = False, **options: Any) -> Any:
@@ -228,8 +227,8 @@ def test_what_is_asked_of_memory(options: list[dict[str, Any]], operands: list[A
         return np.array([[4.0, 2.0, 3.0], [9.0, 2.0, 5.0]])
 
     groups = [DEFAULTS | {"lr": 0.5} | given for given in options]
-    prepared = prepare(groups, [0, 1], first=[False] * 2, previous_lr=[0.5] * 2, like=np.zeros(1), xp=np)
-    step = plan(prepared, measure, xp=np)
+    inputs = inputs_of(groups, [0, 1], [False] * 2, [0.5] * 2, like=np.zeros(1), xp=np)
+    step = plan(inputs, measure, xp=np)
     assert [x if x is None else tuple(y if y is None else pytest.approx(y) for y in x) for x in operands] == asked
     assert step.rules == [RULES[group["rule"]] for group in groups]
     assert_close(step.S, np.array([[4.0, 2.0, 3.0], [9.0, 2.0, 5.0]]), 0)

@@ -13,12 +13,10 @@ import pytest
 from references import assert_same_bits
 
 from lars_array import LARS, RULES, Hyper, Rule
-from lars_array import tape as tape_module
-from lars_array.blocks import momentum_form, norms
-from lars_array.core import coefficients
-from lars_array.kernels.machine import _coefficients
-from lars_array.registry import resolve
-from lars_array.tape import INPUTS, OPERATIONS, Tape, record
+from lars_array.core import coefficients, momentum_form, norms, resolve
+from lars_array.kernels import tape as tape_module
+from lars_array.kernels.compiled.loops import _coefficients
+from lars_array.kernels.tape import INPUTS, OPERATIONS, Tape, record
 
 LAYERS = 4000
 ODD = [0.0, -0.0, 1.0, 1e-300, 1e300, math.inf, math.nan, 5e-324]
@@ -48,7 +46,8 @@ def played(tape: Tape, S: Any, hyper: Hyper, gamma: Any) -> Any:
     given = np.stack([gamma, *hyper], axis=1)
     registers = np.empty(3 + given.shape[1] + len(tape.constants) + len(tape.operations))
     for row in range(len(S)):
-        _coefficients(S[row], given[row], tape.operations, tape.constants, tape.outputs, registers, C[row])
+        previous_lr = hyper.previous_lr[row]
+        _coefficients(S[row], given[row], previous_lr, tape.operations, tape.constants, tape.outputs, registers, C[row])
     return C
 
 

@@ -22,13 +22,16 @@ from references import LAYOUTS, assert_same_bits, gaussian
 
 import lars_array
 from lars_array import LARS, RULES, Rule
-from lars_array.blocks import momentum_form
+from lars_array._arrays import ArraySpecs
+from lars_array.core import momentum_form
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.kernels import compiled, headers, helpers, machine, pick, table
-from lars_array.kernels.intrinsics import array_at, load, stored
-from lars_array.kernels.machine import MEASURE, OWN, PIECE, WHOLE, WRITE
-from lars_array.kernels.tasks import CACHE, LONG, MOST_PARTS, ROOM_FROM, tasks
-from lars_array.looks import Looks
+from lars_array.kernels import choose
+from lars_array.kernels import threads as threads_module
+from lars_array.kernels.compiled import headers, loops, table
+from lars_array.kernels.compiled import kernel as kernel_module
+from lars_array.kernels.compiled.intrinsics import array_at, load, stored
+from lars_array.kernels.compiled.loops import MEASURE, OWN, PIECE, WHOLE, WRITE
+from lars_array.kernels.compiled.tasks import CACHE, LONG, MOST_PARTS, ROOM_FROM, tasks
 
 numba = pytest.importorskip("numba")
 
@@ -105,7 +108,7 @@ def test_a_thread_writes_its_own_parts_first_and_every_part_is_written_once(
     for _ in range(parts):
         thread = data.draw(st.integers(0, 3))
         free = [part for part in own[thread][: left[thread]].tolist() if part not in written]
-        part, left[thread] = machine._part_to_write(claimed, parts, step, own[thread], left[thread])
+        part, left[thread] = loops._part_to_write(claimed, parts, step, own[thread], left[thread])
         others = [k * step for k in range(parts) if k * step not in written]
         assert part == (free[-1] if free else others[0])
         written.append(part)
@@ -137,7 +140,7 @@ def test_a_step_is_one_call_a_thread_and_touches_everything_once(
     optimizer = LARS(params, lr=0.1, weight_decay=0.1, kernel="compiled", **options)
     gradients = [np.ones_like(p) for p in params]
     optimizer.step(gradients)
-    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), machine.work(*given))[1])
+    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), loops.work(*given))[1])
     for _ in range(2):
         calls.clear()
         optimizer.step(gradients)
@@ -178,7 +181,7 @@ def test_taking_a_step_at_once_gives_the_bits_of_the_stages(rule: str, monkeypat
     results = []
     for nonfinite in ("propagate", "raise", "skip"):
         if nonfinite == "skip":
-            monkeypatch.delattr(compiled.Kernel, "take")
+            monkeypatch.delattr(kernel_module.Kernel, "fused")
         params = [p.copy() for p in start]
         decayed = {"params": params[:3], "weight_decay": 0.1, "nesterov": True}
         groups = [decayed, {"params": params[3:], "rule": "flash"}]
@@ -263,7 +266,7 @@ def test_a_gradient_in_a_buffer_or_parameter_is_refused() -> None:
     p, beside = whole[:4], whole[4:8]
     optimizer = LARS([p], lr=0.5, momentum=0.9, kernel="compiled")
     optimizer.step([beside])
-    for bad in (whole[3:7], whole[:4], p, optimizer._stepper.roster.buffers.rows[0]):
+    for bad in (whole[3:7], whole[:4], p, optimizer.state_views()["0"]["momentum_buffer"]):
         before = whole.copy()
         with pytest.raises(ValueError, match="must not share memory"):
             optimizer.step([bad])
@@ -333,7 +336,7 @@ p = np.arange(1.0, 4.0)
 optimizer = LARS([p], lr=0.5, momentum=0.9)
 for _ in range(2):
     optimizer.step([np.ones(3)])
-print(optimizer._stepper._kernel.__module__.rsplit(".")[-1], *p.tolist())
+print(type(optimizer._stepper._program._kernel).__module__.split(".")[2], *p.tolist())
 """
 
 
@@ -396,8 +399,8 @@ def test_what_is_kept_on_disk_is_not_used_when_the_equations_change(tmp_path: Pa
 @pytest.mark.parametrize("name", ["compiled", "blocked", "portable"])
 def test_the_environment_chooses_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LARS_ARRAY_KERNEL", name)
-    assert pick([np.ones(3)]) is pick([np.ones(3)], name)
-    assert pick([np.ones(3)], "portable").__module__ == "lars_array.kernels.portable", "an argument comes first"
+    assert choose([np.ones(3)]) is choose([np.ones(3)], name)
+    assert choose([np.ones(3)], "portable").__module__ == "lars_array.kernels.portable", "an argument comes first"
 
 
 def test_the_environment_is_told_what_it_chooses_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +415,7 @@ def test_the_environment_is_told_what_it_chooses_wrongly(monkeypatch: pytest.Mon
 
 
 def test_arrays_are_built_as_expected() -> None:
-    assert compiled._problem() is None
+    assert kernel_module._problem() is None
     x, y = np.ones((3, 4))[1:], np.ones(())
     assert headers.addresses([x, y, x]).tolist() == [x.ctypes.data, y.ctypes.data, x.ctypes.data]
 
@@ -442,14 +445,26 @@ def spoilt(how: str, x: Any) -> Any:
     "dtype,byte order,shape,axes,fewer axes,strides,unaligned,read-only,subclass,no array".split(","),
 )
 @pytest.mark.parametrize("kind", ["compiled", "asked"])
-def test_what_looks_otherwise_is_noticed(kind: str, how: str) -> None:
+def test_an_array_of_another_type_or_layout_is_noticed(kind: str, how: str) -> None:
     x, y = np.ones((4, 6), np.float32), np.ones(3)
-    looks = headers.HeaderLooks([x, y, x]) if kind == "compiled" else Looks([x, y, x], headers.addresses)
+    specs = headers.HeaderSpecs([x, y, x]) if kind == "compiled" else ArraySpecs([x, y, x])
     another = np.zeros((4, 6), np.float32)
-    assert looks.places([another, y, x]).tolist() == [a.ctypes.data for a in (another, y, x)]
-    assert looks.places([x, y]) is None
-    assert looks.places([x, y, spoilt(how, x)]) is None
-    assert looks.nbytes[looks.which].tolist() == [a.nbytes for a in (x, y, x)]
+    assert specs.addresses([another, y, x]).tolist() == [a.ctypes.data for a in (another, y, x)]
+    assert specs.addresses([x, y]) is None
+    assert specs.addresses([x, y, spoilt(how, x)]) is None
+    assert specs.spans.tolist() == [[0, a.nbytes] for a in (x, y, x)]
+    assert [specs.form(i) for i in range(3)] == [(a.dtype, a.shape) for a in (x, y, x)]
+    assert specs.same(2, another)
+    if how not in ("subclass", "no array"):  # an array does not become one of these in place
+        assert not specs.same(2, spoilt(how, x))
+
+
+def test_spans_reach_as_far_as_strides_do() -> None:
+    x = np.zeros((4, 6), np.float32)
+    arrays = [x, x[:, ::2], x[::-1], x.T, x[:0], x[1:2, 3:4], np.zeros(())]
+    expected = [[0, 96], [0, 3 * 24 + 2 * 8 + 4], [-72, 24], [0, 96], [0, 0], [0, 4], [0, 8]]
+    for specs in (headers.HeaderSpecs(arrays), ArraySpecs(arrays)):
+        assert specs.spans.tolist() == expected
 
 
 # ---------------------------------------------------------------------------------------- nothing by halves, in threads
@@ -478,7 +493,7 @@ def test_without_threads_one_does_it_all(kernel: str, monkeypatch: pytest.Monkey
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setenv("LARS_ARRAY_THREADS", "3")
-    monkeypatch.setattr(helpers, "_helpers", helpers.Helpers())
+    monkeypatch.setattr(threads_module, "_pool", threads_module.ThreadPool())
     monkeypatch.setattr(threading.Thread, "start", fails)
     p = np.ones(3_000_000, np.float32)
     LARS([p], lr=0.5, kernel=kernel).step([np.ones_like(p)])

@@ -18,7 +18,7 @@ from references import LAYOUTS, assert_same_bits, gaussian
 from benchmarks.shapes import resnet50
 from lars_array import LARS
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.kernels import helpers
+from lars_array.kernels import threads
 
 OPTIONS: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-2}
 # The third sum is a way of its own through memory, the second look for clipping as well.
@@ -143,7 +143,7 @@ def _in_child(queue: Any) -> None:
 def test_a_forked_child_can_step(use_threads: Callable[[int], None]) -> None:
     use_threads(3)
     expected = [x.tobytes() for x in trajectory(WAYS["barlow"])]
-    assert helpers._helpers.count > 0, "the parent should have threads that the child lacks"
+    assert threads._pool.count > 0, "the parent should have threads that the child lacks"
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     with warnings.catch_warnings():

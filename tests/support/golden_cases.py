@@ -14,7 +14,7 @@ import numpy as np
 
 import lars_array
 from lars_array import Rule, preset
-from lars_array.blocks import momentum_form, norms, trust_ratio
+from lars_array.core import momentum_form, norms, trust_ratio
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "trajectories.zip"
 
@@ -60,10 +60,10 @@ def chainer(threshold: float, *, odd_nesterov: bool = False) -> Callable[..., An
     def rule(S: Any, hyper: Any, xp: Any) -> Any:
         p_norm, g_norm, _ = norms(S, xp)
         ratio = trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, p_norm > threshold, hyper, xp)
-        into = hyper.lr * ratio
-        C = momentum_form(into, xp.ones_like(into), hyper.weight_decay, hyper, xp)
+        grad_scale = hyper.lr * ratio
+        C = momentum_form(grad_scale, xp.ones_like(grad_scale), hyper.weight_decay, hyper, xp)
         if odd_nesterov:  # p -= mu^2 v' + (1 + mu) lr d, where the textbook has the old v
-            lam = (1 + hyper.momentum) * into
+            lam = (1 + hyper.momentum) * grad_scale
             C = xp.stack([C[:, 0], C[:, 1], C[:, 2], hyper.momentum**2, lam, lam * hyper.weight_decay], axis=1)
         return C
 
@@ -81,8 +81,8 @@ def tinygrad_decay_apart(S: Any, hyper: Any, xp: Any) -> Any:
     """tinygrad's pre_wd=False: p -= lr wd p beside the buffer."""
     p_norm, g_norm, _ = norms(S, xp)
     defined = (p_norm > 0) & (g_norm > 0)
-    into = hyper.lr * trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, defined, hyper, xp)
-    C = momentum_form(into, xp.ones_like(into), xp.zeros_like(into), hyper, xp)
+    grad_scale = hyper.lr * trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, defined, hyper, xp)
+    C = momentum_form(grad_scale, xp.ones_like(grad_scale), xp.zeros_like(grad_scale), hyper, xp)
     return xp.stack([*(C[:, i] for i in range(5)), hyper.lr * hyper.weight_decay], axis=1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lars_array._arrays import ArraySpecs
 from lars_array.core import RuleInputs, clip_gradients
 from lars_array.kernels import blocked
 from lars_array.kernels.base import Gradients, KernelArrays
@@ -27,10 +28,10 @@ class Kernel:
     def __init__(self, arrays: KernelArrays, xp: Any = np) -> None:
         self._count = len(arrays.params)
         self._hyper_row, self._no_sums = np.zeros(self._count, np.int32), np.empty((self._count, 0))
-        of_types: dict[Any, list[int]] = {}
-        for i, (p, g, _, master) in enumerate(zip(*arrays, strict=True)):
-            of_types.setdefault((p.dtype, master is not None, g.dtype), []).append(i)
-        self._tables = [_table().Table(arrays, layers) for layers in of_types.values()]
+        known: dict[Any, int] = {}
+        types = ((p.dtype, master is not None, g.dtype) for p, g, _, master in zip(*arrays, strict=True))
+        numbers = np.fromiter((known.setdefault(kinds, len(known)) for kinds in types), np.int32, self._count)
+        self._tables = [_table().Table(arrays, np.flatnonzero(numbers == k)) for k in range(len(known))]
 
     @staticmethod
     def unsupported_reason(params: Sequence[Any]) -> str | None:
@@ -44,8 +45,8 @@ class Kernel:
 
     @staticmethod
     def specs(arrays: Sequence[Any]) -> Any:
-        """Return their `lars_array._arrays.ArraySpecs`."""
-        return _headers().HeaderSpecs(arrays)
+        """Return their `ArraySpecs`."""
+        return (_headers().HeaderSpecs if set(map(type, arrays)) == {np.ndarray} else ArraySpecs)(arrays)
 
     def sums(self, grads: Gradients, operand: Any = None) -> Any:
         """Return `core.sums`."""

@@ -68,8 +68,9 @@ class Table:
     """
 
     def __init__(self, arrays: KernelArrays, layers: Sequence[int]) -> None:
-        self._held = own = arrays.at(layers)
+        own = arrays.at(layers)
         trained, copies = own.trained, own.copies
+        self._held = trained, own.buffers, copies
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         copy_type = None if copy is None else _stored_as(copy.dtype)
@@ -87,7 +88,7 @@ class Table:
         self.offsets = np.cumsum(self.left) - self.left
         self.shared_pieces = int(self.left.sum())
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
-        self._tasks: dict[tuple[int, int], Any] = {}
+        self._tasks: dict[tuple[str, int], Any] = {}
 
     def call(
         self,
@@ -164,9 +165,11 @@ def _no_weights(rows: int) -> Any:
 
 def _addresses(arrays: Sequence[Any]) -> Any:
     """Return the addresses of arrays, 0 for None."""
-    there = [i for i, x in enumerate(arrays) if x is not None]
+    present = np.fromiter((x is not None for x in arrays), bool, len(arrays))
+    if present.all():
+        return addresses(arrays)
     found = np.zeros(len(arrays), np.int64)
-    found[there] = addresses([arrays[i] for i in there])
+    found[present] = addresses([x for x in arrays if x is not None])
     return found
 
 
@@ -176,7 +179,8 @@ def _compile_for(types: DtypeSignature) -> None:
     none, nowhere, nothing = np.empty(0, np.int64), np.empty(0, np.int32), np.empty((0, 3))
     arguments = (np.empty((0, 5), np.int64), np.zeros(1, np.int64), none, none, np.empty((0, 3), np.int64))
     by_row = (_no_weights(1), _NO_RATES, _NO_HYPER, *_NO_PROGRAMS)
-    at_first(work, *arguments, none, none, nowhere, nothing, nowhere, *by_row, nothing, np.empty((0, 6)), *_likes(types))
+    by_table = none, none, nowhere, nothing, nowhere
+    at_first(work, *arguments, *by_table, *by_row, nothing, np.empty((0, 6)), *_likes(types))
 
 
 @cache
