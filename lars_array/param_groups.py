@@ -1,4 +1,4 @@
-"""Parameter groups by exclusion: which layers are decayed, which are adapted."""
+"""Parameter groups that exclude layers from weight decay or from adaptation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_bias_or_norm(name: str, array: Any) -> bool:
     Parameters
     ----------
     name : str
-        Not looked at.
+        Ignored.
     array : array
         The parameter.
 
@@ -45,7 +45,7 @@ def param_groups(
     params : iterable of arrays, mapping of name to array, or iterable of (name, array)
         The parameters. Those without a name are named by their position.
     weight_decay : float
-        Weight decay of the others.
+        Weight decay of parameters that are not excluded.
     no_decay : callable, iterable of str, or None
         Which parameters are not decayed: those for which ``no_decay(name, array)`` is true, or in whose name one of the
         regular expressions is found, or none. By default those with at most one axis.
@@ -61,7 +61,7 @@ def param_groups(
     Raises
     ------
     TypeError, ValueError
-        For what is no such thing, or an expression that does not compile.
+        For an argument of another form, or an expression that does not compile.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def param_groups(
         group = {"params": named, "weight_decay": weight_decay if decays else 0.0}
         if not adapts:
             group["adapt"] = False
-        elif not decays:  # some rules, flash's among them, adapt such a layer only if they are told to
+        elif not decays:  # some rules, such as flash's, adapt a layer without decay only with this
             group["always_adapt"] = True
         result.append(group)
     return result

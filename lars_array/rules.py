@@ -40,7 +40,7 @@ def _raw_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 
 def _sum_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    """Return SUM, over whatever the third sum is of; 1 where a norm is zero."""
+    """Return SUM, with the norm of the third sum; 1 where a norm is zero."""
     p_norm, _, d_norm = norms(S, xp)
     return trust_ratio(p_norm, d_norm, (p_norm > 0) & (d_norm > 0), hyper, xp)
 
@@ -142,7 +142,7 @@ def nvidia(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 @register("tinygrad-popular")
 @register("nus", "colossalai", trust_bounds=(0.0, 50.0))
 def nus(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,v'`: r = RAW of now, at most 50, times the whole buffer.
+    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,v'`: r = RAW of this step, at most 50, times the buffer.
 
     The originals also clamp d elementwise to ±10, which is no function of sums and is left out.
 
@@ -157,7 +157,7 @@ def nus(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 def tf_contrib(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     r""":math:`v' = \mu v + g, p' = p - \text{lr}\,r\,v'`: w is in the denominator of r = RAW only, never in the step.
 
-    The caller's loss is to hold the decay. Source: tensorflow 1.x contrib/opt/python/training/lars_optimizer.py.
+    The loss must contain the decay. Source: tensorflow 1.x contrib/opt/python/training/lars_optimizer.py.
     """
     ratio = _raw_ratio(S, hyper, xp)
     return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, xp.zeros_like(ratio), hyper, xp)
@@ -177,7 +177,7 @@ _FAIR = {"momentum": 0.9, "eps": 0.0}
 _SIMCLR = {"momentum": 0.9, "eps": 0.0}
 _TENSORFLOW = {"momentum": 0.9, "weight_decay": 1e-4, "eps": 0.0}
 
-# By rule, where the original's defaults are not those of `LARS`.
+# By rule, where the original's defaults differ from those of `LARS`.
 PRESETS: dict[str, dict[str, Any]] = {
     "torch-optimizer": {"trust_coefficient": 0.01},
     "kozistr": {"momentum": 0.9, "eps": 0.0},
@@ -190,7 +190,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "simclr-popular": _SIMCLR,
     "tf-models": _SIMCLR,
     "tf-models-popular": _SIMCLR,
-    # The reference's 0.0 is falsy and gives way to Keras's 1e-7.
+    # The reference replaces its 0.0, which is falsy, by Keras's 1e-7.
     "mlperf": _TENSORFLOW | {"eps": 1e-7},
     "tf-tpu": _TENSORFLOW,
     "tf-contrib": _TENSORFLOW,
@@ -216,8 +216,8 @@ def preset(name: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        The rule, and the original's defaults where they are not those of `LARS`. Exclusions by name or number of axes,
-        which some originals have built in, are the business of `param_groups`.
+        The rule, and the original's defaults where they differ from those of `LARS`. Use `param_groups` for exclusions
+        by name or number of axes, which some originals have built in.
 
     Raises
     ------

@@ -46,9 +46,9 @@ def linear_scaled_lr(base_lr: float, batch_size: int, base_batch_size: int = 256
 
 
 class _WarmUp:
-    """A linear warm-up to the peak, then what the subclass says is left of the way from the end to the peak.
+    """A linear warm-up to the peak, then a decay whose remaining fraction `_left` of the subclass returns.
 
-    A frozen dataclass by hand: `dataclasses` would take a good part of what ``import lars_array`` may cost.
+    A frozen dataclass written by hand: importing `dataclasses` would take much of the time of ``import lars_array``.
     """
 
     peak_lr: float
@@ -96,7 +96,7 @@ class _WarmUp:
         warmed = step / max(1, self.warmup_steps)
         decayed = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         left = self._left(xp.clip(decayed, 0.0, 1.0), xp)
-        # Written so, and not as b + (a - b) * t, both ends are met exactly.
+        # In this form, unlike b + (a - b) * t, both ends are exact.
         return xp.where(
             step < self.warmup_steps,
             warmed * self.peak_lr + (1.0 - warmed) * self.start_lr,

@@ -14,7 +14,7 @@ __all__ = ["Group", "Layout", "Position", "all_names", "gradient_order", "match"
 
 
 class Position(str):
-    """The name of a parameter that has none: its position among all. It keeps it through `param_groups`."""
+    """The name of a parameter given without one: its position among all. `param_groups` preserves it."""
 
     __slots__ = ()
 
@@ -60,7 +60,7 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     params : iterable of arrays, mapping, iterable of (name, array), or iterable of groups
         See `LARS`.
     start : int
-        How many parameters there are already: one without a name is named by its position.
+        The number of existing parameters, from which positions are counted on.
 
     Returns
     -------
