@@ -1,4 +1,7 @@
-"""``python -m benchmarks cpu``, or gpu: measure one optimizer step, print a table, and write JSON, Markdown, a plot."""
+"""``python -m benchmarks cpu``, or gpu: measure one optimizer step, print a table, and write JSON, Markdown, a plot.
+
+``python -m benchmarks compare`` and ``size`` have arguments of their own: see `benchmarks.compare`, `benchmarks.size`.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cpu, growth, latency, plot, results, table
+from benchmarks import compare, cpu, growth, latency, plot, results, size, table
 from benchmarks.cases import CASES, GROUPS, GROWTH, chosen
 from benchmarks.contestant import OPTIONS, UnavailableError
 from benchmarks.contestants import CPU
 from benchmarks.machine import ROOT, commit, machine, versions
 
-FORMAT = 2  # of the JSON; another number for each change of what its cases hold
+FORMAT = 2  # of the JSON; increased when the contents of its cases change
 OUT = ROOT / "benchmarks" / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a contestant failed, 2 if nothing could be measured."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] in (["compare"], ["size"]):
+        return {"compare": compare, "size": size}[given[0]].main(given[1:])
     parser = _parser()
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args(given)
     if asked.rounds is not None and asked.rounds < 1:
         parser.error("--rounds must be at least 1")
     if asked.suite == "gpu":
@@ -37,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     contestants = [c for c in CPU if not asked.only or any(part in c.name for part in asked.only)]
     if not contestants:
         parser.error(f"no contestant has any of {', '.join(map(repr, asked.only))} in its name; see --list")
-    # Some contestants are not to take the place of all.
+    # Results of some contestants must not replace those of all.
     path = None if asked.only and asked.out is None else (asked.out or OUT) / "cpu.json"
     if asked.render:
         return _render(path or OUT / "cpu.json")
@@ -77,11 +83,11 @@ def _gpu(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _render(path: Path) -> int:
     if not path.exists():
-        print(f"there is no {path.name} in that folder yet", file=sys.stderr)
+        print(f"no {path.name} in that folder yet", file=sys.stderr)
         return 2
     document = json.loads(path.read_text())
     if document.get("format") != FORMAT:
-        print(f"{path.name} is of format {document.get('format')!r}; only {FORMAT!r} can be drawn", file=sys.stderr)
+        print(f"{path.name} has format {document.get('format')!r}; only {FORMAT!r} is supported", file=sys.stderr)
         return 2
     _write(path, document)
     print(table.markdown(document))
@@ -99,7 +105,7 @@ def _measure(document: dict[str, Any], names: list[str], contestants: list[Any],
             measured = cpu.measure(name, case, contestants, rounds or case.rounds, reasons=reasons)
             document["cases"][name] = when | measured
         document["cases"] = {key: document["cases"][key] for key in CASES if key in document["cases"]}
-        _write(path, document)  # what was measured is not lost if a later case ends badly
+        _write(path, document)  # keep the results if a later case fails
 
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:
@@ -112,26 +118,26 @@ def _write(path: Path | None, document: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=["cpu", "gpu"], help="what to measure on")
-    parser.add_argument("--list", action="store_true", help="list cases and contestants, and measure nothing")
+    parser.add_argument("suite", choices=["cpu", "gpu"], help="the device to measure")
+    parser.add_argument("--list", action="store_true", help="list cases and contestants without measuring")
     parser.add_argument(
         "--case",
         nargs="+",
         metavar="NAME",
         help="cases or groups of cases (default: the group 'default', about a quarter of an hour)",
     )
-    parser.add_argument("--rounds", type=int, help="how often each contestant is timed (default: depends on the case)")
+    parser.add_argument("--rounds", type=int, help="timed steps per contestant (default: depends on the case)")
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="SUBSTRING",
-        help="only contestants with one of these in their name; then files are written only if --out is given",
+        help="only contestants whose name contains one of these; files are then written only with --out",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of cpu.json, cpu.md and cpu.png (default: benchmarks/results)"
     )
-    parser.add_argument("--replace", action="store_true", help="begin a new cpu.json instead of adding cases to it")
-    parser.add_argument("--render", action="store_true", help="measure nothing, only draw and print cpu.json again")
+    parser.add_argument("--replace", action="store_true", help="start a new cpu.json instead of adding cases to it")
+    parser.add_argument("--render", action="store_true", help="render and print cpu.json again without measuring")
     return parser
 
 

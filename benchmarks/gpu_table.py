@@ -11,16 +11,18 @@ HEAD = """# One optimizer step on {name}
 Compute capability {capability}, {multiprocessors} multiprocessors, {l2:g} MiB of L2 cache, {memory} GiB; CUDA driver
 {driver}, runtime {runtime}. {versions}. Commit {commit}, {date}.
 
-One step over float32 arrays: {options}. Copies on the device move {bandwidth:.0f} GB/s, read and written together: the
-limit is the time that 7 reads and writes an element take at that, which a LARS needs that finds nothing in the cache.
+One step over float32 arrays: {options}. Copy bandwidth on the device is {bandwidth:.0f} GB/s, reads and writes
+together. The limit is the time of 7 memory accesses per element at this bandwidth, the minimum for LARS without cache
+hits.
 
-The time of a step is that of the host's clock, from the call until the device is done. The time on the device is that
-between two events behind other work, so that what the host takes to ask for a step does not show, unless it is more
-than 20 ms. Medians over rounds in which all take turns; ratios are of the same round, lower is faster. First steps are
-building the optimizer and three steps, compilation included. The error is that of what the first three steps changed.
+"Step" is wall-clock time on the host, from the call until the device is done. "Device" is the time between two events
+queued behind other work, so it excludes the launch time on the host, up to 20 ms. The two are measured in separate
+steps. Times are medians over rounds with all contestants in turn; ratios are medians within a round, and lower is
+faster. "First steps" is the time to build the optimizer and take three steps, including compilation. Error is the
+error of the change after three steps.
 """
 
-COLUMNS = ["", "to flash's", "step ms", "quartiles ms", "on the device ms", "to the limit", "first steps s", "error"]
+COLUMNS = ["", "vs flash", "step ms", "quartiles ms", "device ms", "vs limit", "first steps s", "error"]
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -29,7 +31,7 @@ def markdown(document: dict[str, Any]) -> str:
     Parameters
     ----------
     document : dict
-        As `benchmarks.gpu` has it.
+        As in `benchmarks.gpu`.
     """
     gpu, bandwidth = document["gpu"], document["copy_bytes_per_s"]
     head = HEAD.format(

@@ -53,11 +53,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
+def commit(checkout: Path = ROOT) -> str | None:
     """Return the commit that was measured, with "-dirty" if files but results differ from it; None outside of git."""
     try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        return f"{head}-dirty" if _git("status", "--porcelain", "--", ".", ":!benchmarks/results") else head
+        head = _git(checkout, "rev-parse", "--short=12", "HEAD")
+        return f"{head}-dirty" if _git(checkout, "status", "--porcelain", "--", ".", ":!benchmarks/results") else head
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -95,8 +95,8 @@ def used_by_others() -> float:
     return 0.0
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _processor() -> str:

@@ -71,7 +71,7 @@ def _bars(figure: Any, cases: dict[str, Any]) -> None:
         _plain(axes)
     columns[0].invert_yaxis()
     figure.suptitle(
-        "Time of a step relative to flash's arithmetic in torch, lower is faster: median and quartiles over rounds.\n"
+        "Time per step relative to flash's arithmetic in torch (lower is faster): median and quartiles over rounds.\n"
         "Blue: lars_array. Orange: other LARS. Grey: not LARS.",
         fontsize=11,
         x=0.01,
@@ -110,7 +110,7 @@ def _lines(figure: Any, growth: dict[str, Any]) -> None:
         axes.set_xlabel("elements of the array")
         axes.set_ylim(bottom=0)
         _plain(axes)
-    left.set_title("Nanoseconds an element", loc="left", fontsize=10)
+    left.set_title("Nanoseconds per element", loc="left", fontsize=10)
     right.set_title("MB beside parameters, gradients and momentum", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8)
 

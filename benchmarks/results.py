@@ -43,11 +43,11 @@ def load(path: Path, setting: dict[str, Any], *, replace: bool = False) -> dict[
         raise ConflictError(f"{path} is not JSON: {error}") from error
     differences = [line for key in setting for line in _differences(key, document.get(key), setting[key])]
     if differences or "cases" not in document:
-        lines = differences or ["no cases: the file is of another kind"]
+        lines = differences or ["no cases: the file has another format"]
         raise ConflictError(
-            f"{path} was measured in another setting, so its cases can't stand beside new ones.\n"
+            f"{path} was measured with different settings, so new cases cannot be added to it.\n"
             + "".join(f"  {line}\n" for line in lines)
-            + "Write to another folder with --out, or begin anew with --replace."
+            + "Write to another folder with --out, or start a new file with --replace."
         )
     return document
 

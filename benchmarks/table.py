@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["markdown"]
+__all__ = ["aligned", "digits", "markdown"]
 
 HEAD = """# One optimizer step on a CPU
 
@@ -14,26 +14,27 @@ HEAD = """# One optimizer step on a CPU
 
 One step over float32 arrays: {options}.
 
-Ratios are medians over rounds of a contestant's time to that of another in the same round, lower is faster: to
-torch_optimizer's, which is flash's arithmetic, and to the limit, a plain compiled loop over one array of as many
-elements, which no LARS reaches. First steps are building the optimizer and three steps, compilation included. Memory is
-what a process takes for its steps beside parameters, gradients and momentum buffers, and in brackets what Python and
-NumPy allocate in one. The error is that of what the first three steps changed, compared with float64, in the worst
-array: rounding the parameters to float32 alone makes it 1e-5.
+Ratios are medians over rounds of the time relative to another contestant in the same round; lower is faster. The first
+is relative to torch_optimizer (flash's arithmetic). The second is relative to the limit, a plain compiled loop over one
+array with the same number of elements, which no LARS reaches. "First steps" is the time to build the optimizer and take
+three steps, including compilation. Memory is the resident memory of the process for its steps, excluding parameters,
+gradients and momentum buffers; in brackets, the memory that Python and NumPy allocate in one step. Error is the error
+of the change after three steps, relative to float64, in the worst array; rounding the parameters to float32 alone gives
+1e-5.
 """
 
 DISTURBED = 0.1  # cores
 
-COLUMNS = ["", "to flash's", "to the limit", "median ms", "quartiles ms", "first steps s", "memory MB", "error"]
+COLUMNS = ["", "vs flash", "vs limit", "median ms", "quartiles ms", "first steps s", "memory MB", "error"]
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Return the table of each case, and of what grows.
+    """Return the tables of all cases, and of growth with the array size.
 
     Parameters
     ----------
     document : dict
-        As `benchmarks.results` has it.
+        As in `benchmarks.results`.
     """
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     options = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in document["options"].items())
@@ -61,9 +62,11 @@ def _case(name: str, case: dict[str, Any]) -> str:
         f"{case['rounds']} rounds, {case['date']}, commit {case['commit'] or 'unknown'}."
         + _parties(case["parties"])
         + f" Other processes used {case['cores_used_by_others']:.2f} cores"
-        + (", so these figures say little." if case["cores_used_by_others"] > DISTURBED else "."),
+        + (", so these figures are unreliable." if case["cores_used_by_others"] > DISTURBED else "."),
         "",
-        *_table(COLUMNS, [_row(row) for row in sorted(case["contestants"].values(), key=lambda row: row["median_ms"])]),
+        *aligned(
+            COLUMNS, [_row(row) for row in sorted(case["contestants"].values(), key=lambda row: row["median_ms"])]
+        ),
     ]
     for title, reasons in (("Skipped", case["skipped"]), ("Failed", case["failed"])):
         if reasons:
@@ -76,15 +79,15 @@ def _parties(parties: list[list[str]]) -> str:
         return ""
     always = set.intersection(*map(set, parties))
     how = (
-        f"In {len(parties)} parties, each with {' and '.join(sorted(always))}"
+        f"In {len(parties)} groups, each with {' and '.join(sorted(always))}"
         if always
         else "Not all in the same rounds"
     )
-    return f" {how}: memory does not hold the arrays of all."
+    return f" {how}, because not all arrays fit in memory together."
 
 
 def _reasons(reasons: dict[str, str]) -> list[str]:
-    """A line a reason."""
+    """Return one line per reason."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
@@ -94,9 +97,9 @@ def _reasons(reasons: dict[str, str]) -> list[str]:
 def _row(row: dict[str, Any]) -> list[str]:
     return [
         row["label"],
-        *("–" if row[key] is None else _digits(row[key]["median"]) for key in ("ratio", "ratio_to_limit")),
-        _digits(row["median_ms"]),
-        " – ".join(_digits(x) for x in row["quartiles_ms"]),
+        *("–" if row[key] is None else digits(row[key]["median"]) for key in ("ratio", "ratio_to_limit")),
+        digits(row["median_ms"]),
+        " – ".join(digits(x) for x in row["quartiles_ms"]),
         f"{row['first_steps_s']:.1f}",
         _memory(row.get("memory")),
         f"{row['error']:.0e}",
@@ -122,35 +125,35 @@ def _latency(latency: dict[str, Any]) -> str:
             shown = (times[state][key] for key in ("import", "construct", "first_step", "second_step"))
             rows.append([f"{kernel}, {state}", *(f"{1e3 * seconds:,.1f}" for seconds in shown)])
     head = ["lars_array kernel", "import ms", "construct ms", "first step ms", "second step ms"]
-    text = "In a new process that has NumPy and ResNet-50's arrays. Warm: compiled code is on disk. Cold: it is not."
-    return "\n".join(["## The first step", "", text, "", *_table(head, rows), *notes]) + "\n"
+    text = "In a new process with NumPy and ResNet-50's arrays loaded. Warm: with compiled code on disk. Cold: without."
+    return "\n".join(["## First step", "", text, "", *aligned(head, rows), *notes]) + "\n"
 
 
 def _growth(growth: dict[str, Any]) -> str:
-    """Nanoseconds an element and megabytes, a column a size."""
+    """Return tables of nanoseconds per element and of megabytes, with one column per size."""
     times, memories = [], []
     for row in growth["contestants"].values():
         found = list(zip(growth["sizes"], row["sizes"]))
-        times.append([row["label"], *("–" if x is None else _digits(1e6 * x["median_ms"] / size) for size, x in found)])
+        times.append([row["label"], *("–" if x is None else digits(1e6 * x["median_ms"] / size) for size, x in found)])
         memories.append([row["label"], *("–" if x is None else _memory(x.get("memory")) for _, x in found)])
     sizes = [f"{size:,}" for size in growth["sizes"]]
     lines = [
         "## Growth: one array",
         "",
-        f"{growth['rounds']} rounds, in each of them all sizes of a contestant, {growth['date']}, commit "
+        f"{growth['rounds']} rounds, each with all sizes of a contestant, {growth['date']}, commit "
         f"{growth['commit'] or 'unknown'}. Other processes used {growth['cores_used_by_others']:.2f} cores.",
         "",
-        *_table(["ns an element", *sizes], times),
+        *aligned(["ns per element", *sizes], times),
         "",
-        *_table(["memory MB", *sizes], memories),
+        *aligned(["memory MB", *sizes], memories),
     ]
     if growth["failed"]:
         lines += ["", "Failed:", "", *_reasons(growth["failed"])]
     return "\n".join(lines) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Return lines that are aligned, so that they can be read as they are."""
+def aligned(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Return aligned lines, readable as plain text."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
 
     def line(cells: list[str]) -> str:
@@ -161,6 +164,6 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [line(head), line(rule), *map(line, rows)]
 
 
-def _digits(x: float) -> str:
+def digits(x: float) -> str:
     """Three significant digits, or all before the point."""
     return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"

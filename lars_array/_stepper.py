@@ -7,7 +7,7 @@ layouts; a step then needs nothing but the addresses of its arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from operator import is_, mul
 from typing import Any
@@ -31,13 +31,14 @@ from lars_array.core import Hyper, plan
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
 from lars_array.layers import LayerRows, labels_of
-from lars_array.nonfinite import finite, max_finite, max_square_sum, quick_finite, refuse_nonfinite
+from lars_array.nonfinite import finite, finite_layers, max_finite, max_square_sum, quick_finite, refuse_nonfinite
 from lars_array.state.device import DeviceRows, DeviceState
 from lars_array.state.memory import MemoryRanges, check_writable
-from lars_array.state.store import ParamState, allocate_buffers
+from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
-__all__ = ["StepProgram", "Stepper"]
+# Adapters import the names from other modules here.
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -55,11 +56,12 @@ class Stepper:
 
     def __init__(self, kernel: str | None = None) -> None:
         self._kernel_name = kernel
+        self._kernel: Any = None
         self._program: StepProgram | None = None
 
-    def choose_kernel(self, params: Sequence[Any]) -> Any:
-        """Return the kernel for `params`; raise ValueError if the one asked for can't take them."""
-        return kernels.choose(params, self._kernel_name)
+    def choose_kernel(self, params: Sequence[Any]) -> None:
+        """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
+        self._kernel = kernels.choose(params, self._kernel_name)
 
     def step(self, state: ParamState, grads: Sequence[Any], groups: Groups, found_inf: Any = None) -> StepResult | None:
         """Take one step: either all of it is done or, where it is rejected, nothing.
@@ -100,14 +102,17 @@ class Stepper:
         program = self._program
         gradients = None if program is None else program.bind(state, grads, groups)
         if program is None or gradients is None:
-            program = StepProgram(state, grads, groups, self.choose_kernel)
+            if self._kernel is None:
+                self.choose_kernel(state.view_all(state.params))
+            program = StepProgram(state, grads, groups, self._kernel)
             gradients = program.bind(state, grads, groups)
             assert gradients is not None
             self._program = program
         return program, gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kernel_name": self._kernel_name, "_program": None}  # programs hold addresses
+        # Programs hold addresses, and another machine may have another fastest kernel.
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None}
 
 
 class StepProgram:
@@ -123,8 +128,8 @@ class StepProgram:
         One a parameter.
     groups : sequence of mappings
         Complete and checked hyper-parameters.
-    choose_kernel : callable
-        ``choose_kernel(params) -> kernel``.
+    kernel_type : type
+        One of `lars_array.kernels`.
 
     Raises
     ------
@@ -132,80 +137,84 @@ class StepProgram:
         For arrays that do not fit, naming the parameter.
     """
 
-    def __init__(
-        self, state: ParamState, grads: Sequence[Any], groups: Groups, choose_kernel: Callable[..., Any]
-    ) -> None:
+    def __init__(self, state: ParamState, grads: Sequence[Any], groups: Groups, kernel_type: Any) -> None:
         self._absent = [i for i, g in enumerate(grads) if g is None]
-        index: Sequence[int] = [i for i, g in enumerate(grads) if g is not None] if self._absent else range(len(grads))
-        self._index = index
-        names = [state.names[i] for i in index] if self._absent else state.names
-        params, own_grads = list(map(state.view, state.params)), [grads[i] for i in index]
-        own = [params[i] for i in index] if self._absent else params
-        for name, p, g in zip(names, [state.params[i] for i in index], own_grads, strict=True):
-            state.check_gradient(name, g, p)
-            if isinstance(p, np.ndarray) and not p.flags.writeable:
-                check_writable(name, p)
-        kernel_type = choose_kernel(params)
+        self._index: Sequence[int] = range(len(grads))
+        self._names, params = state.names, state.view_all(state.params)
+        own, own_grads, self._group_of = params, list(grads), state.group_of
+        if self._absent:
+            self._index = index = [i for i, g in enumerate(grads) if g is not None]
+            self._names, own, own_grads = ([x[i] for i in index] for x in (state.names, params, grads))
+            self._group_of = state.group_of[index]
+        for i, name, g in zip(self._index, self._names, own_grads, strict=True):
+            state.check_gradient(name, g, state.params[i])
+            if isinstance(params[i], np.ndarray) and not params[i].flags.writeable:
+                check_writable(name, params[i])
         self.xp = xp = array_namespace(own[0])
-        self._group_of = state.group_of[index] if self._absent else state.group_of
         self._keeps = _keeps(groups)
-        self._buffers, self._masters, self._new = self._kept(state, names, own)
+        buffers, masters, self._new = self._kept(state, own)
         self._to_fill = [(params[i], master) for i, master in self._new[1].items()]
-        self._first = np.array([state.buffers[i] is None for i in index], bool)
+        kept = zip(self._index, masters, strict=True)
+        self._dropped = [i for i, x in kept if x is None and state.masters[i] is not None]
         specs_of = getattr(kernel_type, "specs", None)
-        self._param_specs = state.specs(state.params, specs_of)
+        self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
-        self._grad_specs = state.specs(own_grads, specs_of)
         self._note_lists(state)
         self._ranges = MemoryRanges(state.names, params, *self._all_kept(state))
 
-        labels = labels_of(state.layer_of, state.names)
-        rows = LayerRows.of(names, own, [state.layer_axes[i] for i in index], [labels[i] for i in index])
-        views = list(map(state.view, own_grads))
-        self._arrays = KernelArrays(*map(rows.views, (own, views, self._buffers, self._masters)))
-        self._names, self._row_names, self._joined = names, names, rows.joined
-        self._rows = self._offsets = None
-        owner = np.array(rows.owner, np.int32)
-        if rows.is_stacked:
-            self._row_names, self._rows, self._offsets = rows.names(names), rows, _row_offsets(rows, views)
-        del rows, labels, views  # of many thousand parameters they take more memory than a kernel needs
-        self._kernel = make_kernel(kernel_type, self._arrays, xp)
-        self._owner, self._row_param = owner, np.array(index, np.int32)[owner]
+        rows, self._row_names = None, self._names
+        self._joined: Sequence[Sequence[int]] = ()
+        arrays = KernelArrays(own, state.view_all(own_grads), buffers, masters)
+        owner, self._offsets = np.arange(len(own), dtype=np.int32), None
+        if state.has_layers:
+            labels = labels_of(state.layer_of, state.names)
+            axes = [state.layer_axes[i] for i in self._index]
+            rows = LayerRows.of(self._names, own, axes, [labels[i] for i in self._index])
+            self._joined, self._row_names, owner = rows.joined, rows.names(self._names), np.array(rows.owner, np.int32)
+            self._offsets = _row_offsets(rows, arrays.grads)
+            arrays = KernelArrays(*map(rows.views, arrays))
+        self._rows, self._owner = rows, owner
+        self._kernel = make_kernel(kernel_type, arrays, xp)
+        self._row_param = owner if not self._absent else np.array(self._index, np.int32)[owner]
         self._row_group = self._group_of[owner]
-        like = self._arrays.params[0]
-        trained = self._arrays.trained
-        self._limit = max_finite(trained, like=like, xp=xp)
-        self._square_limit = max_square_sum(trained, [g.dtype for g in self._arrays.grads], like=like, xp=xp)
+        self._used_groups = np.unique(self._group_of).tolist()
+        # Of the hyper-parameters each group has two rows, without and with a momentum buffer: now, and after a step.
+        first = np.array([state.buffers[i] is None for i in self._index], bool)
+        keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
+        self._hyper_row, self._next_row = (2 * self._row_group + x[owner] for x in (first, first & ~keeps))
+        # Not the gradients, which the owner of a model frees after each step.
+        self._trained, dtypes = arrays.trained, [g.dtype for g in arrays.grads]
+        self._limit = max_finite(self._trained, like=self._trained[0], xp=xp)
+        self._square_limit = max_square_sum(self._trained, dtypes, like=self._trained[0], xp=xp)
         self._least_limit = min(float(xp.finfo(kind).max) for kind in {real_dtype(p, xp) for p in own})
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
 
-    def _kept(self, state: ParamState, names: Sequence[str], own: Sequence[Any]) -> tuple[Any, Any, Any]:
+    def _kept(self, state: ParamState, own: Sequence[Any]) -> tuple[list[Any], list[Any], Any]:
         """Return the buffers and masters of a step, and those of them that are new, by position in the state."""
         found: list[list[Any]] = []
         new: list[dict[int, Any]] = []
+        group_of = self._group_of.tolist()
         for kind, arrays, check in ((0, state.buffers, check_buffer), (1, state.masters, check_master)):
-            wanted = [self._keeps[k][kind] and (kind == 0 or is_half(p)) for k, p in zip(self._group_of.tolist(), own)]
-            used = [None if arrays[i] is None else state.view(arrays[i]) for i in self._index]
-            for name, p, x in zip(names, own, used, strict=True):
-                if x is not None:
+            used: list[Any] = [None] * len(own)
+            missing = []
+            for k, (i, name, p) in enumerate(zip(self._index, self._names, own, strict=True)):
+                wanted = self._keeps[group_of[k]][kind] and (kind == 0 or is_half(p))
+                if arrays[i] is not None:
+                    x = state.view(arrays[i])
                     check(name, x, p)  # the owner may have resized p
-            used = [x if yes else None for x, yes in zip(used, wanted)]
-            missing = [k for k, (x, yes) in enumerate(zip(used, wanted)) if yes and x is None]
-            made = allocate_buffers([own[k] for k in missing])
-            for k, x in zip(missing, made, strict=True):
-                used[k] = x
-            found.append(used)
-            new.append({self._index[k]: x for k, x in zip(missing, made, strict=True)})
-        buffers, masters = found
-        return buffers, masters, new
+                    used[k] = x if wanted else None
+                elif wanted:
+                    missing.append(k)
+            made = dict(zip(missing, allocate_buffers([own[k] for k in missing]), strict=True))
+            new.append({self._index[k]: x for k, x in made.items()})
+            found.append([made.get(k, x) for k, x in enumerate(used)])
+        return *found, new  # type: ignore[return-value]
 
     def _all_kept(self, state: ParamState) -> list[list[Any]]:
         """Return the buffers and masters of all parameters as this program leaves them."""
-        both = []
-        for arrays, new in zip((state.buffers, state.masters), self._new, strict=True):
-            both.append([new.get(i, None if x is None else state.view(x)) for i, x in enumerate(arrays)])
-        return both
+        kept = [state.view_all(arrays) for arrays in (state.buffers, state.masters)]
+        return [[new.get(i, x) for i, x in enumerate(x)] if new else x for x, new in zip(kept, self._new, strict=True)]
 
     # ----------------------------------------------------------------------------------------------- arrays of a step
 
@@ -232,7 +241,7 @@ class StepProgram:
                 return None
         if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
             return None
-        own = grads
+        own: Any = grads
         if self._absent:
             own = [grads[i] for i in self._index]
             if len(own) + sum(g is None for g in grads) < len(grads):
@@ -241,9 +250,9 @@ class StepProgram:
         if begins is None:
             return None
         self._check_memory(state, own, begins)
-        rows, view = self._rows, state.view
+        rows, views = self._rows, state.view_all
         at = begins if self._offsets is None else begins[self._owner] + self._offsets
-        return Gradients(at, lambda: list(map(view, own)) if rows is None else rows.views(list(map(view, own))))
+        return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
         spans = self._grad_specs.spans
@@ -255,8 +264,9 @@ class StepProgram:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
 
     def _refuse_changed(self, state: ParamState) -> None:
-        """Raise for the parameter that is no longer as kernels and momentum buffers know it."""
-        for i, (name, p) in enumerate(zip(state.names, state.params, strict=True)):
+        """Raise for a parameter of this program that its owner has changed; others may change while they sit out."""
+        for i in self._index:
+            name, p = state.names[i], state.params[i]
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)
             moved = ArraySpecs([p]).addresses([p])[0] != self._addresses[i]
@@ -269,10 +279,10 @@ class StepProgram:
         """Take a step with gradients from `bind`; see `Stepper.step`."""
         for p, master in self._to_fill:  # with the parameter as it is now, until a step is taken
             master[...] = self.xp.astype(p, master.dtype)
-        if is_on_accelerator(self._arrays.params[0]):
+        if is_on_accelerator(self._trained[0]):
             return self._queue(state, grads, groups, found_inf)
         policies = [group["nonfinite"] for group in groups]
-        of_rows = {policies[k] for k in np.unique(self._group_of).tolist()}
+        of_rows = {policies[k] for k in self._used_groups}
         fused = self._fused(state, grads, groups, write=of_rows == {"propagate"})
         S, C, result = fused or self._staged(state, grads, groups)
         if of_rows != {"propagate"} and self._is_skipped(S, C, policies, grads):
@@ -289,13 +299,13 @@ class StepProgram:
         if groups is not self._prepared[0]:  # two rows a group: without and with a momentum buffer
             count = len(groups)
             both = [k for k in range(count) for _ in range(2)]
-            like = self._arrays.params[0]
+            like = self._trained[0]
             inputs = inputs_of(groups, both, [False, True] * count, [0.0] * 2 * count, like=like, xp=self.xp)
             self._prepared = groups, inputs, self._kernel.prepare(inputs)
         _, inputs, prepared = self._prepared
         if prepared is None:
             return None
-        row, previous_lr = 2 * self._row_group + self._first[self._owner], state.previous_lr[self._row_param]
+        row, previous_lr = self._hyper_row, state.previous_lr[self._row_param]
         S, C, gamma = self._kernel.fused(grads, inputs, prepared, row, previous_lr, write=write)
 
         def row_inputs() -> tuple[Any, Hyper, list[Any]]:
@@ -306,9 +316,10 @@ class StepProgram:
 
     def _staged(self, state: ParamState, grads: Gradients, groups: Groups) -> tuple[Any, Any, StepResult]:
         """Return S, C and the result from a kernel that only takes sums."""
-        first, previous_lr = self._first[self._owner].tolist(), state.previous_lr[self._row_param].tolist()
-        like, xp = self._arrays.params[0], self.xp
-        inputs = inputs_of(groups, self._row_group.tolist(), first, previous_lr, like=like, xp=xp)
+        (group_of, first), previous_lr = np.divmod(self._hyper_row, 2), state.previous_lr[self._row_param]
+        lists = group_of.tolist(), first.astype(bool).tolist(), previous_lr.tolist()
+        like, xp = self._trained[0], self.xp
+        inputs = inputs_of(groups, *lists, like=like, xp=xp)
         outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
         return outputs.S, outputs.C, StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, *outputs[3:]))
 
@@ -321,7 +332,7 @@ class StepProgram:
             return False
         of_rows = [policies[k] for k in self._row_group.tolist()]
         offenders = [i for i, policy in enumerate(of_rows) if policy != "propagate" and not bool(ok[i])]
-        trained, arrays = self._arrays.trained, grads.arrays
+        trained, arrays = self._trained, grads.arrays
         if self._joined:  # the sums of a layer are not finite if one of its parts isn't: name that one
             offenders.sort(key=lambda i: all(bool(self.xp.all(self.xp.isfinite(x[i]))) for x in (arrays, trained)))
         for i in offenders:
@@ -337,24 +348,21 @@ class StepProgram:
             rates[self._index] = own
         state.previous_lr = rates
         self._publish(state)
-        keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
-        if (self._first & keeps).any():
-            self._first = self._first & ~keeps
+        self._hyper_row = self._next_row
 
     def _publish(self, state: ParamState) -> None:
         """Let the state have new buffers and masters, and forget the masters that are not wanted any more."""
-        new_buffers, new_masters = self._new
-        dropped = [i for i, x in zip(self._index, self._masters) if x is None and state.masters[i] is not None]
-        if new_buffers or new_masters or dropped:
-            state.keep(new_buffers, new_masters, dropped)
-            self._new, self._to_fill = ({}, {}), []
+        if any(self._new) or self._dropped:
+            buffers, masters = self._new
+            state.keep(buffers, masters, self._dropped)
+            self._new, self._dropped, self._to_fill = ({}, {}), [], []
             self._note_lists(state)
 
     # ----------------------------------------------------------------------------------------------------- on a device
 
     def _queue(self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any) -> StepResult:
         """Have the device take the step, if it finds that it may."""
-        like = self._arrays.params[0]
+        like = self._trained[0]
         if state.device is None:
             unused = [v is None for v in state.buffers]
             state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
@@ -367,16 +375,12 @@ class StepProgram:
         capturing = getattr(self._kernel, "is_capturing", bool)()
         device.write(groups, captured=capturing)
         # Masters are known to the host: it waits for the step that makes or drops them.
-        waits = self._changes_masters(state) and not capturing
+        waits = bool(self._new[1] or self._dropped) and not capturing
         before = int(device.counts[0]) if waits else 0
         result: StepResult = rows.step(self._kernel, grads, groups, device, found_inf)
         if not waits or int(device.counts[0]) > before:
             self._publish(state)
         return result
-
-    def _changes_masters(self, state: ParamState) -> bool:
-        kept = zip(self._index, self._masters, strict=True)
-        return bool(self._new[1]) or any(x is None and state.masters[i] is not None for i, x in kept)
 
 
 def _keeps(groups: Groups) -> list[tuple[bool, bool]]:

@@ -1,15 +1,15 @@
-r"""LARS, defined once, on Array API arrays.
+"""LARS as functions on Array API arrays.
 
-A step is three stages, and data flows one way through them::
+A step has three stages, and data flows through them in one direction::
 
     sums            read p, g          S, shape (layers, 3)
-    coefficients    tiny maths on S    C, shape (layers, 6)
+    coefficients    small maths on S   C, shape (layers, 6)
     apply           read p, g, v       v' = m v + alpha g + beta p
                                        p' = p - (kappa v' + lambda g + mu p)
 
-p is a layer's parameters, g its gradient, v its momentum buffer. Every published variant of LARS is this affine map;
-the variants differ in six scalars a layer, which a *rule* computes from three sums over the layer. The default rule,
-flash's, stands here; `lars_array.rules` holds the others.
+p are a layer's parameters, g is its gradient and v its momentum buffer. Every published variant of LARS is this affine
+map; the variants differ in six scalars per layer, which a *rule* computes from three sums over the layer. This module
+contains the default rule, flash's; `lars_array.rules` contains the others.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def sums(
     xp: Namespace,
     slices: Sequence[LayerSlices] | None = None,
 ) -> Array:
-    r"""First stage: three sums of squares a layer.
+    r"""First stage: three sums of squares per layer.
 
     Parameters
     ----------
     params, grads, buffers : sequences of arrays
-        One entry a parameter, its arrays of one shape; a buffer may be None. Nothing is modified.
+        One entry per parameter, its arrays of equal shape; a buffer may be None. Not modified.
     operand : tuple (gamma, w, h) of arrays of shape (layers,), optional
-        The weights of the third sum; h may be None. Without them it repeats the second.
+        The weights of the third sum; h may be None. Without them the third sum repeats the second.
     xp : Array API namespace
         Namespace of the arrays.
     slices : sequence of LayerSlices, optional
@@ -82,8 +82,8 @@ def sums(
     Returns
     -------
     array of shape (layers, 3)
-        :math:`\sum p^2`, :math:`\sum g^2` and :math:`\sum (\gamma g + w p + h v)^2` (of complex arrays: over real and
-        imaginary parts), in float64 where the namespace has it, else in float32. In float64 the square of any finite
+        :math:`\sum p^2`, :math:`\sum g^2` and :math:`\sum (\gamma g + w p + h v)^2` (for complex arrays over real and
+        imaginary parts), in float64 if the namespace has it, else in float32. In float64 the square of any finite
         float32, float16 or bfloat16 number is exact, and no sum of them overflows.
     """
     wide = accumulation_dtype(xp)
@@ -107,7 +107,7 @@ def sums(
 
 
 def _over_slices(x: Array, lead: tuple[int, ...], ndim: int, xp: Namespace) -> Array:
-    """Return one number for each slice along leading axes in a shape that broadcasts over arrays of `ndim` axes."""
+    """Return one number per slice along leading axes in a shape that broadcasts over arrays of `ndim` axes."""
     return xp.reshape(x, (*lead, *[1] * (ndim - len(lead)))) if lead else x
 
 
@@ -118,7 +118,7 @@ def _sum_of_squares(x: Array, lead: tuple[int, ...], xp: Namespace) -> Array:
 
 
 def _sum_over_parts(S: Array, joined: Sequence[Sequence[int]], xp: Namespace) -> Array:
-    """Return the sums, in each row of a layer of several the sum over all of them."""
+    """Return the sums, where each row of a layer with several rows holds the total over these rows."""
     if not joined:
         return S
     place = list(range(S.shape[0]))
@@ -134,11 +134,11 @@ def _sum_over_parts(S: Array, joined: Sequence[Sequence[int]], xp: Namespace) ->
 
 
 class Hyper(NamedTuple):
-    """The hyper-parameters of one step, each an array of shape ``(layers,)``: a rule is written once for all layers.
+    """The hyper-parameters of one step, each an array of shape ``(layers,)``.
 
-    `trust_lower` and `trust_upper` are `trust_bounds`; `first` is true where the layer has no momentum buffer yet;
-    `previous_lr` is the learning rate of the layer's last step, 0 before the first. `maximize`, `rescale_grad` and
-    `max_grad_norm` have already acted on the sums that a rule receives.
+    `trust_lower` and `trust_upper` are the two `trust_bounds`; `first` is true where the layer has no momentum buffer
+    yet; `previous_lr` is the learning rate of the layer's last step, 0 before the first. The sums that a rule receives
+    already include the effects of `maximize`, `rescale_grad` and `max_grad_norm`.
     """
 
     lr: Any
@@ -164,27 +164,14 @@ BOOLEANS = ("nesterov", "trust_clip", "always_adapt", "adapt", "maximize")
 
 
 def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
-    r"""Return :math:`\gamma`, the factor that a layer's gradient is multiplied by before anything else.
+    r"""Return :math:`\gamma`, the factor of each layer's gradient, an array of shape (layers,).
 
     .. math::
         \gamma = \pm s \cdot \min\Bigl(1, \frac{\text{max\_grad\_norm}}{\|s\,g\|_{\text{all layers}}}\Bigr),
         \qquad s = \text{rescale\_grad}
 
-    with minus for ``maximize``: a function of the sums, so that clipping by the global norm needs no pass of its own.
-
-    Parameters
-    ----------
-    hyper : Hyper
-        Hyper-parameters, arrays of shape (layers,).
-    S : array of shape (layers, 3), or None
-        The result of `sums`. None: nothing is clipped.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Returns
-    -------
-    array of shape (layers,)
-        The factor of each layer.
+    with minus for ``maximize``. It depends on the sums S only, so clipping by the global norm needs no extra pass; if S
+    is None, gradients are not clipped.
     """
     gamma = xp.where(hyper.maximize, -hyper.rescale_grad, hyper.rescale_grad)
     if S is None:
@@ -201,24 +188,24 @@ NORM_OF = ("gradient", "decayed gradient", "update")
 
 
 class Rule(NamedTuple):
-    """A variant of LARS: a function from sums to coefficients, and its demands on the stages around it.
+    """A variant of LARS: a function from sums to coefficients, and its requirements for the other stages.
 
     Parameters
     ----------
     function : callable
-        ``function(S, hyper, xp) -> C`` on Array API arrays, pure: kernels may call it once, with symbols, and replay
-        its operations at every step. S of shape (layers, 3) holds the sums of p², of g²
-        and the one that `norm_of` names, hyper is a `Hyper`, C of shape (layers, 6) is stacked from the columns
-        m, alpha, beta, kappa, lambda, mu. Branches on values are ``xp.where``.
+        ``function(S, hyper, xp) -> C`` on Array API arrays. It must be pure: kernels may call it once with symbols and
+        replay the recorded operations at every step. S of shape (layers, 3) holds the sums of p², of g² and of the
+        vector in `norm_of`; hyper is a `Hyper`; C of shape (layers, 6) is stacked from the columns m, alpha, beta,
+        kappa, lambda and mu. Branch on values with ``xp.where``.
     norm_of : str
         The vector of the third sum: "gradient", g, for rules that do not use it; "decayed gradient", g + w p; or
-        "update", g + w p + h v with the h that makes it the direction in which SGD with momentum would step.
+        "update", g + w p + h v, with the h that makes it the step direction of SGD with momentum.
     keeps_buffer : bool
-        Whether the momentum buffer is kept although momentum is 0, as some originals do.
+        Whether the momentum buffer is kept even if momentum is 0, as in some originals.
     damped_nesterov : bool
-        Whether nesterov together with dampening is allowed.
+        Whether nesterov may be combined with dampening.
     trust_bounds : pair of float, optional
-        The bounds where the user gives none.
+        The default for `trust_bounds`.
     """
 
     function: RuleFunction
@@ -237,9 +224,9 @@ def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFun
     Parameters
     ----------
     *names : str
-        The names, new ones.
+        New names.
     **properties
-        The fields of `Rule` beside `function`.
+        The fields of `Rule` other than `function`.
 
     Returns
     -------
@@ -249,7 +236,7 @@ def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFun
     Raises
     ------
     ValueError
-        If a name is taken.
+        If a name is already in use.
     """
 
     def decorate(function: RuleFunction) -> RuleFunction:
@@ -264,24 +251,9 @@ def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFun
 
 
 def resolve(rule: Any) -> Rule:
-    """Return the `Rule` for a name, a function or a `Rule`; a bare function gets the norm of the decayed gradient.
+    """Return the `Rule` for a name, a function or a `Rule`; a function gets the norm of the decayed gradient.
 
-    Parameters
-    ----------
-    rule : str, callable or Rule
-        As given by the user.
-
-    Returns
-    -------
-    Rule
-        The rule.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name, or a `Rule` with an unknown `norm_of`.
-    TypeError
-        For anything else.
+    Raises ValueError for an unknown name or `norm_of`, and TypeError for any other type.
     """
     if isinstance(rule, Rule):
         if rule.norm_of not in NORM_OF:
@@ -297,7 +269,7 @@ def resolve(rule: Any) -> Rule:
 
 
 def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *, xp: Namespace) -> Array:
-    r"""Second stage: from the sums of all layers to the six scalars of each.
+    r"""Second stage: from the sums of all layers to six scalars per layer.
 
     Parameters
     ----------
@@ -306,16 +278,16 @@ def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *,
     hyper : Hyper
         Hyper-parameters, arrays of shape (layers,).
     rules : sequence of Rule
-        The variant of LARS of each layer.
+        The rule of each layer.
     gamma : array of shape (layers,)
-        The factor of each layer's gradient, see `gradient_factor`; rules do not see it.
+        The factor of each layer's gradient; it is applied outside of the rules.
     xp : Array API namespace
         Namespace of the arrays.
 
     Returns
     -------
     array of shape (layers, 6)
-        Columns :math:`m, \alpha, \beta, \kappa, \lambda, \mu` of the affine map, of the dtype of S.
+        Columns :math:`m, \alpha, \beta, \kappa, \lambda, \mu` of the affine map, with the dtype of S.
 
     Raises
     ------
@@ -329,7 +301,7 @@ def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *,
 
 
 def _evaluate(rules: Sequence[Rule], S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    """Return the coefficients of each layer by its own rule."""
+    """Return the coefficients of each layer, computed by its own rule."""
     layers_of: dict[int, list[int]] = {}
     for layer, rule in enumerate(rules):
         layers_of.setdefault(id(rule), []).append(layer)
@@ -356,7 +328,20 @@ def _evaluate_one(rule: Rule, S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 
 def norms(S: Array, xp: Namespace) -> tuple[Array, Array, Array]:
-    """Return the three norms of each layer: of p, of g and of the rule's operand."""
+    """Return three norms per layer: of p, of g and of the vector in the rule's `norm_of`.
+
+    Parameters
+    ----------
+    S : array of shape (layers, 3)
+        The result of `sums`.
+    xp : Array API namespace
+        Namespace of the arrays.
+
+    Returns
+    -------
+    tuple of three arrays of shape (layers,)
+        Square roots of the columns of S.
+    """
     roots = xp.sqrt(S)
     return roots[:, 0], roots[:, 1], roots[:, 2]
 
@@ -364,15 +349,15 @@ def norms(S: Array, xp: Namespace) -> tuple[Array, Array, Array]:
 def trust_ratio(p_norm: Array, denominator: Array, defined: Array, hyper: Hyper, xp: Namespace) -> Array:
     r"""Return each layer's trust ratio, :math:`\eta \|p\| / (\text{denominator} + \epsilon)`.
 
-    1 where `defined` is false. Then `trust_bounds` are applied, then `trust_clip` (LARC):
-    :math:`\min(\text{ratio} / \text{lr}, 1)`; last, a layer with ``adapt=False`` has the ratio 1.
+    The ratio is 1 where `defined` is false. Then `trust_bounds` are applied, then `trust_clip` (LARC),
+    :math:`\min(\text{ratio} / \text{lr}, 1)`; finally the ratio of layers with ``adapt=False`` is set to 1.
 
     Parameters
     ----------
     p_norm, denominator : arrays of shape (layers,)
         Norm of the parameters, and the rule's denominator without eps.
     defined : bool array of shape (layers,)
-        Where there is a ratio at all; usually where neither norm is zero.
+        Where the ratio is defined; usually where neither norm is zero.
     hyper : Hyper
         Hyper-parameters, arrays of shape (layers,).
     xp : Array API namespace
@@ -404,14 +389,14 @@ def momentum_form(
     momentum: Array | None = None,
     dampen_first_step: bool = False,
 ) -> Array:
-    r"""Return the coefficients of SGD with momentum around a scaled gradient, :math:`d = g + w p`.
+    r"""Return the coefficients of SGD with momentum applied to a scaled gradient, :math:`d = g + w p`.
 
     .. math::
         v' = \mu v + (1 - \tau)\,\text{grad\_scale}\,d, \qquad
-        p' = p - \text{step\_scale}\,v' \quad\text{or, nesterov,}\quad
+        p' = p - \text{step\_scale}\,v' \quad\text{or, with nesterov,}\quad
         p' = p - \text{step\_scale}\,(\text{grad\_scale}\,d + \mu v')
 
-    The peers differ in the side on which the learning rate and the trust ratio stand. Without momentum,
+    Implementations differ in the factor that contains the learning rate and the trust ratio. Without momentum,
     :math:`p' = p - \text{step\_scale}\,\text{grad\_scale}\,d`.
 
     Parameters
@@ -423,9 +408,9 @@ def momentum_form(
     xp : Array API namespace
         Namespace of the arrays.
     momentum : array of shape (layers,), optional
-        The factor of v, where it is not ``hyper.momentum``.
+        The factor of v; by default ``hyper.momentum``.
     dampen_first_step : bool
-        Whether dampening applies to a layer's first step too, which torch's SGD exempts.
+        Whether dampening also applies to a layer's first step, which torch's SGD exempts.
 
     Returns
     -------
@@ -453,7 +438,7 @@ def _undamped(hyper: Hyper, xp: Namespace) -> Array:
 
 
 def _direct(hyper: Hyper) -> Array:
-    """Return where the gradient reaches the parameters beside the buffer: nesterov, or no momentum at all."""
+    """Return where the gradient also acts on p directly, not only through v: with nesterov, or without momentum."""
     return hyper.nesterov | (hyper.momentum == 0)
 
 
@@ -465,8 +450,8 @@ def flash(S: Array, hyper: Hyper, xp: Namespace) -> Array:
         r = \eta \frac{\|p\|}{\|g\| + w\|p\| + \epsilon}, \qquad d = r\,(g + w p), \qquad
         v' = \mu v + (1 - \tau)\,d, \qquad p' = p - \text{lr}\,v'
 
-    Layers with w = 0 are not adapted (unless ``always_adapt``). Where a norm is zero, :math:`d = g`: neither ratio nor
-    decay. Also lightning-bolts 0.7.0, lightly 1.6, torch_optimizer 0.3.0.
+    Layers with w = 0 are not adapted (unless ``always_adapt``). Where a norm is zero, :math:`d = g`, without ratio and
+    weight decay. Also lightning-bolts 0.7.0, lightly 1.6, torch_optimizer 0.3.0.
     """
     p_norm, g_norm, _ = norms(S, xp)
     w = hyper.weight_decay
@@ -481,31 +466,18 @@ def flash(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 
 def difference(p: Any, g: Any, v: Any, m: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> tuple[Any, Any]:
-    """Return p - p' and v' as plain arithmetic, of one element or of many: the whole update."""
+    """Return p - p' and v' as plain arithmetic on scalars or arrays: the whole update."""
     v = m * v + alpha * g + beta * p
     return kappa * v + lam * g + mu * p, v
 
 
 def difference_without_buffer(p: Any, g: Any, alpha: Any, beta: Any, kappa: Any, lam: Any, mu: Any) -> Any:
-    """Return p - p' where v is zero and not kept: `difference` with alpha g + beta p in the place of v'."""
+    """Return p - p' where v is zero and not kept: `difference` with alpha g + beta p as v'."""
     return (lam + kappa * alpha) * g + (mu + kappa * beta) * p
 
 
 def displacement(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tuple[Array, Array | None]:
-    r"""Return :math:`d = p - p'`, in the type that p is computed in, and v': the third stage without the subtraction.
-
-    Parameters
-    ----------
-    p, g, v, c : arrays
-        As for `apply`; not modified.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Returns
-    -------
-    tuple (d, v')
-        v' is None where v is.
-    """
+    """Return :math:`d = p - p'`, in the compute dtype of p, and v'; arguments as for `apply`, not modified."""
     kind = compute_dtype(p, xp)
     c, lead = xp.astype(c, kind, copy=False), tuple(c.shape[:-1])
     m, alpha, beta, kappa, lam, mu = (_over_slices(c[..., i], lead, p.ndim, xp) for i in range(6))
@@ -522,42 +494,33 @@ def apply(p: Array, g: Array, v: Array | None, c: Array, *, xp: Namespace) -> tu
     Parameters
     ----------
     p, g : arrays of one shape
-        Parameters and gradient; not modified. They are cast to the type that p is computed in, float32 for half
-        precision, else its own.
+        Parameters and gradient; not modified. They are cast to the compute dtype of p: float32 for half precision, else
+        the dtype of p.
     v : array or None
-        Momentum buffer, of the shape of p and the dtype computed in; not modified. None where none is kept.
+        Momentum buffer, with the shape of p and its compute dtype; not modified. None: no buffer is kept.
     c : array of shape (6,), or (\*lead, 6)
-        The layer's row of the coefficients; or a row for each slice of p along leading axes.
+        The layer's row of the coefficients, or one row for each slice of p along leading axes.
     xp : Array API namespace
         Namespace of the arrays.
 
     Returns
     -------
     tuple (p', v')
-        Arrays of the dtypes of p and v; v' is None where v is.
+        New arrays with the dtypes of p and v; v' is None if v is.
     """
     d, new_v = displacement(p, g, v, c, xp=xp)
     return of_dtype(xp.astype(p, compute_dtype(p, xp), copy=False) - d, p.dtype, xp), new_v
 
 
-# ------------------------------------------------------------------------------------------- the stages, put together
+# -------------------------------------------------------------------------------------------- all stages of a step
 
 
 class RuleInputs(NamedTuple):
-    """All that is known of a step before the sums; one row a layer, or one for several layers that differ in sums only.
+    """The inputs of the first two stages: arrays of shape (rows,), with one rule per row.
 
-    Parameters
-    ----------
-    hyper : Hyper
-        Hyper-parameters, arrays of shape (rows,).
-    rules : sequence of Rule
-        One a row.
-    gamma : array of shape (rows,)
-        The factors of gradients, before any clipping.
-    operand : tuple of arrays, or None
-        The weights of the third sum, if a rule reads it.
-    clips : bool
-        Whether gradients are clipped by their global norm, so that gamma and operand depend on the sums.
+    A row stands for one layer, or for several layers that differ only in their sums. `gamma` does not include clipping
+    by the global norm; if `clips`, gamma and operand depend on the sums. `operand` is None if no rule uses the third
+    sum.
     """
 
     hyper: Hyper
@@ -578,7 +541,7 @@ class StageOutputs(NamedTuple):
 
 
 def rule_inputs(hyper: Hyper, rules: Sequence[Rule], *, clips: bool, xp: Namespace) -> RuleInputs:
-    """Return the inputs of the stages, from hyper-parameters spread over the rows."""
+    """Return the inputs of the stages for hyper-parameters of shape (rows,)."""
     gamma = gradient_factor(hyper, None, xp=xp)
     reads_third_sum = any(rule.norm_of != "gradient" for rule in rules)
     operand = _operand(hyper, rules, gamma, xp) if reads_third_sum else None
@@ -586,23 +549,10 @@ def rule_inputs(hyper: Hyper, rules: Sequence[Rule], *, clips: bool, xp: Namespa
 
 
 def clip_gradients(inputs: RuleInputs, S: Array, *, xp: Namespace) -> RuleInputs:
-    """Return the inputs with gradients clipped by their global norm.
+    """Return the inputs, with `clips` False, for gradients clipped by their global norm.
 
-    The third sum is over clipped gradients: if there is an operand, the sums have to be taken again with it.
-
-    Parameters
-    ----------
-    inputs : RuleInputs
-        A row a layer, or one for several layers.
-    S : array of shape (rows, 3)
-        The result of `sums`; in a row for several layers their total.
-    xp : Array API namespace
-        Namespace of the arrays.
-
-    Returns
-    -------
-    RuleInputs
-        With `clips` False.
+    S holds the sums of each row; for a row of several layers, their total. The third sum is over clipped gradients: if
+    `operand` is not None, the caller has to compute the sums again with it.
     """
     hyper, rules, _, operand, _ = inputs
     gamma = gradient_factor(hyper, S, xp=xp)
@@ -617,23 +567,9 @@ def plan(
     xp: Namespace,
     joined: Sequence[Sequence[int]] = (),
 ) -> StageOutputs:
-    """First and second stage, for any way of taking the sums.
+    """Run the first two stages, given ``measure(operand) -> S``, which computes the sums as `sums` does.
 
-    Parameters
-    ----------
-    inputs : RuleInputs
-        A row a layer.
-    measure : callable
-        ``measure(operand) -> S``: the first stage over all layers, as `sums` does it.
-    xp : Array API namespace
-        Namespace of the arrays.
-    joined : sequence of sequences of int
-        Rows that form one layer, and share its sums.
-
-    Returns
-    -------
-    StageOutputs
-        Sums and coefficients.
+    `joined` lists the rows of each layer that has several; such rows share their sums.
     """
     S = measure(None if inputs.clips else inputs.operand)
     if inputs.clips:
@@ -656,22 +592,22 @@ def step(
     reduce: Callable[[Array], Array] | None = None,
     third: Callable[..., tuple[Array, Array | None]] = apply,
 ) -> tuple[list[Array], list[Array | None], StageOutputs]:
-    """All three stages over many parameters, as a pure function.
+    """Run all three stages on many parameters, as a pure function.
 
     Parameters
     ----------
     params, grads, buffers : sequences of arrays
         As for `sums`; not modified.
     inputs : RuleInputs
-        A row a layer.
+        One row per layer.
     rows : LayerRows
         The layers of the parameters.
     xp : Array API namespace
         Namespace of the arrays.
     reduce : callable, optional
-        Applied to each table of sums, shape (layers, 3): a sum over the parts that other devices hold.
+        Applied to each table of sums, shape (layers, 3), to add the sums of parts on other devices.
     third : callable
-        `apply`, or `displacement` for the differences instead of the new parameters.
+        `apply`, or `displacement` for differences instead of new parameters.
 
     Returns
     -------
@@ -691,11 +627,11 @@ def step(
 
 
 def _operand(hyper: Hyper, rules: Sequence[Rule], gamma: Array, xp: Namespace) -> Operand:
-    """Return the weights of the third sum that each layer's rule asks for."""
+    """Return the weights of the third sum that each layer's rule requires."""
 
     def where_norm_of(names: tuple[str, ...], x: Array, y: float) -> Array:
         concerned = [rule.norm_of in names for rule in rules]
-        if all(concerned):  # nothing has to be copied to a device
+        if all(concerned):  # no copy to a device is needed
             return x
         return xp.where(asarray(concerned, xp.bool, like=gamma, xp=xp), x, y)
 

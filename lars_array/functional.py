@@ -1,4 +1,4 @@
-"""LARS as pure functions, for immutable arrays and for tracing: one step of one layer, or of a whole model."""
+"""LARS as pure functions, for immutable arrays and for tracing: one step of one layer or of a whole model."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def lars_step(
     nonfinite: str = "propagate",
     **options: Any,
 ) -> tuple[Any, Any]:
-    r"""One step of one layer, as a pure function of arrays of any Array API namespace, also under ``jax.jit``.
+    """Take one step of one layer, as a pure function of arrays of any Array API namespace, also under ``jax.jit``.
 
     Parameters
     ----------
     p, g : arrays of one shape and device
-        Parameters and gradient; not modified. Both are real, of any two types, or complex, of one.
+        Parameters and gradient; not modified. Both real, of any two floating-point types, or both complex, of one type.
     v : array of the shape of p, or None
-        Momentum buffer, float32 for half precision, else of the dtype of p; not modified. None: the first step.
+        Momentum buffer, float32 for half precision, else with the dtype of p; not modified. None: the first step.
     lr, momentum, dampening, weight_decay : float or 0-d array
         Hyper-parameters, as in `LARS`.
     nesterov : bool
-        Nesterov's form of momentum.
+        Whether to use Nesterov momentum.
     trust_coefficient, eps : float or 0-d array
         Hyper-parameters, as in `LARS`.
     previous_lr : float or 0-d array, optional
-        Learning rate of the step before, which rules with momentum correction need. None: no change.
+        Learning rate of the previous step, for rules with momentum correction. None: unchanged.
     nonfinite : {"propagate", "skip", "raise"}
-        Non-finite sums go through; p and v are returned as they were (v None: as zeros); or
-        `NonFiniteError`, which reads a value and so cannot be traced.
+        Policy for non-finite sums. "propagate": no check. "skip": p and v are returned unchanged (v None: as zeros).
+        "raise": `NonFiniteError`, which needs concrete values and cannot be traced.
     **options
         The other options of `LARS`: rule, trust_clip, trust_bounds, always_adapt, adapt, maximize, rescale_grad,
         max_grad_norm, layer_axes.
@@ -67,7 +67,7 @@ def lars_step(
     Returns
     -------
     tuple (p', v')
-        New arrays; but v' is v as it is where neither momentum nor the rule asks for a buffer.
+        New arrays; but v' is v itself if neither momentum nor the rule needs a buffer.
 
     Raises
     ------
@@ -117,16 +117,16 @@ def lars_step(
 
 
 class State(NamedTuple):
-    """What `update` carries from step to step: a pytree of arrays.
+    """The state of `update` between steps: a pytree of arrays.
 
     Parameters
     ----------
     step : integer array of shape ()
-        Steps taken.
+        Number of steps taken.
     momentum_buffers : dict of str to array
-        By name of parameter, of its shape; float32 for half precision, else of its dtype.
+        By name of parameter, with its shape; float32 for half precision, else with its dtype.
     first : bool array of shape (layers,)
-        In the order of sorted names: true where the buffer was not used yet.
+        In the order of sorted names: true where the buffer has not been used yet.
     previous_lr : array of shape (layers,)
         In the order of sorted names: the learning rate of a layer's last step, 0 before the first.
     """
@@ -143,12 +143,12 @@ def init(params: Any) -> State:
     Parameters
     ----------
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
-        As `LARS` takes them; not modified.
+        As for `LARS`; not modified.
 
     Returns
     -------
     State
-        Buffers of zeros.
+        With buffers of zeros.
 
     Raises
     ------
@@ -175,18 +175,18 @@ def update(
     Parameters
     ----------
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
-        As given to `init`; not modified.
+        In the form passed to `init`; not modified.
     grads : mapping of name to array, or iterable of arrays
-        As for `LARS.step`; not modified. A parameter whose entry is None is skipped and keeps its state.
+        As for `LARS.step`; not modified. A parameter whose entry is None does not take part and keeps its state.
     state : State
         From `init` or `update`; not modified.
     nonfinite : {"raise", "skip", "propagate"}, optional
-        As for `LARS`. By default "raise", but where values are traced and nothing can be raised, "propagate".
+        As for `LARS`. The default is "raise", or "propagate" if values are traced and no error can be raised.
     layer_of : mapping or callable, optional
         As for `LARS`.
     **hyper
-        The arguments of `LARS`, `lr` among them; numbers may be arrays of shape (), traced ones too. `lr` may be a
-        function of the step. `master_weights` is refused for parameters of half precision: keep these in float32.
+        The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), also traced ones. `lr` may be a
+        function of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
 
     Returns
     -------
@@ -231,7 +231,7 @@ def update(
     keeps = [needs_buffer(groups[k]) for k in group_of]
     vs = [state.momentum_buffers[name] if keep else None for name, keep in zip(own, keeps, strict=True)]
     rows = LayerRows.of(own, ps, [groups[k]["layer_axes"] for k in group_of], labels)
-    # By name, since jax.jit hands out a mapping in the order of its keys.
+    # By name, because jax.jit returns a mapping in the order of its keys.
     ranked = sorted(range(len(names)), key=names.__getitem__)
     rank = {i: r for r, i in enumerate(ranked)}
     of_rows = asarray([rank[index[k]] for k in rows.owner], like=like, xp=xp)
@@ -255,7 +255,7 @@ def update(
         new_arrays[i] = chosen(new_p, arrays[i])
         if new_v is not None:
             new_buffers[names[i]] = chosen(new_v, state.momentum_buffers[names[i]])
-    # Back from the parameters that have gradients to all of them.
+    # From the parameters that have gradients back to all parameters.
     place = {i: k for k, i in enumerate(index)}
     row = asarray([rows.slices[place.get(i, 0)].start for i in ranked], like=like, xp=xp)
     kept = asarray([i in place and keeps[place[i]] for i in ranked], like=like, xp=xp)
@@ -273,7 +273,7 @@ def update(
 def _refuse(
     ok: Any, policies: list[str], names: list[str], params: list[Any], grads: list[Any], *, explicit: bool, xp: Any
 ) -> None:
-    """Raise for the first layer that is not ok and whose policy is "raise", if values can be read."""
+    """Raise for the first layer that is not ok and has the policy "raise", if values can be read."""
     raises = asarray([policy != "raise" for policy in policies], like=ok, xp=xp)
     try:
         if bool(xp.all(ok | raises)):

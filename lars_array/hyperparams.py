@@ -1,4 +1,4 @@
-"""The hyper-parameters: their names and defaults, the checks, schedules evaluated, and vectors over layers."""
+"""The hyper-parameters: names, defaults, checks, evaluation of schedules, and one vector of values per layer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
     "at_step",
     "check",
     "complete",
+    "defaults_from",
     "inputs_of",
     "needs_buffer",
     "options_of",
@@ -32,7 +33,7 @@ __all__ = [
 
 
 class _Required:
-    """The default of an argument that has none, as in torch.optim at the time of flash."""
+    """The default of a required argument, as in torch.optim at the time of flash."""
 
     def __repr__(self) -> str:
         return "<required parameter>"
@@ -64,7 +65,13 @@ DEFAULTS: dict[str, Any] = {
     "master_weights": False,
 }
 
-# The fields of `Hyper` that a group's hyper-parameters fill; the last two are state.
+
+def defaults_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments of a function that are hyper-parameters: `lr` and the keys of `DEFAULTS`."""
+    return {name: arguments[name] for name in ("lr", *DEFAULTS) if name in arguments}
+
+
+# The fields of `Hyper` that come from a group's hyper-parameters; the last two are state.
 GROUP_FIELDS = Hyper._fields[:-2]
 
 
@@ -72,9 +79,9 @@ GROUP_FIELDS = Hyper._fields[:-2]
 
 
 def check(group: Mapping[str, Any]) -> None:
-    """Refuse hyper-parameters that no step should be taken with.
+    """Raise for invalid hyper-parameters.
 
-    Traced arrays, and those on a GPU, have no value that could be checked without waiting: they pass.
+    Traced arrays and arrays on a GPU cannot be read without waiting and are not checked.
 
     Parameters
     ----------
@@ -86,7 +93,7 @@ def check(group: Mapping[str, Any]) -> None:
     ValueError
         For a value out of range; the first four messages are flash's.
     TypeError
-        For a value of the wrong kind.
+        For a value of the wrong type.
     """
     numbers = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")}
     numbers |= {name: group[name] for name in ("trust_coefficient", "eps", "rescale_grad")}
@@ -131,7 +138,7 @@ def check(group: Mapping[str, Any]) -> None:
 
 
 def _known(value: Any) -> float | None:
-    """Return the value of a number or array, None if it can't be read here."""
+    """Return the value of a number or array, or None if it cannot be read without waiting."""
     if not (isinstance(value, Real | np.ndarray) or is_jax_array(value)):
         return None
     try:
@@ -158,7 +165,7 @@ def _check_bounds(bounds: Any) -> None:
 
 
 def complete(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `group` with a default for every hyper-parameter that it lacks.
+    """Return `group` with defaults for all missing hyper-parameters.
 
     Parameters
     ----------
@@ -173,7 +180,7 @@ def complete(group: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        For a name that is no hyper-parameter.
+        For an unknown hyper-parameter, or if `lr` is missing.
     """
     unknown = group.keys() - DEFAULTS.keys() - {"lr"}
     if unknown:
@@ -189,14 +196,14 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def at_step(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
-    """Return complete and checked hyper-parameters, with the learning rate that a schedule has at `step`.
+    """Return complete and checked hyper-parameters, with the learning rate of a schedule at `step`.
 
     Parameters
     ----------
     options : mapping
         A value for `lr`, which may be a function of the step, and for any of `DEFAULTS`.
     step : int or integer array of shape ()
-        Steps taken before.
+        Number of steps taken before.
 
     Returns
     -------
@@ -222,7 +229,7 @@ def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 
 
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Return `at_step`, with numbers for arrays of shape () that can be read without waiting."""
+    """Return `at_step`, with arrays of shape () replaced by numbers where they can be read without waiting."""
     group = scheduled(options, step)
     return at_step({key: x.item() if _can_be_read(x) else x for key, x in group.items()}, step)
 
@@ -232,39 +239,39 @@ def _can_be_read(x: Any) -> bool:
 
 
 def needs_buffer(group: Mapping[str, Any]) -> bool:
-    """Return whether a layer with these hyper-parameters keeps a momentum buffer; a traced momentum may be any."""
+    """Return whether layers with these hyper-parameters keep a momentum buffer; true for traced momentum."""
     return resolve(group["rule"]).keeps_buffer or not (isinstance(group["momentum"], Real) and group["momentum"] == 0)
 
 
 # ----------------------------------------------------------------------------------------- from groups to each layer
 
-# Equal values of these types are the same: True == 1, but True is no momentum.
+# For these types, equal values of equal type are the same: True == 1, but True is not a valid momentum.
 _PLAIN = frozenset({bool, int, float, str, NoneType})
 
 
 class Hyperparams:
-    """The hyper-parameters of parameter groups, checked again only where something may have changed."""
+    """The hyper-parameters of parameter groups, which are checked again only after a possible change."""
 
     def __init__(self) -> None:
-        self._last: tuple[Any, Sequence[Mapping[str, Any]]] = None, []
+        self._last: tuple[list[Any], Sequence[Mapping[str, Any]]] = [], []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hyperparams, ()
 
     def read(self, param_groups: Sequence[Mapping[str, Any]], step: int) -> Sequence[Mapping[str, Any]]:
-        """Return complete and checked hyper-parameters, one mapping a group.
+        """Return complete and checked hyper-parameters, one mapping per group.
 
         Parameters
         ----------
         param_groups : sequence of mappings
             The parameter groups.
         step : int
-            Steps taken before.
+            Number of steps taken before.
 
         Returns
         -------
         sequence of mappings
-            Not to be modified: the same object as before if nothing has changed, so that callers may compare identity.
+            Not to be modified. It is the same object as before if nothing has changed, so callers may compare identity.
 
         Raises
         ------
@@ -274,38 +281,32 @@ class Hyperparams:
         all_options = [scheduled(options_of(group), step) for group in param_groups]
         seen = [_comparable(options) for options in all_options]
         before, groups = self._last
-        if before is None or None in seen or before != seen:
+        if not (seen and len(seen) == len(before) and all(map(_is_same, seen, before))):
             groups = [readable(options, step) for options in all_options]
-            self._last = (None if None in seen else seen), groups  # at once: an interrupt may come between
+            self._last = seen, groups  # in one assignment, for interrupts
         return groups
 
 
 def _comparable(options: Mapping[str, Any]) -> Any:
-    """Return all values in a form that is equal only to the same ones; None if an object may change in itself."""
+    """Return names, types and values, rule and bounds; None if a value is a mutable object."""
     options = dict(options)
     rule, bounds = options.pop("rule", None), options.pop("trust_bounds", None)
     kinds = list(map(type, options.values()))
     if not _PLAIN.issuperset(kinds) or not (bounds is None or type(bounds) is tuple):
         return None
     rule = RULES.get(rule) if type(rule) is str else rule
-    # Users' objects may call themselves equal to others: identity counts. Held, so that no other gets the number.
-    return list(options), kinds, list(options.values()), _Same(rule), _Same(bounds)
+    return list(options), kinds, list(options.values()), rule, bounds
 
 
-class _Same:
-    """An object that is equal to itself only."""
-
-    def __init__(self, x: Any) -> None:
-        self.x = x
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.x is other.x
-
-    __hash__ = object.__hash__
+def _is_same(now: Any, before: Any) -> bool:
+    """Return whether two results of `_comparable` are the same; custom objects may define their own equality."""
+    if now is None or before is None or now[:3] != before[:3]:
+        return False
+    return now[3] is before[3] and now[4] is before[4]
 
 
 def row_values(group: Mapping[str, Any]) -> list[Any]:
-    """Return the value of a complete group for each of `GROUP_FIELDS`."""
+    """Return the values of a complete group in the order of `GROUP_FIELDS`."""
     lowest, highest = group["trust_bounds"] or resolve(group["rule"]).trust_bounds or (0.0, inf)
     most = inf if group["max_grad_norm"] is None else group["max_grad_norm"]
     known = {**group, "trust_lower": lowest, "trust_upper": highest, "max_grad_norm": most}
@@ -315,12 +316,12 @@ def row_values(group: Mapping[str, Any]) -> list[Any]:
 def inputs_of(
     groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], first: Any, previous_lr: Any, *, like: Any, xp: Any
 ) -> RuleInputs:
-    """Return the inputs of a step, the hyper-parameters of groups spread over rows.
+    """Return the inputs of a step, with the hyper-parameters of the groups spread over rows.
 
     Parameters
     ----------
     groups : sequence of mappings
-        Complete and checked hyper-parameters, one mapping a group.
+        Complete and checked hyper-parameters, one mapping per group.
     group_of : sequence of int
         The group of each row.
     first : booleans, shape (rows,)
@@ -335,7 +336,7 @@ def inputs_of(
     Returns
     -------
     RuleInputs
-        Arrays of shape (rows,), numbers in the type that sums are accumulated in.
+        Arrays of shape (rows,); numbers have the type in which sums are accumulated.
     """
     columns = dict(zip(GROUP_FIELDS, zip(*map(row_values, groups), strict=True), strict=True))
     dtype = accumulation_dtype(xp)
@@ -347,7 +348,7 @@ def inputs_of(
         fields["previous_lr"] = asarray(previous_lr, dtype, like=like, xp=xp)
     numbers = [name for name in GROUP_FIELDS if name not in BOOLEANS]
     for names, kind in ((numbers, dtype), (BOOLEANS, xp.bool)):
-        # One table of all fields: making an array costs the same for one number or a hundred.
+        # One table for all fields: creating an array costs the same for one number as for a hundred.
         table = _table([list(columns[name]) for name in names], kind, like, xp)
         spread = xp.take(table, index, axis=1)
         fields |= {name: spread[row, :] for row, name in enumerate(names)}
@@ -355,7 +356,7 @@ def inputs_of(
 
 
 def with_rules(hyper: Hyper, groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], *, xp: Any) -> RuleInputs:
-    """Return the inputs of a step from hyper-parameters that are spread over rows already."""
+    """Return the inputs of a step from hyper-parameters that are already spread over rows."""
     rules = [resolve(group["rule"]) for group in groups]
     clips = any(group["max_grad_norm"] is not None for group in groups)
     return rule_inputs(hyper, [rules[k] for k in group_of], clips=clips, xp=xp)

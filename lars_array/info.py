@@ -1,6 +1,6 @@
-"""What a bug report needs: versions, processors, and which kernels are usable here.
+"""Information for bug reports: versions, processors, and the kernels that are usable on this machine.
 
-Versions are read from the packages' metadata, so that nothing is imported to be asked.
+Versions come from package metadata, so no package is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SETTINGS = ("LARS_ARRAY_KERNEL", "LARS_ARRAY_THREADS", "NUMBA_CACHE_DIR")
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``python -m lars_array info`` shows, as JSON can hold it; None where something is absent."""
+    """Return everything that ``python -m lars_array info`` shows, ready for JSON; None for missing values."""
     return {
         "versions": {
             "lars-array": __version__,
@@ -33,7 +33,7 @@ def collect() -> dict[str, Any]:
 
 
 def render(collected: dict[str, Any]) -> str:
-    """The same as text, a line for each fact."""
+    """Return the same information as text, one line per fact."""
     lines = [f"{name:<20}{found or 'not installed'}" for name, found in collected["versions"].items()]
     lines += ["", *(f"{name:<20}{collected[name]}" for name in ("platform", "processors"))]
     lines += [f"{name:<20}{value or 'not set'}" for name, value in collected["settings"].items()]

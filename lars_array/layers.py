@@ -1,7 +1,7 @@
-"""Definition of a layer: usually one parameter, but several can form one, and a stacked one can hold many.
+"""Definition of a layer: usually one parameter, but several can form one, and a stacked one can contain many.
 
 Sums and coefficients have one *row* for each slice of a parameter along its leading `layer_axes`; most parameters have
-none of these and one row. Rows that form one layer by `layer_of` share the sums over all of them.
+no such axes and one row. Rows joined into one layer by `layer_of` share the sums over all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LayerOf = Mapping[str, Any] | Callable[[str], Any] | None
 
 
 class LayerSlices(NamedTuple):
-    """The layers of one parameter: the lengths of its leading axes along which slices are layers, () for one layer."""
+    """The layers of one parameter: the lengths of the leading axes that index layers, or () for one layer."""
 
     lead: tuple[int, ...]
     start: int
@@ -30,13 +30,13 @@ class LayerSlices(NamedTuple):
         return [f"{name}[{', '.join(map(str, index))}]" for index in product(*map(range, self.lead))]
 
     def views(self, array: Any) -> list[Any]:
-        """Return an array of the parameter's shape in slices, one a row; None for None."""
+        """Return the slices of an array of the parameter's shape, one per row; None for None."""
         if array is None or not self.lead:
             return [array] * self.size
         return [array[(*index, ...)] for index in product(*map(range, self.lead))]
 
     def coefficients(self, C: Any, *, xp: Any) -> Any:
-        """Return its own coefficients from those of all rows, in the shape that `core.apply` takes."""
+        """Return this parameter's part of the coefficients of all rows, in the shape for `core.apply`."""
         if not self.lead:
             return C[self.start, :]
         return xp.reshape(C[self.start : self.start + self.size, :], (*self.lead, 6))
@@ -48,7 +48,7 @@ class LayerRows(NamedTuple):
     Parameters
     ----------
     slices : sequence of LayerSlices
-        One a parameter.
+        One per parameter.
     owner : sequence of int
         The index of the parameter of each row.
     joined : sequence of sequences of int
@@ -63,12 +63,12 @@ class LayerRows(NamedTuple):
     def of(
         cls, names: Sequence[str], params: Sequence[Any], layer_axes: Sequence[int], labels: Sequence[Hashable]
     ) -> LayerRows:
-        """Return the rows of parameters, given the number of leading axes and the layer of each.
+        """Return the rows of parameters, given the number of leading axes and the layer label of each.
 
         Raises
         ------
         ValueError
-            If a parameter has fewer axes, or the parts of a layer have other leading lengths.
+            If a parameter has fewer axes, or the parts of a layer have different leading axes.
         """
         slices: list[LayerSlices] = []
         start = 0
@@ -103,14 +103,14 @@ class LayerRows(NamedTuple):
 
 
 def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Hashable]:
-    """Return the layer that each parameter is part of, None for a layer of its own.
+    """Return the layer label of each parameter, None for a layer of its own.
 
     Raises
     ------
     TypeError
-        If `layer_of` is neither a mapping nor a function, or a layer's label has no hash.
+        If `layer_of` is neither a mapping nor a function, or a label is not hashable.
     ValueError
-        If it contains a name that no parameter has.
+        If it contains an unknown parameter name.
     """
     if layer_of is None:
         return [None] * len(names)
@@ -130,7 +130,7 @@ def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Hashable]:
 
 
 def _joined_rows(names: Sequence[str], labels: Sequence[Hashable], slices: Sequence[LayerSlices]) -> list[list[int]]:
-    """Return the rows of each layer of several: of stacks with one label, slices of one index form a layer."""
+    """Return the rows of each layer with several; of stacks with one label, slices of one index form a layer."""
     first: dict[Hashable, int] = {}
     rows: dict[Hashable, list[int]] = {}
     for i, (label, own) in enumerate(zip(labels, slices)):

@@ -1,4 +1,4 @@
-"""Non-finite sums and coefficients: which layers have them, and the error."""
+"""Non-finite sums and coefficients: the check per layer, and the error."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ __all__ = [
 
 POLICIES = ("raise", "skip", "propagate")
 
-# The causes of a rejected step, as a device reports them: by index.
+# The causes of a rejected step; a device reports the index.
 CAUSES = ("gradient", "parameter", "update")
 GRADIENT, PARAMETER, UPDATE = range(3)
 
 
 class NonFiniteError(ValueError):
-    """A step was rejected, and nothing changed, because a layer's update would not have been finite."""
+    """A step was rejected, and nothing was changed, because the update of a layer would not have been finite."""
 
 
 def max_finite(params: Sequence[Any], *, like: Any, xp: Any) -> Any:
-    """Return the largest number of the type that each layer is computed in, an array of shape (layers,)."""
+    """Return the largest finite number of each layer's compute dtype, an array of shape (layers,)."""
     types = [real_dtype(p, xp) for p in params]
     limits = {kind: float(xp.finfo(kind).max) for kind in set(types)}
     return asarray([limits[kind] for kind in types], accumulation_dtype(xp), like=like, xp=xp)
@@ -49,9 +49,9 @@ def max_square_sum(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, x
     Parameters
     ----------
     params : sequence of arrays
-        One entry a layer.
+        One entry per layer.
     dtypes : sequence of dtypes
-        Those of their gradients.
+        The dtypes of their gradients.
     like : array
         An array on the device of the result.
     xp : Array API namespace
@@ -60,7 +60,7 @@ def max_square_sum(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, x
     Returns
     -------
     array of shape (layers,), or None
-        Infinite where the gradient's type is no wider; None if that is so for all layers.
+        Infinite for layers whose gradient's type is not wider; None if this applies to all layers.
     """
     wide = [dtype_name(dtype) == "float64" for dtype in dtypes]
     if not any(wide):
@@ -72,7 +72,7 @@ def max_square_sum(params: Sequence[Any], dtypes: Sequence[Any], *, like: Any, x
 
 
 def finite(S: Any, C: Any, limit: Any, square_limit: Any = None, *, xp: Any) -> Any:
-    """Return where sums and coefficients are finite in the type that a layer is computed in.
+    """Return which layers have sums and coefficients that are finite in their compute dtype.
 
     Parameters
     ----------
@@ -95,18 +95,18 @@ def finite(S: Any, C: Any, limit: Any, square_limit: Any = None, *, xp: Any) -> 
 
 
 def finite_layers(S: Any, C: Any, params: Sequence[Any], dtypes: Sequence[Any], *, xp: Any) -> Any:
-    """Return `finite` for layers with these parameters and types of gradients."""
+    """Return `finite` for layers with these parameters and gradient dtypes."""
     limit = max_finite(params, like=params[0], xp=xp)
     return finite(S, C, limit, max_square_sum(params, dtypes, like=params[0], xp=xp), xp=xp)
 
 
 def quick_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
-    """Return True only if `finite` is true of all layers: one test for a limit that holds for all of them."""
+    """Return True only if `finite` is true for all layers, by a single test with one limit for all layers."""
     return bool(xp.max(S) < inf) and bool(xp.max(C) <= limit) and bool(xp.min(C) >= -limit)
 
 
 def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:
-    """Raise NonFiniteError for the layer `name`, whose parameters are p and gradient g."""
+    """Raise NonFiniteError for the layer `name` with parameters p and gradient g."""
     for kind, x in (("gradient", g), ("parameter", p)):
         count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
         if count:

@@ -1,4 +1,4 @@
-"""The optimizer for arrays that are updated in place: parameter groups, state and counts of steps. No maths."""
+"""The optimizer for arrays that are updated in place: parameter groups, state and step counters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context
@@ -28,18 +29,18 @@ class LARS:
         r = \eta \frac{\|p\|}{\|g\| + w\|p\| + \epsilon}, \qquad
         v \leftarrow \mu v + (1 - \tau)\,r\,(g + w p), \qquad p \leftarrow p - \text{lr}\,v
 
-    for each parameter array p, a layer, with gradient g and momentum buffer v. As in torch's SGD the first step of a
-    layer is not dampened. With the default weight decay 0 this is SGD: see `always_adapt`.
+    for each parameter array p, a layer, with gradient g and momentum buffer v. As in torch's SGD, dampening does not
+    apply to the first step of a layer. With weight decay 0, the default, this is SGD: see `always_adapt`.
 
     Parameters
     ----------
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
-        The parameters, updated in place: float64, float32, float16, bfloat16 or
-        complex arrays of NumPy, or of any Array API library whose arrays can be written to. A group is a dict
-        ``{"params": any of the former, **overrides}``; every argument below but `kernel` can be overridden. Parameters
-        without a name are named by their position.
+        The parameters, updated in place: float64, float32, float16, bfloat16 or complex NumPy arrays, or writable
+        arrays of any other Array API library. A group is a dict ``{"params": any of these forms, **overrides}``; every
+        argument below except `layer_of` and `kernel` can be overridden. Parameters without a name are named by their
+        position.
     lr : float or callable
-        Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules`.
+        Learning rate, or a function of the step, counted from 0, such as those of `lars_array.schedules`.
     momentum : float
         :math:`\mu`, 0 by default.
     dampening : float
@@ -47,68 +48,69 @@ class LARS:
     weight_decay : float
         w, the L2 penalty, 0 by default.
     nesterov : bool
-        :math:`p \leftarrow p - \text{lr}\,(r\,(g + w p) + \mu v)` instead.
+        Use :math:`p \leftarrow p - \text{lr}\,(r\,(g + w p) + \mu v)` instead.
     trust_coefficient : float
         :math:`\eta`, 0.001 by default.
     eps : float
         :math:`\epsilon`, 1e-8 by default.
     rule : str, callable or Rule
-        The variant of LARS: a name in `lars_array.RULES`, or a function of one's own, see `lars_array.Rule`.
+        The variant of LARS: a name in `lars_array.RULES`, or a custom function, see `lars_array.Rule`.
     trust_clip : bool
         LARC: :math:`r \leftarrow \min(r / \text{lr}, 1)`.
     trust_bounds : pair of float, optional
         :math:`r \leftarrow \min(\max(r, \text{lowest}), \text{highest})`, before the clip.
     always_adapt : bool
-        Whether layers with w = 0 are adapted too, by rules that leave them out.
+        Whether layers with w = 0 are adapted too, by rules that exclude them.
     adapt : bool
-        False: r = 1 for these layers, whose weight decay still applies. This is SGD.
+        False: r = 1 for these layers, and weight decay still applies. This is SGD.
     maximize : bool
-        :math:`g \leftarrow -g`, before all else.
+        :math:`g \leftarrow -g`, before everything else.
     rescale_grad : float
-        :math:`g \leftarrow \text{rescale\_grad}\,g`, before all that follows.
+        :math:`g \leftarrow \text{rescale\_grad}\,g`, before clipping and the rule.
     max_grad_norm : float, optional
-        :math:`g \leftarrow g \min(1, \text{max\_grad\_norm} / \|g\|)`, the norm being that of all gradients together.
+        :math:`g \leftarrow g \min(1, \text{max\_grad\_norm} / \|g\|)`, with the norm of all gradients together.
     nonfinite : {"raise", "skip", "propagate"}
-        What is done about a layer whose parameters, gradient or coefficients are not finite: `NonFiniteError`, naming
-        it, and nothing is changed; nothing is changed and `skipped_steps` counts it; or nothing at all. Momentum
-        buffers are not checked. On a GPU the host does not wait: with "raise" the step is skipped, and a later call
-        raises, at the latest `synchronize`.
+        Policy for layers with non-finite parameters, gradients or coefficients. "raise": the step is rejected with a
+        `NonFiniteError` that names the layer, and nothing is changed. "skip": the step is skipped, nothing is changed,
+        and `skipped_steps` is incremented. "propagate": no check. Momentum buffers are not checked. On a GPU the host
+        does not wait: with "raise" a bad step changes nothing, and the error is raised by a later call, at the latest
+        by `synchronize`.
     layer_axes : int
-        How many leading axes of a parameter say which layer it is, 0 by default: with 1 each ``p[i]`` is a layer with
-        norms of its own, as in the stacked parameters of scanned layers or of experts. Not to be changed later.
+        The number of leading axes that index layers, 0 by default. With 1, each ``p[i]`` is a layer with its own norms,
+        as in the stacked parameters of scanned layers or of experts. It cannot be changed later.
     layer_of : mapping or callable, optional
-        Which layer a parameter is a part of, by name: those of one label, a string say, are one layer, of which norms
-        are taken over all its parts. None: the parameter is a layer by itself. For all groups together.
+        Maps the name of a parameter to a layer label, such as a string. Parameters with the same label form one layer,
+        with norms over all of them. None, or the label None: the parameter is its own layer. Applies to all groups
+        together.
     master_weights : bool
-        Whether a parameter of half precision, float16 or bfloat16, has a float32 copy that is trained in its place: a
-        step that is smaller than half precision can tell would be lost otherwise. Norms are the copy's, and the
-        parameter is its rounding, written in the same pass. The copy is made by the first step from the parameter;
-        what its owner writes to the parameter later is overwritten. It is forgotten by a step without this option.
-        Of no consequence for other parameters.
+        Whether a half-precision parameter (float16 or bfloat16) has a float32 master copy that is trained in its place.
+        Otherwise steps smaller than the precision of the parameter are lost. Norms are those of the master, and the
+        parameter is its rounding, written in the same pass. The first step creates the master from the parameter; later
+        changes to the parameter are overwritten. A step without this option drops the master. Ignored for other dtypes.
     kernel : str, optional
-        "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable"; by default
-        what the environment variable LARS_ARRAY_KERNEL says, else the first of them that takes the parameters.
+        "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable". The default
+        is the environment variable LARS_ARRAY_KERNEL, else the first of these kernels that supports the parameters.
 
     Attributes
     ----------
     param_groups : list of dict
-        Hyper-parameters of each group, to be read and, between steps, changed; its "params" and "names", sequences,
-        only read.
+        The hyper-parameters of each group, which may be changed between steps, and its "params" and "names", sequences
+        that must not be changed.
     steps, skipped_steps : int
-        How many steps were taken, and skipped. Of parameters on a device, a step counts as taken until it is known
-        that it was not.
+        The numbers of steps taken and of steps skipped. On a GPU a step counts as taken until the device has reported
+        otherwise.
 
     Raises
     ------
     ValueError
-        For hyper-parameters out of range, unknown names of rules or options, names that are not unique, parameters
-        that are read-only, overlap in memory or lie on several devices.
+        For hyper-parameters out of range, unknown names of rules or options, duplicate names, and parameters that are
+        read-only, overlap in memory or are on several devices.
     TypeError
-        For what is no array, or no floating-point one, and for values of the wrong kind.
+        For parameters that are not floating-point arrays, and values of the wrong type.
 
     Notes
     -----
-    Norms are accumulated in float64. Parameters of half precision are computed on in float32 and have a float32 buffer.
+    Norms are accumulated in float64. Half-precision parameters use float32 arithmetic and a float32 buffer.
 
     References
     ----------
@@ -189,7 +191,7 @@ class LARS:
         Parameters
         ----------
         group : mapping
-            "params", in any of the forms that `LARS` takes but groups, and overrides.
+            "params", in any of the forms that `LARS` accepts except groups, and overrides.
 
         Raises
         ------
@@ -212,14 +214,14 @@ class LARS:
         Parameters
         ----------
         grads : mapping of name to array, or iterable of arrays
-            One entry a parameter, of its shape and device; not modified. That of a real parameter may be of any of
-            the real types, that of a complex one is of the same. An iterable goes in the order in which the parameters
-            were given. A parameter whose entry is None is skipped and keeps its state.
+            One entry per parameter, with its shape and device; not modified. The gradient of a real parameter may have
+            any real floating-point type, that of a complex parameter must have the parameter's type. An iterable is in
+            the order of the parameters. A parameter whose entry is None does not take part and keeps its state.
         closure : callable, optional
-            Returns (loss, grads); given instead of `grads`.
+            Returns (loss, grads); passed instead of `grads`.
         found_inf : number or array of shape (), optional
-            Beside the parameters. Where it isn't zero the step is skipped, whatever `nonfinite` says: the result of a
-            loss scaler.
+            The result of a loss scaler, on the device of the parameters. If it is not zero, the step is skipped
+            regardless of `nonfinite`.
 
         Returns
         -------
@@ -242,9 +244,11 @@ class LARS:
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
         gradients = match_gradients(grads, self._state.names, self._order)
+        if set(map(type, gradients)) != {np.ndarray}:
+            gradients = list(map(_detached, gradients))
         groups = self._hyperparams.read(self.param_groups, self.steps)
         self._check_axes()
-        result = self._stepper.step(self._state, [_detached(g) for g in gradients], groups, found_inf)
+        result = self._stepper.step(self._state, gradients, groups, found_inf)
         if result is None:
             self.skipped_steps += 1
             return loss
@@ -259,21 +263,21 @@ class LARS:
         Raises
         ------
         NonFiniteError
-            If the device has rejected a step since the last call that raised. That step has changed nothing; those
-            after it were taken.
+            If the device has rejected a step since the last call that raised. The rejected step changed nothing; later
+            steps were taken.
         """
         self._poll_device(wait=True)
 
     def norms(self) -> dict[str, Norms]:
-        """Return the norms of the last step, which cost no extra pass; waits for a device.
+        """Return the norms of the last step, at no extra pass over memory; waits for the device.
 
-        On a device the last step counts whether it was taken or not.
+        On a GPU this includes a last step that was skipped or rejected.
 
         Returns
         -------
         dict of str to Norms
-            By name of parameter, of those that had a gradient; of a stacked one by slice, "w[0]"; of one that is part
-            of a layer, the norms of the layer. Empty before the first step.
+            By name, for the parameters that had a gradient. Slices of a stacked parameter have names such as "w[0]";
+            parameters joined into one layer have the norms of the layer. Empty before the first step.
         """
         return {} if self._last is None else self._last.norms()
 
@@ -283,19 +287,19 @@ class LARS:
         Returns
         -------
         dict of str to float
-            By name of parameter, of those that had a gradient; 1.0 where a layer was not adapted. Empty before the
+            By name, for the parameters that had a gradient; 1.0 for layers that were not adapted. Empty before the
             first step.
         """
         return {} if self._last is None else self._last.trust_ratios()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all that a step depends on beside the parameters.
+        """Return a copy of the optimizer's state, without the parameters.
 
         Returns
         -------
         dict
-            "steps", "skipped_steps"; "param_groups", each with all hyper-parameters and the "names" of its parameters;
-            "state", by name "previous_lr" and, where there is one, "momentum_buffer" and "master".
+            "steps" and "skipped_steps"; "param_groups", each with all hyper-parameters and the "names" of its
+            parameters; "state", by name: "previous_lr" and, if they exist, "momentum_buffer" and "master".
 
         Raises
         ------
@@ -312,12 +316,12 @@ class LARS:
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, in an optimizer whose groups hold parameters of the same names.
+        """Load a copy of the state that `state_dict` returned.
 
         Parameters
         ----------
         state_dict : mapping
-            Not modified, and not referred to afterwards.
+            From an optimizer whose groups have parameters of the same names; not modified.
 
         Raises
         ------
@@ -333,12 +337,12 @@ class LARS:
             group.update(options | {"layer_axes": group["layer_axes"]})
 
     def state_views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
-        """Return the "state" of `state_dict` with the buffers and masters themselves, not copies of them.
+        """Return the "state" of `state_dict` with the buffers and masters themselves instead of copies.
 
         Parameters
         ----------
         wait : bool
-            False: do not wait for a device. Then "previous_lr" is left out, and a buffer may be unused.
+            False: do not wait for a device. Then "previous_lr" is missing, and a buffer may be unused.
 
         Returns
         -------
@@ -348,13 +352,13 @@ class LARS:
         return self._state.views(wait=wait)
 
     def attach_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state_views` returned, without copying: from then on steps write into these arrays.
+        """Use the arrays that `state_views` returned without copying: later steps write into them.
 
         Parameters
         ----------
         state : mapping
-            By name of parameter; those that are missing keep what they have. The arrays must keep their memory, shape
-            and dtype from then on, which isn't looked at again.
+            By name of parameter; parameters that are missing keep their state. The arrays must keep their memory, shape
+            and dtype, which is not checked again.
 
         Raises
         ------
@@ -391,8 +395,8 @@ class LARS:
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
         state = self._state.extended(layout.groups, axes)
-        self._stepper.choose_kernel(state.params)
         self.synchronize()
+        self._stepper.choose_kernel(state.params)
         self._state = state
         self.param_groups += groups
         self._layer_axes += axes
@@ -417,7 +421,7 @@ class LARS:
 
 
 def _detached(g: Any) -> Any:
-    """Return a gradient without torch's graph, which must not reach into parameters and buffers."""
+    """Return a gradient without torch's graph, which parameters and buffers must not become part of."""
     return g.detach() if getattr(g, "requires_grad", False) else g
 
 

@@ -1,4 +1,4 @@
-"""Parameter groups that exclude layers from weight decay or from adaptation."""
+"""Parameter groups that exclude parameters from weight decay and from adaptation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lars_array.state.inputs import read_parameters
+from lars_array.state.inputs import Position, read_parameters
 
 __all__ = ["is_bias_or_norm", "param_groups"]
 
@@ -14,7 +14,7 @@ Predicate = Callable[[str, Any], bool]
 
 
 def is_bias_or_norm(name: str, array: Any) -> bool:
-    """Return whether `array` has at most one axis: biases, and scales and shifts of normalisation layers.
+    """Return whether `array` has at most one axis, as biases and the parameters of normalisation layers do.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def is_bias_or_norm(name: str, array: Any) -> bool:
     Returns
     -------
     bool
-        The usual exclusion from weight decay and from adaptation.
+        The usual criterion for excluding a parameter from weight decay and adaptation.
     """
     return bool(array.ndim <= 1)
 
@@ -45,23 +45,23 @@ def param_groups(
     params : iterable of arrays, mapping of name to array, or iterable of (name, array)
         The parameters. Those without a name are named by their position.
     weight_decay : float
-        Weight decay of parameters that are not excluded.
+        Weight decay of the parameters that are not excluded.
     no_decay : callable, iterable of str, or None
-        Which parameters are not decayed: those for which ``no_decay(name, array)`` is true, or in whose name one of the
-        regular expressions is found, or none. By default those with at most one axis.
+        Parameters without weight decay: a predicate ``no_decay(name, array)``, or regular expressions that are searched
+        in the name, or None for no exclusion. By default parameters with at most one axis.
     no_adapt : callable, iterable of str, or None
-        Likewise, which are not adapted: they take steps of SGD.
+        In the same form, the parameters that are not adapted and take SGD steps.
 
     Returns
     -------
     list of dict
-        At most four groups for `LARS`, none of them empty, each a dict of "params" (by name) and "weight_decay"; with
-        "adapt" False where it is not adapted. Their parameters are the arrays given, not copies.
+        At most four non-empty groups for `LARS`, each a dict of "params" (by name) and "weight_decay", with "adapt"
+        False for parameters that are not adapted. They contain the given arrays, not copies.
 
     Raises
     ------
     TypeError, ValueError
-        For an argument of another form, or an expression that does not compile.
+        For arguments of another form, or a regular expression that does not compile.
 
     Examples
     --------
@@ -78,7 +78,9 @@ def param_groups(
         raise TypeError("params must not be groups already; give the parameters themselves")
     excluded_from_decay, excluded_from_adaptation = _predicate("no_decay", no_decay), _predicate("no_adapt", no_adapt)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, array in zip(layout.groups[0].names, layout.groups[0].arrays, strict=True):
+    given = layout.groups[0]
+    has_names = given.form in ("mapping", "pairs")
+    for name, array in zip(given.names if has_names else map(Position, given.names), given.arrays, strict=True):
         key = not excluded_from_decay(name, array), not excluded_from_adaptation(name, array)
         groups.setdefault(key, {})[name] = array
     result = []
@@ -86,7 +88,7 @@ def param_groups(
         group = {"params": named, "weight_decay": weight_decay if decays else 0.0}
         if not adapts:
             group["adapt"] = False
-        elif not decays:  # some rules, such as flash's, adapt a layer without decay only with this
+        elif not decays:  # some rules, including flash's, adapt such layers only with this option
             group["always_adapt"] = True
         result.append(group)
     return result

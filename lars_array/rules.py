@@ -1,9 +1,8 @@
 r"""The variants of LARS by name, each a few lines from the same building blocks, and presets of their defaults.
 
-Every rule is a function ``rule(S, hyper, xp) -> C`` as `lars_array.Rule` describes. Notation, as in the
-docstrings: :math:`\eta` trust coefficient, w weight decay, :math:`\mu` momentum, :math:`\tau` dampening,
-:math:`r` trust ratio, :math:`d = g + w p`. RAW means :math:`\eta\|p\| / (\|g\| + w\|p\| + \epsilon)` and
-SUM :math:`\eta\|p\| / (\|d\| + \epsilon)`.
+Every rule is a function ``rule(S, hyper, xp) -> C``, see `lars_array.Rule`. Notation in the docstrings: :math:`\eta`
+trust coefficient, w weight decay, :math:`\mu` momentum, :math:`\tau` dampening, :math:`r` trust ratio,
+:math:`d = g + w p`, RAW :math:`\eta\|p\| / (\|g\| + w\|p\| + \epsilon)` and SUM :math:`\eta\|p\| / (\|d\| + \epsilon)`.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ Namespace = Any
 
 
 def _raw_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    """Return RAW, 1 where a norm is zero."""
+    """Return RAW, or 1 where a norm is zero."""
     p_norm, g_norm, _ = norms(S, xp)
     return trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, (p_norm > 0) & (g_norm > 0), hyper, xp)
 
 
 def _sum_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    """Return SUM, with the norm of the third sum; 1 where a norm is zero."""
+    """Return SUM with the norm of the third sum, or 1 where a norm is zero."""
     p_norm, _, d_norm = norms(S, xp)
     return trust_ratio(p_norm, d_norm, (p_norm > 0) & (d_norm > 0), hyper, xp)
 
@@ -48,9 +47,10 @@ def _sum_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 @register("paper", "mmselfsup")
 @register("mlperf", "open-lars", "tinygrad", "tf-tpu", keeps_buffer=True)
 def paper(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r"""Algorithm 1 of the paper: :math:`v' = \mu v + \text{lr}\,r\,d, p' = p - v'`, r = RAW, the lr inside the buffer.
+    r"""Algorithm 1 of the paper: :math:`v' = \mu v + \text{lr}\,r\,d, p' = p - v'`, r = RAW, with lr inside the buffer.
 
-    Where a norm is zero r = 1 and the decay stays. With nesterov :math:`p' = p - (\mu v' + \text{lr}\,r\,d)`.
+    Where a norm is zero, r = 1 and weight decay still applies. With nesterov
+    :math:`p' = p - (\mu v' + \text{lr}\,r\,d)`.
 
     Sources: arXiv 1708.03888, Algorithm 1; mlcommons/training
     retired_benchmarks/resnet-tf2/tensorflow2/lars_optimizer.py; open-lars 0.1.1; tinygrad 0.14.0 nn/optim.py
@@ -62,7 +62,7 @@ def paper(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("timm")
 def timm(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r"""As flash, but where a norm is zero r = 1 and the decay stays; the clip then holds for that 1 as well.
+    """As flash, but where a norm is zero, r = 1 and weight decay still applies; `trust_clip` also acts on this 1.
 
     Source: timm 1.0.31 timm/optim/lars.py.
     """
@@ -73,7 +73,7 @@ def timm(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("apex", "solo")
 def apex(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r"""As flash with ``always_adapt``: layers without decay are adapted too.
+    """As flash with ``always_adapt``: layers without weight decay are adapted too.
 
     Sources: NVIDIA/apex apex/parallel/LARC.py (as in ROCm/apex); solo-learn solo/utils/lars.py.
     """
@@ -82,7 +82,7 @@ def apex(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("kozistr", damped_nesterov=True)
 def kozistr(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r"""As timm with ``always_adapt``; a zero gradient has a ratio, :math:`\eta/w`; the first step is dampened too.
+    r"""As timm with ``always_adapt``, but r = :math:`\eta/w` for a zero gradient, and the first step is dampened too.
 
     Source: pytorch-optimizer 4.1.0 pytorch_optimizer/optimizer/lars.py.
     """
@@ -104,7 +104,7 @@ def barlow(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("optax", "simclr", "tf-models", norm_of="decayed gradient", keeps_buffer=True)
 def optax(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r"""r = SUM, 1 where a norm is zero, the lr inside: :math:`v' = \mu v + \text{lr}\,r\,d, p' = p - v'`.
+    r"""r = SUM, 1 where a norm is zero, with lr inside the buffer: :math:`v' = \mu v + \text{lr}\,r\,d, p' = p - v'`.
 
     Sources: optax 0.2.8 optax/_src/alias.py; google-research/simclr lars_optimizer.py and tf-models-official 2.20.0
     official/modeling/optimization/lars.py (classic momentum).
@@ -115,7 +115,7 @@ def optax(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("simclr-popular", "tf-models-popular", norm_of="update", keeps_buffer=True)
 def simclr_popular(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,u`, r divides by :math:`\|u\|`: u is v', or d + μv' with nesterov.
+    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,u`; r divides by :math:`\|u\|`, u = v', or d + μv' with nesterov.
 
     Sources: as `optax`, with classic_momentum=False.
     """
@@ -127,7 +127,7 @@ def simclr_popular(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 def nvidia(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     r"""As paper, with momentum correction: :math:`v' = \mu \frac{\text{lr}}{\text{lr}_{t-1}} v + \text{lr}\,r\,d`.
 
-    So the trajectory is that of the lr outside the buffer. No correction where the last lr was 0.
+    The trajectory equals that with lr outside the buffer. No correction if the previous lr was 0.
 
     Sources: mlcommons/training_results_v0.7 NVIDIA resnet MXNet fit.py, SGDwLARS and SGDwFASTLARS; MXNet 1.9.1
     python/mxnet/optimizer/lars.py.
@@ -142,9 +142,9 @@ def nvidia(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 @register("tinygrad-popular")
 @register("nus", "colossalai", trust_bounds=(0.0, 50.0))
 def nus(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,v'`: r = RAW of this step, at most 50, times the buffer.
+    r""":math:`v' = \mu v + d, p' = p - \text{lr}\,r\,v'`: the current r = RAW, at most 50, scales the whole buffer.
 
-    The originals also clamp d elementwise to ±10, which is no function of sums and is left out.
+    The originals also clamp d elementwise to ±10. The clamp is not a function of sums and is not implemented.
 
     Sources: NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch lars.py; ColossalAI colossalai/nn/optimizer/lars.py. tinygrad 0.14.0
     (classic=False) is the same without the 50.
@@ -155,9 +155,9 @@ def nus(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("tf-contrib", keeps_buffer=True)
 def tf_contrib(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r""":math:`v' = \mu v + g, p' = p - \text{lr}\,r\,v'`: w is in the denominator of r = RAW only, never in the step.
+    r""":math:`v' = \mu v + g, p' = p - \text{lr}\,r\,v'`: w affects only the denominator of r = RAW, not the step.
 
-    The loss must contain the decay. Source: tensorflow 1.x contrib/opt/python/training/lars_optimizer.py.
+    Add the L2 penalty to the loss. Source: tensorflow 1.x contrib/opt/python/training/lars_optimizer.py.
     """
     ratio = _raw_ratio(S, hyper, xp)
     return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, xp.zeros_like(ratio), hyper, xp)
@@ -165,7 +165,7 @@ def tf_contrib(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
 @register("paddle", keeps_buffer=True)
 def paddle(S: Array, hyper: Hyper, xp: Namespace) -> Array:
-    r"""As paper, but layers without decay are not adapted. Source: Paddle 3.3.1 lars_momentum_kernel."""
+    """As paper, but layers without weight decay are not adapted. Source: Paddle 3.3.1 lars_momentum_kernel."""
     adapted = (hyper.weight_decay > 0) | hyper.always_adapt
     grad_scale = hyper.lr * xp.where(adapted, _raw_ratio(S, hyper, xp), 1.0)
     return momentum_form(grad_scale, xp.ones_like(grad_scale), hyper.weight_decay, hyper, xp)
@@ -177,7 +177,7 @@ _FAIR = {"momentum": 0.9, "eps": 0.0}
 _SIMCLR = {"momentum": 0.9, "eps": 0.0}
 _TENSORFLOW = {"momentum": 0.9, "weight_decay": 1e-4, "eps": 0.0}
 
-# By rule, where the original's defaults differ from those of `LARS`.
+# By rule: the original's defaults that differ from those of `LARS`.
 PRESETS: dict[str, dict[str, Any]] = {
     "torch-optimizer": {"trust_coefficient": 0.01},
     "kozistr": {"momentum": 0.9, "eps": 0.0},
@@ -190,7 +190,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "simclr-popular": _SIMCLR,
     "tf-models": _SIMCLR,
     "tf-models-popular": _SIMCLR,
-    # The reference replaces its 0.0, which is falsy, by Keras's 1e-7.
+    # The reference's 0.0 is falsy, so Keras's 1e-7 is used.
     "mlperf": _TENSORFLOW | {"eps": 1e-7},
     "tf-tpu": _TENSORFLOW,
     "tf-contrib": _TENSORFLOW,
@@ -206,7 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Return the arguments that make `LARS` the implementation `name` as its authors ship it.
+    """Return the arguments with which `LARS` equals the implementation `name` with its default hyper-parameters.
 
     Parameters
     ----------
@@ -216,8 +216,8 @@ def preset(name: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        The rule, and the original's defaults where they differ from those of `LARS`. Use `param_groups` for exclusions
-        by name or number of axes, which some originals have built in.
+        The rule, and the original's defaults that differ from those of `LARS`. Exclusions by name or number of axes,
+        which are built into some originals, are not included: use `param_groups`.
 
     Raises
     ------

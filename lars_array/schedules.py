@@ -1,6 +1,7 @@
 """Learning rates as pure functions of the step.
 
-A schedule is a value: it can be compared, pickled, copied and printed. It is called with the step's number, from 0.
+A schedule is an immutable value that can be compared, pickled, copied and printed. It is called with the number of the
+step, starting from 0.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ def linear_scaled_lr(base_lr: float, batch_size: int, base_batch_size: int = 256
     Parameters
     ----------
     base_lr : float
-        The learning rate that suits batches of `base_batch_size`.
+        The learning rate for batches of `base_batch_size`.
     batch_size : int
         The batch size of the whole step, summed over all devices.
     base_batch_size : int, default: 256
-        The batch size that `base_lr` was found for.
+        The batch size for which `base_lr` was tuned.
 
     Returns
     -------
@@ -46,9 +47,9 @@ def linear_scaled_lr(base_lr: float, batch_size: int, base_batch_size: int = 256
 
 
 class _WarmUp:
-    """A linear warm-up to the peak, then a decay whose remaining fraction `_left` of the subclass returns.
+    """A linear warm-up to the peak, followed by a decay that the subclass defines in `_left`.
 
-    A frozen dataclass written by hand: importing `dataclasses` would take much of the time of ``import lars_array``.
+    Written like a frozen dataclass: importing `dataclasses` would noticeably slow down ``import lars_array``.
     """
 
     peak_lr: float
@@ -113,16 +114,15 @@ class warmup_cosine(_WarmUp):  # noqa: N801 - used as a function, like functools
     Parameters
     ----------
     peak_lr : float
-        The rate at the step `warmup_steps`, for instance from `linear_scaled_lr`.
+        The learning rate at step `warmup_steps`, for instance from `linear_scaled_lr`.
     total_steps : int
-        The length of the whole run, warm-up included. From this step on the rate is `end_lr`.
+        The length of the whole run, including the warm-up. From this step on the learning rate is `end_lr`.
     warmup_steps : int, default: 0
-        The length of the warm-up. With as many as `total_steps`, no decay is left:
-        the step after the peak has `end_lr`.
+        The length of the warm-up. If it equals `total_steps`, there is no decay: the step after the peak has `end_lr`.
     end_lr : float, default: 0.0
-        The last rate.
+        The final learning rate.
     start_lr : float, default: 0.0
-        The rate of step 0, if there is a warm-up.
+        The learning rate of step 0, if there is a warm-up.
 
     See Also
     --------
@@ -130,10 +130,11 @@ class warmup_cosine(_WarmUp):  # noqa: N801 - used as a function, like functools
 
     Notes
     -----
-    Called with an integer, the schedule returns a float. Called with an array, traced ones included, it computes with
-    the array's own namespace and returns an array: of the same dtype, or of the default one where it held integers.
+    Called with an integer, the schedule returns a float. Called with an array, also a traced one, it computes with the
+    array's namespace and returns an array: of the same dtype, or of the default floating-point dtype for integer
+    arrays.
 
-    The values are those of ``optax.warmup_cosine_decay_schedule``.
+    The values equal those of ``optax.warmup_cosine_decay_schedule``.
 
     Examples
     --------
@@ -157,30 +158,29 @@ class warmup_polynomial(_WarmUp):  # noqa: N801 - see warmup_cosine
     Parameters
     ----------
     peak_lr : float
-        The rate at the step `warmup_steps`, for instance from `linear_scaled_lr`.
+        The learning rate at step `warmup_steps`, for instance from `linear_scaled_lr`.
     total_steps : int
-        The length of the whole run, warm-up included. From this step on the rate is `end_lr`.
+        The length of the whole run, including the warm-up. From this step on the learning rate is `end_lr`.
     warmup_steps : int, default: 0
-        The length of the warm-up. With as many as `total_steps`, no decay is left:
-        the step after the peak has `end_lr`.
+        The length of the warm-up. If it equals `total_steps`, there is no decay: the step after the peak has `end_lr`.
     end_lr : float, default: 0.0001
-        The last rate.
+        The final learning rate.
     power : float, default: 2.0
-        The degree of the polynomial, more than 0.
+        The degree of the polynomial, greater than 0.
     start_lr : float, default: 0.0
-        The rate of step 0, if there is a warm-up.
+        The learning rate of step 0, if there is a warm-up.
 
     See Also
     --------
-    warmup_cosine : The same warm-up; the notes on arrays there hold here.
+    warmup_cosine : The same warm-up; its notes on arrays apply here too.
 
     Notes
     -----
-    After the warm-up the rate is
+    After the warm-up the learning rate is
     ``(peak_lr - end_lr) * (1 - (step - warmup_steps) / (total_steps - warmup_steps))**power + end_lr``.
 
-    MLPerf's reference, ``PolynomialDecayWithWarmup`` in ``retired_benchmarks/resnet-tf2`` of mlcommons/training,
-    decays over one step more: its values are those of ``total_steps=train_steps + 1``.
+    MLPerf's reference, ``PolynomialDecayWithWarmup`` in ``retired_benchmarks/resnet-tf2`` of mlcommons/training, decays
+    over one step more: its values are those of ``total_steps=train_steps + 1``.
 
     References
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -19,9 +20,9 @@ class Norms(NamedTuple):
     Parameters
     ----------
     parameter : float
-        Of its parameters, before the step.
+        Norm of its parameters before the step.
     gradient : float
-        Of its gradient as it was given.
+        Norm of its gradient as passed to the step, before any scaling.
     """
 
     parameter: float
@@ -29,16 +30,16 @@ class Norms(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """A step that was taken, or queued on a device.
+    """The result of a step that was taken, or queued on a device.
 
     Parameters
     ----------
     names : sequence of str
-        The names of its rows.
+        The names of the rows.
     S : array of shape (rows, 3)
-        Its sums.
+        The sums.
     inputs : callable
-        Returns gradient factors, hyper-parameters and rules, one a row: only telemetry needs them.
+        Returns gradient factors, hyper-parameters and rules, one per row; only telemetry needs them.
     """
 
     names: Sequence[str]
@@ -48,24 +49,25 @@ class StepResult(NamedTuple):
     @classmethod
     def of_nothing(cls) -> StepResult:
         """Return the result of a step in which no parameter had a gradient."""
-        return cls((), None, _Constant(None))
+        return cls((), None, partial(tuple, ()))
 
     def norms(self) -> dict[str, Norms]:
-        """Return the norms of each row by name; waits for a device."""
+        """Return the norms of each row by name; waits for the device."""
         with device_context(self.S):
             p_squares, g_squares = (to_floats(self.S[:, i]) for i in (0, 1))
         return dict(zip(self.names, [Norms(p**0.5, g**0.5) for p, g in zip(p_squares, g_squares)]))
 
     def trust_ratios(self) -> dict[str, float]:
-        r"""Return the trust ratio of each row by name: its first-order step along the gradient, relative to SGD's.
+        r"""Return the trust ratio of each row by name; waits for the device.
 
-        Taken from the coefficients, :math:`(\kappa\alpha + \lambda)` over the same of SGD, so any rule has one; 1
-        where a layer was not adapted. Waits for a device.
+        The ratio is the first-order step along the gradient relative to that of SGD. It is computed from the
+        coefficients, :math:`(\kappa\alpha + \lambda)` divided by the same of SGD, so every rule has one; 1 where a
+        layer was not adapted.
         """
         xp = array_namespace(self.S)
         with device_context(self.S):
             gamma, hyper, rules = self.inputs()
-            # A warm-up may start at lr = 0 and dampening 1 leave nothing in a buffer: the ratio is the limit.
+            # With lr = 0 or dampening 1 the quotient is 0 / 0; the ratio is its limit.
             lr = xp.where(hyper.lr == 0, float(xp.finfo(hyper.lr.dtype).smallest_normal) ** 0.5, hyper.lr)
             hyper = hyper._replace(lr=lr, dampening=0 * hyper.dampening)
             S = xp.stack([self.S[:, 0], gamma**2 * self.S[:, 1], self.S[:, 2]], axis=1)
@@ -75,16 +77,5 @@ class StepResult(NamedTuple):
             return dict(zip(self.names, to_floats(ratios)))
 
     def settled(self) -> StepResult:
-        """Return the result with its inputs evaluated, which can be pickled."""
-        found = self.inputs()
-        return self._replace(inputs=_Constant(found))
-
-
-class _Constant:
-    """A function that returns one value, and can be pickled."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __call__(self) -> Any:
-        return self.value
+        """Return the result with its inputs evaluated, so that it can be pickled."""
+        return self._replace(inputs=partial(tuple, self.inputs()))

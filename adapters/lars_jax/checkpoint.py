@@ -1,4 +1,4 @@
-"""States of `lars_array.LARS`, of its eager twin here, and of `lars_jax.lars`, one made of the other."""
+"""Conversion between the states of `lars_jax.lars` and of `lars_array.LARS`, whose form `lars_jax.LARS` shares."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lars_array.checkpoint import read_checkpoint
-from lars_array.dtypes import accumulation_dtype, compute_dtype
-from lars_array.hyper import complete, needs_buffer
-from lars_jax.transformation import LarsState, groups_of, said_by
-from lars_jax.trees import leaves_as, named_leaves
+from lars_array._arrays import accumulation_dtype, compute_dtype
+from lars_array.hyperparams import complete, needs_buffer
+from lars_array.state.checkpoint import read_checkpoint
+from lars_jax._trees import leaves_as, named_leaves
+from lars_jax.transformation import LarsState, bind_arguments, groups_of
 
 __all__ = ["from_state_dict", "regrouped", "to_state_dict"]
 
@@ -24,7 +24,7 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
     Parameters
     ----------
     state : LarsState, or pytree that holds one
-        From ``init`` or ``update``; alone, or in the state of ``optax.chain`` say.
+        From ``init`` or ``update``; alone, or in another state, such as that of ``optax.chain``.
     params : pytree
         The parameters.
     learning_rate : float, array of shape (), or schedule
@@ -35,8 +35,8 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
     Returns
     -------
     dict
-        By the names of the leaves, their paths with dots; arrays are NumPy's. Leaves that are treated alike by masks
-        and `layer_axes` are a group.
+        By the names of the leaves, their paths with dots; arrays are NumPy's. Leaves with the same masks and
+        `layer_axes` form a group.
 
     Raises
     ------
@@ -50,14 +50,16 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
         trace = leaves_as(structure, found.trace, "the trace of state")
     if found.first.shape != (len(names),):
         raise ValueError(f"state must be of as many leaves as the parameters, {len(names)}; got {found.first.shape[0]}")
-    said = said_by(learning_rate, *arguments, **options)
-    groups, group_of = groups_of(said.given, params, said)
-    named = [[name for name, k in zip(names, group_of) if k == number] for number in range(len(groups))]
+    bound = bind_arguments(learning_rate, *arguments, **options)
+    groups, group_of = groups_of(bound.hyper, params, bound)
+    param_groups = [
+        complete(group) | {"names": [name for name, number in zip(names, group_of) if number == k]}
+        for k, group in enumerate(groups)
+    ]
     of_names = {}
     for name, v, first, previous_lr in zip(names, trace, found.first.tolist(), found.previous_lr.tolist()):
         buffer = {} if v is None or first else {"momentum_buffer": np.array(v)}
         of_names[name] = {"previous_lr": previous_lr, **buffer}
-    param_groups = [complete(group) | {"names": own} for group, own in zip(groups, named)]
     return {"steps": int(found.count), "skipped_steps": 0, "param_groups": param_groups, "state": of_names}
 
 
@@ -67,7 +69,7 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
     Parameters
     ----------
     state_dict : mapping
-        From ``state_dict``; not modified. Its hyper-parameters are not looked at: `lars` is given them.
+        From ``state_dict``; not modified. Its hyper-parameters are ignored: they are arguments of `lars`.
     params : pytree
         The parameters, the names of whose leaves are those in `state_dict`.
 
@@ -109,14 +111,14 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
     Raises
     ------
     ValueError
-        If names that are to be in one group come from groups that say different things, or are missing.
+        If names of one new group come from groups with different options, or are missing.
     TypeError
-        If `state_dict` is none.
+        If `state_dict` is not one.
     """
     _names_of_groups(state_dict)
     options: dict[str, dict[str, Any]] = {}
     for group in state_dict["param_groups"]:
-        own = {key: x for key, x in group.items() if key != "names"} | {"layer_axes": 0}  # parameters are what they are
+        own = {key: x for key, x in group.items() if key != "names"} | {"layer_axes": 0}  # which parameters have here
         options |= dict.fromkeys(group["names"], own)
     _check_names(list(options), [name for names in names_of_groups for name in names])
     groups = []

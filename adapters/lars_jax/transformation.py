@@ -9,22 +9,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from lars_array.arrays import check_buffer, check_gradient, check_parameter
-from lars_array.core import displacement, plan, prepare, sums
-from lars_array.dtypes import accumulation_dtype, compute_dtype
-from lars_array.hyper import DEFAULTS, at_step, needs_buffer
-from lars_array.nonfinite import finite, largest
-from lars_array.presets import PRESETS
-from lars_array.registry import Rule
-from lars_array.rows import LayerOf, joined_rows, labels_of, row_labels, stacks_of
-from lars_jax.collective import mapped_axes, summed_over
-from lars_jax.trees import as_jax, is_bool, is_count, leaves_as, named_leaves, spread
+import lars_array
+from lars_array import core
+from lars_array._arrays import accumulation_dtype, check_buffer, check_gradient, check_parameter, compute_dtype
+from lars_array._stepper import finite_layers
+from lars_array.core import Rule
+from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer
+from lars_array.layers import LayerOf, LayerRows, labels_of
+from lars_jax._collective import mapped_axes, sum_over_devices
+from lars_jax._trees import as_jax, is_bool, is_count, leaves_as, named_leaves, spread
 
-__all__ = ["LarsState", "Said", "groups_of", "lars", "said_by"]
+__all__ = ["LarsArguments", "LarsState", "bind_arguments", "groups_of", "lars"]
 
 
 class LarsState(NamedTuple):
-    """What `lars` carries from step to step.
+    """The state of `lars` between steps.
 
     Parameters
     ----------
@@ -71,50 +70,30 @@ def lars(
     r"""Layer-wise adaptive rate scaling (You et al. 2017), each leaf a layer.
 
     By default the step is that of ``flash.core.optimizers.LARS``; ``lars(lr, rule="optax")`` is ``optax.lars(lr)``.
-    Numbers may be traced arrays, and functions of the number of steps taken.
+    Arguments as for `lars_array.LARS`, except: numbers may be traced arrays and functions of the number of steps taken;
+    momentum is 0.9 by default; there are no groups, `adapt`, `master_weights` and `kernel`; and those below.
 
     Parameters
     ----------
     learning_rate : float, array of shape (), or schedule
-        The learning rate. It is part of the step: nothing more is to be scaled by it.
-    momentum : float
-        :math:`\mu`.
-    weight_decay : float
-        w, the L2 penalty. With 0, flash's rule adapts nothing: this is SGD.
-    dampening : float
-        As in `lars_array.LARS`.
-    nesterov : bool
-        Nesterov's form of momentum.
-    trust_coefficient : float
-        :math:`\eta`.
+        `lr`. It is part of the step: do not add ``optax.scale(-lr)`` after it.
     eps : float, optional
-        :math:`\epsilon`; by default that of the implementation that `rule` names, 1e-8 for flash and 0 for optax.
-    rule : str, callable or Rule
-        The variant of LARS, as in `lars_array.LARS`.
-    trust_clip : bool
-        As in `lars_array.LARS`.
-    trust_bounds : pair of float, optional
-        As in `lars_array.LARS`.
-    always_adapt, maximize : bool
-        As in `lars_array.LARS`.
-    rescale_grad, max_grad_norm : float
-        As in `lars_array.LARS`; the second may be None.
+        By default that of the implementation that `rule` names, 1e-8 for flash and 0 for optax.
     nonfinite : {"propagate", "skip"}
-        What becomes of a step whose sums or coefficients are not finite: it is taken; or the updates are zeros and the
-        state stays as it is.
+        A traced step can't raise. With "skip", updates that are not finite become zeros and the state does not change.
     weight_decay_mask, trust_ratio_mask : bool, pytree of bool, or callable
         Which leaves are decayed, and which are adapted: one value for all; a tree of the parameters' structure, or a
-        prefix of it; or a function that returns one of these, given the parameters. A leaf that is adapted and alone
-        is not decayed is adapted by rules, too, that leave out what is not decayed.
+        prefix of it; or a function that returns one of these, given the parameters. A leaf that is adapted but excluded
+        from decay is adapted by all rules, also by those that leave out layers without decay.
     layer_axes : int, pytree of int, or callable, optional
-        How many leading axes of a leaf say which layer it is, none by default: with 1 each ``p[i]`` is a layer, as in
-        the stacked parameters of scanned layers.
+        The number of leading axes of a leaf along which slices are layers, as in the stacked parameters of scanned
+        layers; in the forms of the masks, 0 by default.
     layer_of : mapping or callable, optional
-        Which layer a leaf is a part of, by its path with dots, "attention.query" say; as in `lars_array.LARS`.
+        By the paths of leaves with dots, such as "attention.query".
     axis_name : hashable, tuple of hashable, pytree of these, or callable, optional
         Under ``jax.shard_map`` or ``jax.pmap``, the mapped axes that a leaf is split over; None or () for a leaf that
         every device has whole. One collective sums the norms of the whole model. A stacked leaf must not be split along
-        its `layer_axes` there. None of this is needed for arrays that are sharded under ``jax.jit``.
+        its `layer_axes`. Arrays that are sharded under ``jax.jit`` do not need this.
 
     Returns
     -------
@@ -125,7 +104,7 @@ def lars(
     Raises
     ------
     ValueError, TypeError
-        As for `lars_array.LARS`, from ``lars`` for what it can check, else from ``init`` or ``update``.
+        As for `lars_array.LARS`, from ``lars`` for everything that it can check, else from ``init`` or ``update``.
 
     Notes
     -----
@@ -153,9 +132,8 @@ def lars(
     7.489
     4.731
     """
-    said = _said(locals())
-    given = said.given
-    keeps = needs_buffer(given)
+    arguments = _arguments_of(locals())
+    keeps = needs_buffer(arguments.hyper)
 
     def init(params: Any) -> LarsState:
         names, leaves, structure = named_leaves(params)
@@ -180,112 +158,112 @@ def lars(
         leaves = list(map(as_jax, leaves))
         grads = list(map(as_jax, leaves_as(structure, updates, "updates")))
         trace = leaves_as(structure, state.trace, "the trace of state") if keeps else [None] * len(leaves)
-        index = [i for i, g in enumerate(grads) if g is not None]
         _check(state, names, leaves, grads, trace)
+        index = [i for i, g in enumerate(grads) if g is not None]
         if not index:
             return updates, state._replace(count=optax.safe_increment(state.count))
 
-        numbers = {name: x(state.count) if callable(x) and name != "rule" else x for name, x in given.items()}
-        groups, group_of = groups_of(at_step(numbers, state.count), params, said)
-        labels = labels_of(layer_of, names)
-        lists: Any = (leaves, grads, trace)
-        ps, gs, vs = ([x[i] for i in index] for x in lists)
-        stacks = stacks_of([names[i] for i in index], ps, [groups[group_of[i]]["layer_axes"] for i in index])
-        joined = joined_rows(row_labels([labels[i] for i in index], stacks))
-        owner = [k for k, stack in enumerate(stacks) for _ in range(stack.rows)]
-        over = mapped_axes(axis_name, params)
-
-        def measure(operand: Any) -> Any:
-            S = sums(ps, gs, vs, operand, xp=jnp, leads=[stack.lead for stack in stacks])
-            return summed_over(S, [over[index[k]] for k in owner])
-
-        place = jnp.asarray(index)
-        of_rows = jnp.asarray([index[k] for k in owner])
-        prepared = prepare(
-            groups,
-            [group_of[index[k]] for k in owner],
-            first=state.first[of_rows],
-            previous_lr=state.previous_lr[of_rows],
-            like=ps[0],
+        hyper = {name: x(state.count) if _is_schedule(name, x) else x for name, x in arguments.hyper.items()}
+        groups, groups_of_leaves = groups_of(at_step(hyper, state.count), params, arguments)
+        lists: Any = names, leaves, grads, trace, groups_of_leaves, labels_of(layer_of, names)
+        own, ps, gs, vs, group_of, labels = ([x[i] for i in index] for x in lists)
+        rows = LayerRows.of(own, ps, [groups[k]["layer_axes"] for k in group_of], labels)
+        of_rows, of_leaves = jnp.asarray(rows.spread(index)), jnp.asarray(index)
+        first, previous_lr = state.first[of_rows], state.previous_lr[of_rows]
+        inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, like=ps[0], xp=jnp)
+        axes = mapped_axes(axis_name, params)
+        axes_of_rows = [axes[i] for i in rows.spread(index)]
+        differences, new_vs, outputs = core.step(
+            ps,
+            gs,
+            vs,
+            inputs,
+            rows,
             xp=jnp,
+            reduce=lambda S: sum_over_devices(S, axes_of_rows),
+            third=core.displacement,
         )
-        step = plan(prepared, measure, xp=jnp, joined=joined)
         taken = None
         if nonfinite == "skip":
-            taken = jnp.all(finite(step.S, step.C, largest([ps[k] for k in owner], like=ps[0], xp=jnp), xp=jnp))
+            dtypes = rows.spread([g.dtype for g in gs])
+            taken = jnp.all(finite_layers(outputs.S, outputs.C, rows.spread(ps), dtypes, xp=jnp))
 
         def chosen(new: Any, old: Any) -> Any:
             return new if taken is None else jnp.where(taken, new, old)
 
         new_updates, new_trace = list(grads), list(trace)
-        for i, stack, p, g, v in zip(index, stacks, ps, gs, vs, strict=True):
-            d, new_v = displacement(p, g, v, stack.coefficients(step.C, xp=jnp), xp=jnp)
+        for i, p, d, v, new_v in zip(index, ps, differences, vs, new_vs, strict=True):
             new_updates[i] = chosen(-d, jnp.zeros_like(d)).astype(p.dtype)
             new_trace[i] = None if v is None else chosen(new_v, v)
-        rates = step.hyper.lr[jnp.asarray([stack.start for stack in stacks])].astype(state.previous_lr.dtype)
+        rates = outputs.hyper.lr[jnp.asarray([own.start for own in rows.slices])].astype(state.previous_lr.dtype)
         new_state = LarsState(
             count=chosen(optax.safe_increment(state.count), state.count),
             trace=structure.unflatten(new_trace) if keeps else None,
-            first=chosen(state.first.at[place].set(False), state.first) if keeps else state.first,
-            previous_lr=chosen(state.previous_lr.at[place].set(rates), state.previous_lr),
+            first=chosen(state.first.at[of_leaves].set(False), state.first) if keeps else state.first,
+            previous_lr=chosen(state.previous_lr.at[of_leaves].set(rates), state.previous_lr),
         )
         return structure.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class Said(NamedTuple):
-    """What `lars` was called with: hyper-parameters as `lars_array` names them, and what is said of each leaf."""
+class LarsArguments(NamedTuple):
+    """The arguments of `lars`: hyper-parameters by the names of `lars_array`, and those that differ by leaf."""
 
-    given: dict[str, Any]
+    hyper: dict[str, Any]
     weight_decay_mask: Any
     trust_ratio_mask: Any
     layer_axes: Any
 
 
-def said_by(*arguments: Any, **options: Any) -> Said:
-    """Return what `lars` would be told by a call with these arguments."""
+def bind_arguments(*arguments: Any, **options: Any) -> LarsArguments:
+    """Return the arguments of a call of `lars`."""
     bound = inspect.signature(lars).bind(*arguments, **options)
     bound.apply_defaults()
-    return _said(bound.arguments)
+    return _arguments_of(bound.arguments)
 
 
-def _said(arguments: Mapping[str, Any]) -> Said:
-    given = {name: arguments[name] for name in DEFAULTS if name in arguments} | {"lr": arguments["learning_rate"]}
-    rule = given["rule"]
-    if given["eps"] is None:
-        given["eps"] = PRESETS.get(rule, {}).get("eps", DEFAULTS["eps"]) if isinstance(rule, str) else DEFAULTS["eps"]
-    if given["nonfinite"] == "raise":
+def _arguments_of(given: Mapping[str, Any]) -> LarsArguments:
+    """Return the arguments of `lars`, checked, from those that it was called with."""
+    hyper = defaults_from({**given, "lr": given["learning_rate"]})
+    axes = hyper.pop("layer_axes")
+    if hyper["eps"] is None:
+        rule = hyper["rule"]
+        named = isinstance(rule, str) and rule in lars_array.RULES
+        hyper["eps"] = (DEFAULTS | (lars_array.preset(rule) if named else {}))["eps"]
+    if hyper["nonfinite"] == "raise":
         raise ValueError("nonfinite must be 'propagate' or 'skip', since a traced step can't raise; got 'raise'")
     for name in ("weight_decay_mask", "trust_ratio_mask"):
-        if arguments[name] is None:
+        if given[name] is None:
             raise TypeError(f"{name} must be a bool, a pytree of bool, or a function; got None")
-    del given["layer_axes"]
-    at_step({name: 0.0 if callable(x) and name != "rule" else x for name, x in given.items()}, 0)
-    axes = 0 if arguments["layer_axes"] is None else arguments["layer_axes"]
-    return Said(given, arguments["weight_decay_mask"], arguments["trust_ratio_mask"], axes)
+    at_step({name: 0.0 if _is_schedule(name, x) else x for name, x in hyper.items()}, 0)
+    return LarsArguments(hyper, given["weight_decay_mask"], given["trust_ratio_mask"], 0 if axes is None else axes)
 
 
-def groups_of(options: Mapping[str, Any], params: Any, said: Said) -> tuple[list[dict[str, Any]], list[int]]:
+def _is_schedule(name: str, value: Any) -> bool:
+    return callable(value) and name != "rule"
+
+
+def groups_of(
+    hyper: Mapping[str, Any], params: Any, arguments: LarsArguments
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Return groups of hyper-parameters, and the group of each leaf."""
-    decayed = spread("weight_decay_mask", said.weight_decay_mask, params, is_bool, "True or False")
-    adapted = spread("trust_ratio_mask", said.trust_ratio_mask, params, is_bool, "True or False")
-    axes = spread("layer_axes", said.layer_axes, params, is_count, "integers of at least 0")
+    decayed = spread("weight_decay_mask", arguments.weight_decay_mask, params, is_bool, "True or False")
+    adapted = spread("trust_ratio_mask", arguments.trust_ratio_mask, params, is_bool, "True or False")
+    axes = spread("layer_axes", arguments.layer_axes, params, is_count, "integers of at least 0")
     of_leaves = list(zip(map(bool, decayed), map(bool, adapted), axes))
     kinds = list(dict.fromkeys(of_leaves))
-    groups = []
-    for decays, adapts, count in kinds:
-        excluded = {} if decays or _is_zero(options["weight_decay"]) else {"weight_decay": 0.0, "always_adapt": True}
-        groups.append({**options, "adapt": adapts, "layer_axes": count, **excluded})
+    decay = hyper["weight_decay"]
+    excluded = {} if isinstance(decay, int | float) and decay == 0 else {"weight_decay": 0.0, "always_adapt": True}
+    groups = [
+        {**hyper, "adapt": adapts, "layer_axes": count, **({} if decays else excluded)}
+        for decays, adapts, count in kinds
+    ]
     return groups, [kinds.index(kind) for kind in of_leaves]
 
 
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, int | float) and x == 0
-
-
 def _check(state: LarsState, names: list[str], leaves: list[Any], grads: list[Any], trace: list[Any]) -> None:
-    """Refuse what does not fit, naming the leaf."""
+    """Raise for arrays that do not fit, naming the leaf."""
     if state.first.shape != (len(names),):
         raise ValueError(f"state must be of as many leaves as the parameters, {len(names)}; got {state.first.shape[0]}")
     for name, p, g, v in zip(names, leaves, grads, trace, strict=True):

@@ -1,7 +1,7 @@
-"""The claim of the LARS paper, on a small network and real data: ``python -m lars_array demo``.
+"""The claim of the LARS paper, tested on a small network and real data: ``python -m lars_array demo``.
 
-A perceptron of seven layers learns handwritten digits in a plain NumPy loop, in small and in large batches, with SGD
-and with LARS. The learning rates are chosen on a validation part; what is reported is measured on a test part.
+A seven-layer perceptron is trained on handwritten digits in a plain NumPy loop, in small and in large batches, with SGD
+and with LARS. Learning rates are chosen on a validation set; the reported accuracies are measured on a test set.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ def main(quick: bool, seed: int, out: Path) -> int:
     Parameters
     ----------
     quick : bool
-        Whether to be done in a few seconds, with less to conclude from.
+        Whether to run a small version that takes a few seconds and is less conclusive.
     seed : int
-        Decides every number; at least 0.
+        Seed of all random numbers; at least 0.
     out : pathlib.Path
-        The folder for the figure and the numbers. Made if it is not there.
+        The folder for the figure and the numbers; created if it does not exist.
 
     Returns
     -------
     int
-        Exit code: 0, 2 for an argument that will not do, 130 after Ctrl-C.
+        Exit code: 0, 2 for an invalid argument, 130 after Ctrl-C.
     """
     if seed < 0:
         return _refuse(f"The seed must be at least 0, got {seed}.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # Better to learn now than after the training that this fails.
+        tempfile.TemporaryFile(dir=out).close()  # Fail now rather than after the training.
         files = _run(quick, seed)
         for name, content in files.items():
             _write(out / name, content)
@@ -48,7 +48,7 @@ def main(quick: bool, seed: int, out: Path) -> int:
 
 def _run(quick: bool, seed: int) -> dict[str, bytes]:
     """Train, print the results, and return the files to write."""
-    # Imported here, not above: the worker processes import this package too, and need neither rich nor Matplotlib.
+    # Imported here because worker processes import this package too, and need neither rich nor Matplotlib.
     from rich.console import Console
 
     from lars_array.demo import data, plan, plot, report, summary
@@ -77,7 +77,7 @@ def _run(quick: bool, seed: int) -> dict[str, bytes]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is at no time half there."""
+    """Write a file atomically, so that it is never incomplete."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The data: scikit-learn's handwritten digits, split once into a training, a validation and a test part."""
+"""The data: scikit-learn's handwritten digits, split once into a training, a validation and a test set."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Part:
     Attributes
     ----------
     x : ndarray of float32, shape (rows, 64)
-        Images of 8 x 8 pixels, scaled from 0 ... 16 to 0 ... 1. A fixed factor: no part learns it from another.
+        Images of 8 x 8 pixels, scaled from 0 ... 16 to 0 ... 1 by a fixed factor, which is not fitted to the data.
     y : ndarray of int, shape (rows,)
         Digits 0 to 9.
     index : ndarray of int, shape (rows,)
-        Which rows of the full data set these are.
+        The rows' indices in the full data set.
     """
 
     x: Array
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Digits:
-    """The three parts, which share no row."""
+    """The three parts, which are disjoint."""
 
     train: Part
     validation: Part
@@ -38,24 +38,24 @@ class Digits:
 
 
 def load(seed: int) -> Digits:
-    """Split the 1797 digits into 60 % training, 20 % validation and 20 % test, every class in proportion.
+    """Split the 1797 digits into 60 % training, 20 % validation and 20 % test, stratified by class.
 
     Parameters
     ----------
     seed : int
-        Decides which row goes where.
+        Seed of the split.
 
     Returns
     -------
     Digits
         The three parts.
     """
-    # Not at the top of the file: the worker processes are handed the data and never need scikit-learn.
+    # Imported here because worker processes receive the data and do not need scikit-learn.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, classes = load_digits(return_X_y=True)
-    # scikit-learn takes no seed above 32 bits, so the seed is hashed to one.
+    # scikit-learn accepts seeds of at most 32 bits, so the seed is hashed.
     split = int(np.random.SeedSequence(seed).generate_state(1)[0])
     rest, test = train_test_split(np.arange(len(classes)), test_size=0.2, stratify=classes, random_state=split)
     train, validation = train_test_split(rest, test_size=0.25, stratify=classes[rest], random_state=split)

@@ -23,30 +23,30 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd-clip": {"adapt": False, "max_grad_norm": 1.0},
     "lars": {"trust_coefficient": 0.05},
 }
-"""What sets the optimizers apart. All are `LARS`: not adapted it is SGD, which can clip the norm of all gradients."""
+"""The options of each optimizer. All are `LARS`: with ``adapt=False`` it is SGD, with optional gradient clipping."""
 
 CHANCE = 1 / WIDTHS[-1]
-"""The accuracy of a diverged run: its network is of no more use than a guess."""
+"""The accuracy assigned to a diverged run: that of random guessing."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What decides the outcome of a run.
+    """The description of a run, which determines its outcome.
 
     Attributes
     ----------
     optimizer : str
         A key of `OPTIMIZERS`.
     batch_size : int
-        Rows a step.
+        Rows per step.
     lr : float
         Peak learning rate.
     seed : tuple of int
         Seed of the initial weights and of the order of the rows.
     epochs : int
-        Passes over the training part.
+        Passes over the training set.
     scored_on : {"validation", "test"}
-        The part that the accuracy is measured on. Learning rates are chosen by runs that are scored on validation.
+        The part on which accuracy is measured. Runs that choose learning rates are scored on the validation set.
     """
 
     optimizer: str
@@ -59,14 +59,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a run.
+    """The result of a run.
 
     Attributes
     ----------
     accuracy : float
-        Share of the part `Run.scored_on` that is classified correctly, 0 to 1; `CHANCE` if the run diverged.
+        Fraction of the part `Run.scored_on` that is classified correctly, 0 to 1; `CHANCE` if the run diverged.
     diverged : bool
-        Whether a gradient or a parameter stopped being finite.
+        Whether a gradient or a parameter was not finite.
     seconds : float
         Wall time.
     """
@@ -77,29 +77,29 @@ class Outcome:
 
 
 def train(run: Run, digits: Digits, interrupted: Callable[[], bool] = lambda: False) -> Outcome:
-    """Train a network and score it.
+    """Train a network and measure its accuracy.
 
     Parameters
     ----------
     run : Run
-        What to do.
+        The description of the run.
     digits : Digits
         The data.
     interrupted : callable
-        Asked before every step whether to give up.
+        Called before every step; if it returns True, training is cancelled.
 
     Returns
     -------
     Outcome
-        The same for the same `run` and `digits`, but for the seconds.
+        Identical for identical `run` and `digits`, except for the seconds.
 
     Raises
     ------
     CancelledError
-        If `interrupted` said so.
+        If `interrupted` returned True.
     """
     start = perf_counter()
-    # Too large learning rates are part of the experiment. Whatever overflows is noticed below, so NumPy need not warn.
+    # Too large learning rates are part of the experiment. Overflow is detected below, so NumPy's warnings are off.
     with np.errstate(all="ignore"):
         params = fit(run, digits, interrupted)
         part = digits.validation if run.scored_on == "validation" else digits.test
@@ -108,7 +108,7 @@ def train(run: Run, digits: Digits, interrupted: Callable[[], bool] = lambda: Fa
 
 
 def fit(run: Run, digits: Digits, interrupted: Callable[[], bool]) -> Params | None:
-    """Return the parameters that `run` ends with on the training part, or None if it diverged."""
+    """Return the trained parameters of `run`, or None if it diverged."""
     rng = np.random.default_rng(run.seed)
     params = init_params(rng)
     schedule = list(batches(rng, len(digits.train.y), run))
@@ -118,17 +118,17 @@ def fit(run: Run, digits: Digits, interrupted: Callable[[], bool]) -> Params | N
             raise CancelledError
         _, gradients = loss_and_gradients(params, digits.train.x[batch], digits.train.y[batch])
         try:
-            optimizer.step(gradients)  # Refuses gradients that are not finite, and leaves the parameters alone.
+            optimizer.step(gradients)  # Raises for non-finite gradients and changes nothing.
         except NonFiniteError:
             return None
-    # The last step may have gone too far, with no gradient after it to tell.
+    # After the last step no gradient reveals divergence.
     return params if all(np.isfinite(array).all() for array in params.values()) else None
 
 
 def make_optimizer(run: Run, params: Params, steps: int) -> LARS:
-    """Return the optimizer of `run`: linear warm-up, then cosine; biases neither decayed nor adapted."""
+    """Return the optimizer of `run`: linear warm-up, then cosine; no weight decay or adaptation for biases."""
     lr = warmup_cosine(run.lr, total_steps=steps, warmup_steps=round(WARMUP_SHARE * steps))
-    # The options go into the groups, because what a group says about adaptation wins over what `LARS` is told.
+    # The options go into the groups, because options of a group override those of `LARS`.
     groups = [{**group, **OPTIMIZERS[run.optimizer]} for group in param_groups(params, weight_decay=WEIGHT_DECAY)]
     return LARS(groups, lr=lr, momentum=MOMENTUM)
 
@@ -136,8 +136,8 @@ def make_optimizer(run: Run, params: Params, steps: int) -> LARS:
 def batches(rng: np.random.Generator, rows: int, run: Run) -> Iterator[Labels]:
     """Yield the rows of every step, shape (batch_size,).
 
-    The shuffled epochs are joined to one stream and that is cut into batches. So every batch is full, and every batch
-    size sees the same examples (but for the last few of the last epoch).
+    The shuffled epochs are joined into one stream, which is cut into batches. So every batch is full, and all batch
+    sizes use the same examples (except for the last few of the last epoch).
     """
     stream = np.concatenate([rng.permutation(rows) for _ in range(run.epochs)])
     for start in range(0, len(stream) - run.batch_size + 1, run.batch_size):

@@ -26,7 +26,7 @@ def init_params(rng: np.random.Generator, widths: tuple[int, ...] = WIDTHS, dtyp
     widths : tuple of int
         Width of the input and of the output of every layer.
     dtype : dtype
-        Type of the parameters.
+        Dtype of the parameters.
 
     Returns
     -------
@@ -42,12 +42,12 @@ def init_params(rng: np.random.Generator, widths: tuple[int, ...] = WIDTHS, dtyp
 
 
 def forward(params: Params, x: Array) -> list[Array]:
-    """Run the network and keep what the backward pass needs.
+    """Run the network and keep the activations for the backward pass.
 
     Parameters
     ----------
     params : dict of str to ndarray
-        Parameters as made by `init_params`.
+        Parameters from `init_params`.
     x : ndarray of shape (rows, widths[0])
         Inputs.
 
@@ -73,7 +73,7 @@ def loss_and_gradients(params: Params, x: Array, y: Labels) -> tuple[float, Para
     Parameters
     ----------
     params : dict of str to ndarray
-        Parameters as made by `init_params`.
+        Parameters from `init_params`.
     x : ndarray of shape (rows, widths[0])
         Inputs.
     y : ndarray of int, shape (rows,)
@@ -84,7 +84,7 @@ def loss_and_gradients(params: Params, x: Array, y: Labels) -> tuple[float, Para
     loss : float
         Mean over the rows.
     gradients : dict of str to ndarray
-        Same names, shapes and types as `params`.
+        With the names, shapes and dtypes of `params`.
     """
     *inputs, logits = forward(params, x)
     rows = np.arange(len(y))
@@ -109,5 +109,5 @@ def loss_and_gradients(params: Params, x: Array, y: Labels) -> tuple[float, Para
 
 
 def accuracy(params: Params, x: Array, y: Labels) -> float:
-    """Return the share of rows, 0 to 1, whose class has the largest logit; arguments as of `loss_and_gradients`."""
+    """Return the fraction of rows, 0 to 1, whose class has the largest logit; arguments of `loss_and_gradients`."""
     return float((forward(params, x)[-1].argmax(axis=1) == y).mean())

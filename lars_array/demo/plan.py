@@ -1,4 +1,4 @@
-"""Which runs there are: first those that choose the learning rates, then those that count."""
+"""The list of runs: first those that choose learning rates, then those that are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Choice: TypeAlias = dict[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer and a way to choose its learning rate: on every batch size, or on the smallest and then scaled."""
+    """An optimizer and a way to choose its learning rate: tuned per batch size, or on the smallest and then scaled."""
 
     label: str
     optimizer: str
@@ -39,17 +39,17 @@ class Settings:
     Attributes
     ----------
     seed : int
-        Decides the split of the data, all initial weights and the order of the rows.
+        Seed of the split of the data, all initial weights and the order of the rows.
     epochs : int
-        Passes over the training part.
+        Passes over the training set.
     batch_sizes : tuple of int
-        The smallest is the one that the scaled learning rate is tuned on.
+        Batch sizes. The scaled learning rate is tuned on the smallest.
     lrs : tuple of float
         The grid of peak learning rates.
     tuning_seeds : tuple of int
-        How often each rate is tried, for every batch size. On the largest batch the seeds differ most.
+        Number of tuning runs per learning rate, for every batch size. Seeds differ most on the largest batch.
     final_seeds : int
-        How often the chosen rate is tested.
+        Number of test runs with each chosen learning rate.
     """
 
     seed: int
@@ -61,12 +61,12 @@ class Settings:
 
 
 def quick(seed: int) -> Settings:
-    """Return settings for a few seconds: enough to see it work, too little to conclude from."""
+    """Return settings for a run of a few seconds: a demonstration, too small for conclusions."""
     return Settings(seed, epochs=10, batch_sizes=(128, 1024), lrs=(0.03, 0.1, 0.3), tuning_seeds=(1, 1), final_seeds=2)
 
 
 def tuning_runs(settings: Settings) -> list[Run]:
-    """Return the runs that the learning rates are chosen by: all of the grid, scored on validation."""
+    """Return the runs that choose learning rates: the whole grid, scored on the validation set."""
     return [
         Run(optimizer, batch_size, lr, (settings.seed, 0, repetition), settings.epochs, "validation")
         for batch_size, repetitions in zip(settings.batch_sizes, settings.tuning_seeds, strict=True)
@@ -93,12 +93,12 @@ def choose(settings: Settings, tuned: Outcomes) -> Choice:
     settings : Settings
         The size of the experiment.
     tuned : mapping of Run to Outcome
-        What came out of `tuning_runs`.
+        The outcomes of `tuning_runs`.
 
     Returns
     -------
     dict of (method, batch size) to float
-        The learning rate of the best mean validation accuracy, of equals the smallest.
+        The learning rate with the best mean validation accuracy; the smallest of equal ones.
     """
     choice: Choice = {}
     smallest = min(settings.batch_sizes)
@@ -111,9 +111,9 @@ def choose(settings: Settings, tuned: Outcomes) -> Choice:
 
 
 def final_runs(settings: Settings, choice: Choice) -> dict[tuple[str, int], list[Run]]:
-    """Return the runs that count, by method and batch size: with the chosen learning rates, scored on test.
+    """Return the runs that are reported, by method and batch size: chosen learning rates, scored on the test set.
 
-    Their seeds are none of the tuning's. On the smallest batches, SGD scaled and SGD tuned are the same runs.
+    Their seeds differ from those of tuning. For the smallest batch, SGD scaled and SGD tuned are the same runs.
     """
     return {
         (name, batch_size): [

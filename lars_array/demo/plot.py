@@ -1,4 +1,4 @@
-"""The figure: accuracy against batch size, and against the learning rate on the largest batch."""
+"""The figure: accuracy against batch size, and against learning rate for the largest batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from lars_array.demo.plan import METHODS, Outcomes, Settings, tuning_scores
 from lars_array.demo.summary import Cells
 
-# Colours that readers with any colour vision can tell apart (Okabe and Ito), and a mark each for print without colour.
+# Colours that are distinct for any colour vision (Okabe and Ito), with one marker each for print without colour.
 STYLES: dict[str, dict[str, Any]] = {
     "sgd-linear": {"color": "#888888", "marker": "s"},
     "sgd": {"color": "#E69F00", "marker": "D"},
@@ -33,7 +33,7 @@ def draw(settings: Settings, cells: Cells, tuned: Outcomes) -> bytes:
     cells : mapping of (method, batch size) to Cell
         The summary, for the left panel.
     tuned : mapping of Run to Outcome
-        The runs that chose the learning rates, for the right panel.
+        The outcomes of the tuning runs, for the right panel.
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

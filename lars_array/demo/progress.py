@@ -1,4 +1,4 @@
-"""The whole training, with a progress bar and the time left."""
+"""The whole training, with a progress bar and the remaining time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lars_array.demo.runner import Workers
 def train_all(
     settings: Settings, digits: Digits, console: Console
 ) -> tuple[dict[Run, Outcome], Choice, dict[Run, Outcome]]:
-    """Choose the learning rates, then do the runs that count.
+    """Choose the learning rates, then run the final runs.
 
     Parameters
     ----------
@@ -23,14 +23,14 @@ def train_all(
     digits : Digits
         The data.
     console : rich.console.Console
-        Where the progress is shown.
+        The console for the progress bar.
 
     Returns
     -------
     tuned : dict of Run to Outcome
         Outcomes of `tuning_runs`.
     choice : dict of (method, batch size) to float
-        The learning rates chosen by them.
+        The chosen learning rates.
     final : dict of Run to Outcome
         Outcomes of `final_runs` with these learning rates.
     """
@@ -38,11 +38,11 @@ def train_all(
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), remaining)
 
     def work(batch_size: int) -> float:
-        # How long a run takes, in any unit: a step takes some time, and every row in it a 50th of that.
+        # Duration of a run in arbitrary units: each step costs 1, plus 1/50 per row.
         return settings.epochs * (50 / batch_size + 1)
 
     tuning = tuning_runs(settings)
-    # How long the final runs take does not depend on the learning rates, so the time left covers them from the start.
+    # The duration of the final runs is independent of the learning rates, so it is included from the start.
     total = len(METHODS) * settings.final_seeds * sum(map(work, settings.batch_sizes))
     total += sum(work(run.batch_size) for run in tuning)
     with Workers(digits) as workers, Progress(*columns, console=console) as progress:
@@ -55,5 +55,5 @@ def train_all(
         choice = choose(settings, tuned)
         progress.update(bar, description="testing the chosen ones")
         final = workers.map((run for runs in final_runs(settings, choice).values() for run in runs), advance)
-        progress.update(bar, completed=total)  # Runs that two methods share were done once.
+        progress.update(bar, completed=total)  # Runs shared by two methods run once.
     return tuned, choice, final

@@ -20,7 +20,7 @@ from lars_array.demo.summary import Cells
 
 
 def table(settings: Settings, cells: Cells) -> Table:
-    """Return test accuracies and learning rates, a row a method, a column a batch size."""
+    """Return test accuracies and learning rates, with one row per method and one column per batch size."""
     rows = Table(
         title=f"Test accuracy in %, mean ± standard deviation over {settings.final_seeds} seeds",
         caption="below each: the peak learning rate, chosen on validation",
@@ -45,7 +45,7 @@ def to_json(
     sentences: dict[str, list[str]],
     seconds: float,
 ) -> str:
-    """Return all numbers as JSON. Only what is under ``"timings"`` differs between two equal runs.
+    """Return all numbers as JSON. Two identical runs differ only in ``"timings"``.
 
     Parameters
     ----------
@@ -54,13 +54,13 @@ def to_json(
     digits : Digits
         The data, of which the sizes are reported.
     outcomes : mapping of Run to Outcome
-        Of all runs.
+        The outcomes of all runs.
     cells : mapping of (method, batch size) to Cell
         The summary.
     sentences : dict of str to list of str
         Verdict and caveats.
     seconds : float
-        Wall time of everything.
+        Total wall time.
     """
     document: dict[str, Any] = {
         "config": {

@@ -1,4 +1,4 @@
-"""Worker processes that train, one run at a time each, and leave with the main process however it ends."""
+"""Worker processes that each train one run at a time and exit with the main process, however it ends."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lars_array.demo.experiment import Outcome, Run, train
 
 
 class Workers:
-    """A pool of processes, to be used in a ``with`` statement.
+    """A pool of processes, used in a ``with`` statement.
 
     Parameters
     ----------
     digits : Digits
         The data of all runs.
     count : int, optional
-        How many processes; by default one a processor, at most 8.
+        Number of processes; by default one per processor, at most 8.
     """
 
     def __init__(self, digits: Digits, count: int | None = None) -> None:
@@ -39,18 +39,18 @@ class Workers:
         Parameters
         ----------
         runs : iterable of Run
-            Equal ones are trained once.
+            Equal runs are trained once.
         done : callable
             Called with every run as it ends.
 
         Returns
         -------
         dict of Run to Outcome
-            In the order of `runs`, whatever order they ended in.
+            In the order of `runs`, regardless of the order in which they ended.
         """
         unique = list(dict.fromkeys(runs))
-        with _ctrl_c_held_back():  # Submitting starts the processes; Ctrl-C is for this one, which then stops them.
-            # The longest first, so that none of them is left over for the end.
+        with _ctrl_c_held_back():  # Submitting starts the processes; only this process handles Ctrl-C, and stops them.
+            # The longest runs first, so that none of them ends last.
             futures = {self._pool.submit(_train, run): run for run in sorted(unique, key=lambda run: run.batch_size)}
         outcomes = {}
         for future in as_completed(futures):
@@ -62,14 +62,14 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with _ctrl_c_held_back():  # A second one must not break this off. It is quick: every run ends at its next step.
+        with _ctrl_c_held_back():  # A second one must not interrupt this. It is quick: every run ends at its next step.
             self._stop.set()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block. Processes started in the block never get it: they inherit the mask."""
+    """Defer Ctrl-C to the end of the block. Processes started in the block never receive it: they inherit the mask."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -86,7 +86,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 
 def _processors() -> int:
-    """Return how many processors this process may use."""
+    """Return the number of processors available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -103,7 +103,7 @@ def _start(digits: Digits, stop: Event) -> None:
 
     global _digits, _stop
     _digits, _stop = digits, stop
-    threadpool_limits(1)  # As many processes as processors: threads of BLAS beside them would only get in the way.
+    threadpool_limits(1)  # One process per processor: additional BLAS threads would only compete with them.
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

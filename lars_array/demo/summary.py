@@ -1,4 +1,4 @@
-"""From the outcomes of the runs to the numbers and sentences that are reported."""
+"""The reported numbers and sentences, computed from the outcomes of the runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lars_array.demo.plan import METHODS, Choice, Outcomes, Settings, final_runs
 
 @dataclass(frozen=True)
 class Cell:
-    """What a method reached on a batch size.
+    """The result of a method for a batch size.
 
     Attributes
     ----------
     lr : float
         The chosen learning rate.
     mean, std, standard_error : float
-        Of the test accuracy over the seeds, in percent; `std` is that of a sample.
+        Of the test accuracy over the seeds, in percent; `std` is the sample standard deviation.
     diverged : int
-        How many of the runs diverged.
+        Number of runs that diverged.
     """
 
     lr: float
@@ -40,7 +40,7 @@ Cells: TypeAlias = Mapping[tuple[str, int], Cell]
 
 
 def summarise(settings: Settings, choice: Choice, final: Outcomes) -> dict[tuple[str, int], Cell]:
-    """Return the cell of every method and batch size; `final` holds the outcomes of `final_runs`."""
+    """Return the cell of every method and batch size; `final` contains the outcomes of `final_runs`."""
     cells = {}
     for key, runs in final_runs(settings, choice).items():
         percent = 100 * np.array([final[run].accuracy for run in runs])
@@ -51,10 +51,10 @@ def summarise(settings: Settings, choice: Choice, final: Outcomes) -> dict[tuple
 
 
 def verdict(settings: Settings, cells: Cells) -> list[str]:
-    """Say in sentences how LARS compares on the largest batch, and what the largest batch costs every method.
+    """Return sentences that compare LARS on the largest batch, and list each method's loss of accuracy there.
 
-    A difference is claimed only where its 95 % confidence interval leaves out 0: Welch's, with as many degrees of
-    freedom as the smaller sample has, which errs on the side of caution.
+    A difference is claimed only if its 95 % confidence interval excludes 0. The interval is Welch's, with the degrees
+    of freedom of the smaller sample, which is conservative.
     """
     smallest, largest = min(settings.batch_sizes), max(settings.batch_sizes)
     quantile = float(t.ppf(0.975, settings.final_seeds - 1))
@@ -81,7 +81,7 @@ def verdict(settings: Settings, cells: Cells) -> list[str]:
 
 
 def caveats(settings: Settings, cells: Cells) -> list[str]:
-    """Say what to know before believing `verdict`: which learning rates end the grid, which runs diverged."""
+    """Return sentences on the limits of `verdict`: chosen learning rates at an end of the grid, and diverged runs."""
     ends, diverged = [], []
     for (name, batch_size), cell in cells.items():
         method = METHODS[name]

@@ -20,8 +20,8 @@ class KernelArrays(NamedTuple):
     masters: Sequence[Any]
 
     def at(self, index: Sequence[int]) -> KernelArrays:
-        """Return the arrays of some rows."""
-        return KernelArrays(*([x[i] for i in index] for x in self))
+        """Return the arrays of some rows, in ascending order."""
+        return self if len(index) == len(self.params) else KernelArrays(*([x[i] for i in index] for x in self))
 
     @property
     def trained(self) -> list[Any]:

@@ -233,17 +233,12 @@ def _flat_views(arrays: Sequence[Any]) -> list[Any] | None:
     return flat if real == kind else [a.view(real) for a in flat]
 
 
-class _Kept(threading.local):
-    def __init__(self) -> None:
-        self.arrays: dict[tuple[Any, int], Any] = {}
-
-
-_kept = _Kept()
+_kept = threading.local()
 
 
 def _scratch(size: int, dtype: Any, slot: int) -> Any:
     """Return an uninitialised array that this thread may use until it asks for the same slot again."""
-    kept = _kept.arrays.get((dtype, slot))
-    if kept is None or kept.size < size:
-        kept = _kept.arrays[dtype, slot] = np.empty(size, dtype)
-    return kept[:size]
+    arrays: dict[Any, Any] = _kept.__dict__
+    if (dtype, slot) not in arrays or arrays[dtype, slot].size < size:
+        arrays[dtype, slot] = np.empty(size, dtype)
+    return arrays[dtype, slot][:size]

@@ -14,7 +14,7 @@ __all__ = ["Group", "Layout", "Position", "all_names", "gradient_order", "match"
 
 
 class Position(str):
-    """The name of a parameter given without one: its position among all. `param_groups` preserves it."""
+    """The name that `param_groups` gives to a parameter without one: its position among all, to restore their order."""
 
     __slots__ = ()
 
@@ -60,7 +60,7 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     params : iterable of arrays, mapping, iterable of (name, array), or iterable of groups
         See `LARS`.
     start : int
-        The number of existing parameters, from which positions are counted on.
+        How many parameters there are already: one without a name is named by its position.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def _read_arrays(params: Any, start: int, names: Any) -> tuple[Sequence[str], li
         names, arrays, form = [name for name, _ in arrays], [p for _, p in arrays], "pairs"
     else:
         form = "tuple" if isinstance(params, tuple) else "list"
-        names = [Position(start + i) for i in range(len(arrays))] if names is None else list(names)
+        names = [str(start + i) for i in range(len(arrays))] if names is None else list(names)
         if len(names) != len(arrays):
             raise ValueError(f"names must hold one entry for each of {len(arrays)} parameters; got {names!r}")
     for name, p in zip(names, arrays, strict=True):

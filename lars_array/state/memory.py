@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from array import array as numbers
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from array_api_compat import is_cupy_array, is_numpy_array, is_writeable_array
 
-from lars_array._arrays import is_on_accelerator
+from lars_array._arrays import array_at, is_on_accelerator
 
 __all__ = ["MemoryRanges", "check_writable"]
 
@@ -83,19 +81,20 @@ class MemoryRanges:
     ) -> None:
         self._names, self._arrays = names, (params, buffers, masters)
         # A table, not objects: a model may have many thousand arrays, and every step searches it.
-        table = numbers("q")
+        arrays = [*params, *buffers, *masters]
+        ranges = np.zeros((len(arrays), 3), np.int64)
         unseen: dict[int, int] = {}
-        for i, array in enumerate(chain(params, buffers, masters)):
+        for i, array in enumerate(arrays):
             view = None if array is None else _host_view(array)
             if view is not None and view.size:
-                table.extend((*_bounds(view), i))
+                ranges[i] = (*_bounds(view), i)
             elif array is not None:  # an empty array has no range either
                 if id(array) in unseen:
                     raise ValueError(self._given_twice(i, unseen[id(array)]))
                 unseen[id(array)] = i
         self._unseen = unseen
-        ranges = np.array(table, np.int64).reshape(-1, 3)
-        ranges = ranges[np.lexsort(ranges.T[::-1])]
+        ranges = ranges[ranges[:, 1] > 0]
+        ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
         self._starts, self._index = ranges[:, 0].copy(), ranges[:, 2].astype(np.int32)
         self._reach = np.concatenate([[0], np.maximum.accumulate(ranges[:, 1])])
         for k in np.flatnonzero(self._starts < self._reach[:-1]).tolist():
@@ -152,19 +151,6 @@ class MemoryRanges:
         return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
 
 
-class PointerView:
-    """A CuPy array in NumPy's terms: NumPy compares addresses, which are not dereferenced."""
-
-    def __init__(self, array: Any) -> None:
-        self.__array_interface__ = {
-            "data": (array.data.ptr, False),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.itemsize}",
-            "version": 3,
-        }
-
-
 def _bounds(view: Any) -> tuple[int, int]:
     if view.flags.c_contiguous:
         start = view.__array_interface__["data"][0]
@@ -177,7 +163,8 @@ def _host_view(array: Any) -> Any:
     if isinstance(array, np.ndarray):
         return array
     if is_cupy_array(array):
-        return np.asarray(PointerView(array))
+        # NumPy compares addresses, and never reads the memory, which is not the host's.
+        return array_at(array.data.ptr, array.shape, f"V{array.itemsize}", array.strides)
     if is_on_accelerator(array):  # exporting it could synchronize the device
         return None
     try:

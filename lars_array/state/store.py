@@ -96,12 +96,18 @@ class ParamState:
         longer.buffers = [*self.used_buffers(), *[None] * len(new)]
         longer.masters = [*self.masters, *[None] * len(new)]
         longer.previous_lr = np.concatenate([self.last_rates(), np.zeros(len(new))])
-        longer.rows()
+        if longer.has_layers:
+            longer.rows()
         for name, p in zip(longer.names, longer.params, strict=True):
             check_writable(name, p)
             _check_same_place(p, longer.params[0], name, longer.names[0])
         MemoryRanges(longer.names, longer.params)
         return longer
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether a layer may be anything but one parameter."""
+        return self.layer_of is not None or any(self.layer_axes)
 
     def rows(self) -> LayerRows:
         """Return the layers of all parameters."""
@@ -203,6 +209,10 @@ class ParamState:
     def view(self, array: Any) -> Any:
         """Return an array as kernels take it, on the same memory."""
         return array
+
+    def view_all(self, arrays: list[Any]) -> list[Any]:
+        """Return arrays as kernels take them, None for None."""
+        return arrays
 
     def specs(self, arrays: Sequence[Any], specs_of: Callable[[Sequence[Any]], ArraySpecs] | None) -> ArraySpecs:
         """Return the types and layouts of arrays; `specs_of` is the kernel's way to find them."""

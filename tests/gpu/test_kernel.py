@@ -12,8 +12,9 @@ import pytest
 from cuda_bodies import BODIES, HYPER, Place, model
 from cuda_busy import busy
 
-from lars_array import LARS, RULES, kernels
-from lars_array.kernels import cuda
+from lars_array import LARS, RULES, core, kernels
+from lars_array.hyperparams import at_step, inputs_of
+from lars_array.kernels.cuda.kernel import Kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -38,15 +39,15 @@ def place(cp: Any) -> Place:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is launched."""
+    """The names of launches."""
     seen: list[str] = []
-    launch = cuda.Kernel.Device.launch
+    launch = Kernel.Device.launch
 
     def noting(self: Any, name: str, *arguments: Any) -> None:
         seen.append(name.removesuffix("_float32_float32"))
         launch(self, name, *arguments)
 
-    monkeypatch.setattr(cuda.Kernel.Device, "launch", noting)
+    monkeypatch.setattr(Kernel.Device, "launch", noting)
     yield seen
 
 
@@ -56,9 +57,9 @@ def test_on_the_gpu(body: Callable[[Place], None], place: Place, launches: list[
     assert any(name.startswith("apply") for name in launches)
 
 
-def test_the_kernel_is_picked(cp: Any) -> None:
-    assert kernels.pick([cp.zeros(1)]) is cuda.Kernel
-    assert ("cuda", True, cuda.Kernel.TAKES) in kernels.report()
+def test_the_kernel_is_chosen(cp: Any) -> None:
+    assert kernels.choose([cp.zeros(1)]) is Kernel
+    assert ("cuda", True, Kernel.DESCRIPTION) in kernels.report()
 
 
 def test_bfloat16(cp: Any) -> None:
@@ -144,7 +145,7 @@ def test_a_graph_takes_steps(cp: Any, place: Place) -> None:
     assert results[0] == results[1]
 
 
-def test_a_graph_tells_of_a_step_left_out(cp: Any, place: Place) -> None:
+def test_a_skipped_step_of_a_graph_is_counted(cp: Any, place: Place) -> None:
     params, grads = [place.put(p) for p in model(0)], [place.put(g) for g in model(1)]
     optimizer = LARS(params, **HYPER, nonfinite="skip")
     stream = cp.cuda.Stream(non_blocking=True)
@@ -205,17 +206,14 @@ def test_parameters_that_overlap_are_refused(cp: Any) -> None:
 
 def test_coefficients_have_the_bits_of_numpys(cp: Any, place: Place) -> None:
     """The tape, in double precision, from the same sums."""
-    from lars_array import core
-    from lars_array.hyper import at_step, complete
-
     for rule in sorted(RULES):
         params, grads = [place.put(p) for p in model(0)], [place.put(g) for g in model(1)]
         optimizer = LARS(params, **HYPER, rule=rule, nonfinite="propagate")
         optimizer.step(grads)
-        taken = optimizer._stepper.last
-        assert taken is not None
-        S, gamma, C = (place.get(x) for x in taken.planned()[:3])
-        group, count = at_step(complete(HYPER | {"rule": rule}), 0), len(params)
-        prepared = core.prepare([group], [0] * count, first=[True] * count, previous_lr=[0.0] * count, like=S, xp=np)
-        theirs = core.coefficients(S, prepared.hyper, prepared.rules, gamma, xp=np)
+        program: Any = optimizer._stepper._program
+        tables = program._kernel._steps[1]
+        S, gamma, C = map(place.get, (tables.S, tables.gamma, tables.C))
+        group, count = at_step(HYPER | {"rule": rule}, 0), len(params)
+        inputs = inputs_of([group], [0] * count, [True] * count, [0.0] * count, like=S, xp=np)
+        theirs = core.coefficients(S, inputs.hyper, inputs.rules, gamma, xp=np)
         assert C.tobytes() == theirs.tobytes(), rule

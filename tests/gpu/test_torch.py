@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lars_torch import LARS
-from lars_torch.views import view
+from lars_torch._arrays import view
 
 pytestmark = pytest.mark.gpu
 

@@ -1,6 +1,6 @@
-"""Steps on a device: nothing is waited for, and what becomes of a step that is not finite is decided there.
+"""Steps on a device: the host never waits, and the device decides whether a step is taken.
 
-There is no such device here. array_api_strict pretends to have one, and torch tells of every value that is read.
+There is no such device here: array_api_strict has one in name only, and torch reports every value that is read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from assertions import assert_close, assert_same, fingerprint, to_numpy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lars_array.memory
-import lars_array.settings
-from lars_array import LARS, RULES, NonFiniteError, kernels
-from lars_array.arrays import is_distant
-from lars_array.hyper import GIVEN
-from lars_array.hyper_table import HyperTable
-from lars_array.news import Mailbox, News
+from lars_array import LARS, RULES, NonFiniteError, _stepper, hyperparams, kernels
+from lars_array._arrays import is_on_accelerator
+from lars_array.core import Hyper
+from lars_array.kernels.base import Gradients, KernelArrays
+from lars_array.state import device as device_state
+from lars_array.state import memory
+from lars_array.state.device import DeviceState, PinnedCounts, StepCounts
 
 WAITS = {"_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero"}
 SHAPES = {"w": (4, 3), "b": (3,), "last": (5,)}
@@ -33,7 +33,7 @@ HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trus
 
 
 class Device(NamedTuple):
-    """How to bring an array to a pretended device, and a context in which to read from there is an error."""
+    """How to copy an array to a device, and a context in which to read from there is an error."""
 
     put: Callable[[Any], Any]
     unread: Callable[[], Any]
@@ -71,8 +71,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         place = array_api_strict.Device("device1")
         yield Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
         return
-    for module in (lars_array.memory, lars_array.settings, lars_array.stepper):
-        monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
+    for module in (memory, hyperparams, _stepper):
+        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
     yield Device(lambda x: torch.tensor(x), NoWaiting)
 
 
@@ -98,13 +98,13 @@ class Pair:
 
         self.near, self.far = make(self.here), make(self.there)
 
-    def step(self, grads: Any, out: Any = None, **options: Any) -> None:
+    def step(self, grads: Any, **options: Any) -> None:
         sent = {name: None if g is None else self.device.put(g) for name, g in grads.items()}
         found = {name: self.device.put(np.asarray(x)) for name, x in options.items()}
         with contextlib.suppress(NonFiniteError):
             self.near.step(grads, **options)
         with self.device.unread():
-            self.far.step(sent, out=out, **found)
+            self.far.step(sent, **found)
 
     def assert_alike(self) -> None:
         for name, p in self.here.items():
@@ -186,7 +186,7 @@ def test_the_error_says_what_was_not_finite(device: Device, name: str, reason: s
         pair.far.synchronize()
 
 
-def test_an_optimizer_that_was_refused_something_can_go_on(device: Device) -> None:
+def test_steps_go_on_after_a_rejected_one(device: Device) -> None:
     """By order of the layers: "raise" wins over "skip", and "propagate" is not asked."""
     groups = [(["w"], {"nonfinite": "skip"}), (["b"], {"nonfinite": "propagate"}), (["last"], {})]
     pair = Pair(device, groups)
@@ -202,17 +202,17 @@ def test_an_optimizer_that_was_refused_something_can_go_on(device: Device) -> No
     assert (pair.far.steps, pair.far.skipped_steps) == (pair.near.steps, pair.near.skipped_steps) == (1, 1)
 
 
-class Late(Mailbox):
-    """News that arrive when `arrived` says so."""
+class Late(PinnedCounts):
+    """Counts that arrive when `arrived` is set."""
 
     arrived = False
 
-    def read(self, *, wait: bool) -> News | None:
+    def read(self, *, wait: bool) -> StepCounts | None:
         return super().read(wait=wait or self.arrived)
 
 
-def test_the_first_call_that_finds_the_news_raises(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lars_array.distant.mailbox", Late)
+def test_the_first_call_after_the_counts_have_arrived_raises(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_state, "PinnedCounts", Late)
     pair = Pair(device)
     pair.step(numbers(1) | {"w": np.full(SHAPES["w"], np.nan)})
     pair.step(numbers(2))
@@ -239,31 +239,6 @@ def test_what_a_loss_scaler_has_found_skips_the_step(device: Device, policy: str
     assert pair.far.skipped_steps == pair.near.skipped_steps == 1
 
 
-@pytest.mark.parametrize("policy", ["propagate", "skip", "raise"])
-@pytest.mark.parametrize("rule", ["flash", lambda S, hyper, xp: RULES["optax"].function(S + 0 * xp.mean(S), hyper, xp)])
-def test_parameters_move_whether_a_step_is_taken_or_not(device: Device, policy: str, rule: Any) -> None:
-    """Also by stages, which is where a rule goes that can't be put on tape."""
-    pair = Pair(device, nonfinite=policy, rule=rule, momentum=0.0 if policy == "skip" else 0.9)
-    steps: list[tuple[dict[str, Any], float]] = [(numbers(seed), float(seed == 3)) for seed in range(1, 7)]
-    if policy != "propagate":
-        steps[1][0]["b"][1] = np.nan
-    for seed, (grads, found) in enumerate(steps):
-        missing = ["last"] if seed == 4 else []
-        before = fingerprint(pair.there)
-        room = {name: None if name in missing else device.put(p * 0) for name, p in pair.here.items()}
-        old = dict(pair.there)
-        pair.step(grads | dict.fromkeys(missing), found_inf=found, out=room)
-        assert fingerprint(old) == before
-        pair.there = {name: old[name] if x is None else x for name, x in room.items()}
-        shown = pair.far.param_groups[0]["params"]
-        assert all(x is y for x, y in zip(shown, pair.there.values(), strict=True))
-        if found or (seed == 1 and policy != "propagate"):
-            assert fingerprint(pair.there) == before
-    with contextlib.suppress(NonFiniteError):
-        pair.far.synchronize()
-    pair.assert_alike()
-
-
 @pytest.mark.parametrize("found", [True, 1.0, np.float32(1), np.array(1.0)])
 def test_what_was_found_may_be_known_here(device: Device, found: Any) -> None:
     pair = Pair(device)
@@ -282,7 +257,8 @@ def test_steps_of_a_graph_are_counted(device: Device) -> None:
     pair = Pair(device, nonfinite="skip")
     for seed in (1, 2, 3):
         pair.step(numbers(seed))
-    counts = pair.far._stepper._whereabouts.counts
+    assert pair.far._state.device is not None
+    counts = pair.far._state.device.counts
     counts[...] = counts + device.put(np.array([1, 1, 0, 0]))
     assert (pair.far.steps, pair.far.skipped_steps) == (3, 0)
     pair.far.synchronize()
@@ -343,46 +319,78 @@ def test_hyper_parameters_may_lie_on_the_device(device: Device) -> None:
         assert_close(pair.there[name], p)
 
 
-def test_what_a_graph_has_seen_stays_where_it_is(device: Device) -> None:
+def test_arrays_that_a_graph_may_have_captured_stay(device: Device) -> None:
     pair = Pair(device, nonfinite="skip")
     pair.step(numbers(1))
 
     def kept() -> list[Any]:
-        layers, place = pair.far._stepper._layers, pair.far._stepper._whereabouts
-        return [layers, place, layers.first, layers.previous_lr, place.counts, layers._table.array, layers.buffers]
+        program, state = pair.far._stepper._program, pair.far._state.device
+        assert program is not None and state is not None
+        tables = getattr(program._kernel, "_steps", None)  # of the CUDA kernel
+        own = [] if tables is None else list(tables[1]._own.values())
+        return [program, program._kernel, state, state.first, state.previous_lr, state.counts, state.hyper, *own]
 
-    before = kept()
+    before, buffers = kept(), list(pair.far._state.buffers)
     pair.far.param_groups[0]["lr"] = 0.05
     pair.step(numbers(2))
     pair.far.state_dict()
     pair.far.synchronize()
     pair.step(numbers(3))
     assert all(a is b for a, b in zip(before, kept(), strict=True))
+    assert all(a is b for a, b in zip(buffers, pair.far._state.buffers, strict=True))
 
 
-def test_the_table_writes_only_what_has_changed() -> None:
+def test_only_changed_hyper_parameters_are_written() -> None:
     class Watched:
-        shape = ()
-
         def __init__(self) -> None:
             self.writes: list[Any] = []
 
         def __setitem__(self, key: Any, value: Any) -> None:
             self.writes.append((key[0].start, key[1].start, value))
 
-    options = lars_array.hyper.complete({"lr": 0.1})
-    table = HyperTable(np.zeros(1), array_api_strict)
-    table.like = array_api_strict.zeros(1)
-    table.refresh([options, options])
-    assert_same(table.array[0, :], np.array([float(x) for x in lars_array.hyper.given(options)]))
+    options, fields = hyperparams.complete({"lr": 0.1}), hyperparams.GROUP_FIELDS
+    state = DeviceState([True], [0.0], like=array_api_strict.zeros(1))
+    state.write([options, options], captured=False)
+    assert_same(state.hyper[0, :], np.array([float(x) for x in hyperparams.row_values(options)]))
     watched: Any = Watched()
-    table.array = watched
-    table.refresh([options, options | {"lr": 0.2, "nesterov": True}])
-    assert watched.writes == [(1, GIVEN.index("lr"), 0.2), (1, GIVEN.index("nesterov"), 1.0)]
+    state.hyper = watched
+    state.write([options, options | {"lr": 0.2, "nesterov": True}], captured=False)
+    assert watched.writes == [(1, fields.index("lr"), 0.2), (1, fields.index("nesterov"), 1.0)]
     on_device = array_api_strict.asarray(0.5)
     for _ in range(2):
-        table.refresh([options | {"lr": on_device}, options | {"lr": 0.2, "nesterov": True}])
-    assert watched.writes[2:] == 2 * [(0, GIVEN.index("lr"), on_device)], "its value may be another one each time"
+        state.write([options | {"lr": on_device}, options | {"lr": 0.2, "nesterov": True}], captured=False)
+    assert watched.writes[2:] == 2 * [(0, fields.index("lr"), on_device)], "its value may be another one each time"
+
+
+def test_numbers_that_replays_write_are_written_in_every_step() -> None:
+    """The host does not know which of them was written last."""
+    written = []
+
+    class Watched:
+        def __setitem__(self, key: Any, value: Any) -> None:
+            written.append(value)
+
+    options = hyperparams.complete({"lr": 0.1})
+    state = DeviceState([True], [0.0], like=array_api_strict.zeros(1))
+    state.write([options], captured=False)
+    state.hyper = Watched()
+    for lr, captured in ((0.1, True), (0.2, True), (0.2, False), (0.1, False), (0.1, False)):
+        state.write([options | {"lr": lr}], captured=captured)
+    assert written == [0.2, 0.2, 0.1, 0.1]
+
+
+def test_vectors_have_the_values_of_groups_and_parameters() -> None:
+    """By row: here two of the second parameter, which has the first group, and one of the first."""
+    xp = array_api_strict
+    groups = [hyperparams.complete({"lr": lr, "nesterov": lr < 1, "momentum": 0.9}) for lr in (0.1, 2.0)]
+    state = DeviceState([True, False], [0.0, 0.5], like=xp.zeros(1))
+    state.write(groups, captured=False)
+    hyper = state.vectors(xp.asarray([0, 0, 1]), xp.asarray([1, 1, 0]))
+    assert isinstance(hyper, Hyper)
+    assert_same(hyper.lr, np.array([0.1, 0.1, 2.0]))
+    assert_same(hyper.nesterov, np.array([True, True, False]))
+    assert_same(hyper.first, np.array([False, False, True]))
+    assert_same(hyper.previous_lr, np.array([0.5, 0.5, 0.0]))
 
 
 def test_synchronize_is_nothing_in_numpy() -> None:
@@ -392,27 +400,16 @@ def test_synchronize_is_nothing_in_numpy() -> None:
     assert optimizer.steps == 1
 
 
-@pytest.mark.parametrize("kernel", kernels.NUMPY_KERNELS)
-def test_kernels_leave_alone_what_is_not_to_be_written(kernel: str) -> None:
+def test_the_portable_kernel_writes_nothing_where_a_step_is_not_taken() -> None:
     p, v, g = np.ones(5), np.ones(5), np.full(5, np.nan)
-    Kernel = kernels.pick([p], kernel)
-    before = fingerprint([p, v])
-    Kernel([p], [v], np).apply([g], np.ones((1, 6)), np.asarray(False))
-    assert fingerprint([p, v]) == before
-    Kernel([p], [v], np).apply([np.ones(5)], np.ones((1, 6)), np.asarray(True))
-    assert fingerprint([p, v]) != before
-
-
-@pytest.mark.parametrize("kernel", kernels.NUMPY_KERNELS)
-def test_kernels_copy_what_is_not_to_be_written_but_moves(kernel: str) -> None:
-    """A master's parameter as it is: its owner may have changed it."""
-    p, master, v, g = np.ones(5, "f2"), np.full(5, 2.0, "f4"), np.ones(5, "f4"), np.full(5, np.nan)
-    x, y = np.zeros(5, "f2"), np.zeros(5)
-    before = fingerprint([p, master, v])
-    Kernel = kernels.pick([p], kernel)
-    Kernel([p, g], [v, None], np, [master, None]).apply([g, g], np.ones((2, 6)), np.asarray(False), [x, y])
-    assert fingerprint([p, master, v]) == before
-    assert_same([x, y], [p, g])
+    half, master = np.ones(5, np.float16), np.full(5, 2.0, np.float32)
+    arrays = KernelArrays([p, half], [g, g], [v, None], [None, master])
+    kernel = kernels.choose([p], "portable")(arrays, np)
+    before = fingerprint([p, v, half, master])
+    kernel.apply(Gradients(None, lambda: [g, g]), np.ones((2, 6)), np.asarray(False))
+    assert fingerprint([p, v, half, master]) == before
+    kernel.apply(Gradients(None, lambda: [np.ones(5)] * 2), np.ones((2, 6)), np.asarray(True))
+    assert all(a != b for a, b in zip(fingerprint([p, v, half, master])[1:], before[1:], strict=True))
 
 
 def test_a_loss_scaler_skips_in_numpy_too() -> None:

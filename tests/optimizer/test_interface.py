@@ -57,7 +57,7 @@ def test_the_options_that_flash_does_not_have_go_by_name() -> None:
         "master_weights": False,
         "kernel": None,
     }
-    assert [*inspect.signature(LARS.step).parameters] == ["self", "grads", "closure", "found_inf", "out"]
+    assert [*inspect.signature(LARS.step).parameters] == ["self", "grads", "closure", "found_inf"]
 
 
 def test_arguments_by_position_reach_what_they_are_named_for() -> None:

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from references import LAYOUTS, assert_close, assert_same_bits, gaussian, tolerance
 from strategies import FEW, seeds, shapes
 
-import lars_array.memory
-import lars_array.settings
+import lars_array.hyperparams
+import lars_array.state.memory
 from lars_array import LARS, NonFiniteError, init, lars_step, update
-from lars_array.arrays import is_distant
+from lars_array._arrays import is_on_accelerator
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.kernels import machine, table
-from lars_array.kernels.machine import MEASURE, PIECE, WRITE
-from lars_array.kernels.tasks import ROOM_FROM
+from lars_array.kernels.compiled import loops, table
+from lars_array.kernels.compiled.loops import MEASURE, PIECE, WRITE
+from lars_array.kernels.compiled.tasks import ROOM_FROM
 
 HALF = {"float16": np.dtype("f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
@@ -147,13 +147,13 @@ def test_the_rounded_copy_costs_no_pass_over_memory(options: dict[str, Any], mon
     gradients = [np.ones_like(p) for p in params]
     optimizer.step(gradients)
     calls: list[Any] = []
-    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), machine.work(*given))[1])
+    monkeypatch.setattr(table, "work", lambda *given: (calls.append(given), loops.work(*given))[1])
     optimizer.step(gradients)
     done = [np.bitwise_or.reduce(todo[:, 0]) for todo, *_ in calls]
     assert done == ([MEASURE | WRITE] if options else [MEASURE, WRITE])
     for _, _, _, _, places, *_ in calls:
-        roster = optimizer._stepper.roster
-        for column, arrays in [(0, roster.masters.rows), (1, gradients), (2, roster.buffers.rows), (3, params)]:
+        state = optimizer._state
+        for column, arrays in [(0, state.masters), (1, gradients), (2, state.buffers), (3, params)]:
             assert places[:, column].tolist() == [x.__array_interface__["data"][0] for x in arrays]
 
 
@@ -226,7 +226,7 @@ def test_a_step_that_is_not_taken_makes_no_master_and_changes_none(nonfinite: st
     LARS({"p": fresh}, **MASTERS, kernel=kernel).step(good[:1])
     assert_same_bits(p, fresh)
     refused()
-    masters = optimizer._stepper.roster.masters.rows
+    masters = optimizer._state.masters
     for message, grads in [
         ("the gradient of 'q' must have the parameter's shape (3,); got (4,)", [good[0], good[0]]),
         ("the gradient of 'q' must not share memory with the master copy of 'p'", [good[0], masters[0][1:]]),
@@ -319,7 +319,7 @@ def test_training_goes_on_as_if_never_interrupted(way: Callable[..., Any], kerne
         optimizer.step(grads | {"late": None})
     assert [name for name, of in optimizer.state_dict()["state"].items() if "master" in of] == ["h", "b"]
     revived, theirs = way(optimizer, params)
-    revived._stepper._kernel = optimizer._stepper._kernel
+    revived._stepper._kernel_name = kernel
     for grads in steps[2:]:
         before = fingerprint([params, optimizer])
         revived.step(grads)
@@ -426,8 +426,10 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = LARS({"w": near}, **MASTERS, nonfinite="skip")
     for g in steps:
         here.step([torch.tensor(g)])
-    for module in (lars_array.memory, lars_array.settings, lars_array.stepper):
-        monkeypatch.setattr(module, "is_distant", lambda x: isinstance(x, torch.Tensor) or is_distant(x))
+    for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
+        monkeypatch.setattr(
+            module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x)
+        )
     there = LARS({"w": far}, **MASTERS, nonfinite="skip")
     for turn, g in enumerate(steps):
         if turn in (0, 2):  # also before there is a master

@@ -69,7 +69,7 @@ def test_a_part_of_what_lies_together_can_be_kept_by_hand() -> None:
         with pytest.raises(ValueError, match=f"must not share memory with the momentum buffer of '{name}'"):
             optimizer.step([A, own["momentum_buffer"]])
     taken = {"momentum_buffer": views["b"]["momentum_buffer"], "previous_lr": 0.5}
-    with pytest.raises(ValueError, match=r"^parameters must not overlap in memory; the momentum buffer of '[wb]' and"):
+    with pytest.raises(ValueError, match=r"^every parameter must be given once; the momentum buffer of '[wb]' and"):
         optimizer.attach_state({"w": taken})
 
 

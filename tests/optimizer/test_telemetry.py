@@ -9,7 +9,7 @@ import pytest
 from assertions import assert_close, to_numpy
 
 from lars_array import LARS, Norms
-from lars_array import roster as roster_module
+from lars_array import _stepper as stepper_module
 from lars_array.kernels import blocked
 
 # Norms: w 5, b 1; their gradients 0.5 and 0.25.
@@ -175,20 +175,19 @@ def test_a_step_takes_one_look_at_memory_and_one_write(
     assert len(calls) == passes + 1
 
 
-def test_where_memory_lies_is_looked_up_only_after_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[Any] = []
-    original = roster_module.Spans
+def test_memory_ranges_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    original = stepper_module.MemoryRanges
 
-    def counted(names: Any, params: Any, *kept: Any) -> Any:
-        looks.append(len(params) + sum(int(rows.present().sum()) for rows in kept))
-        return original(names, params, *kept)
+    def counted(names: Any, *arrays: Any) -> Any:
+        found.append(sum(x is not None for of_kind in arrays for x in of_kind))
+        return original(names, *arrays)
 
-    monkeypatch.setattr(roster_module, "Spans", counted)
+    monkeypatch.setattr(stepper_module, "MemoryRanges", counted)
     optimizer = LARS([W.copy(), B.copy()], lr=0.5, momentum=0.9)
-    looks.clear()
     for _ in range(4):
         optimizer.step([GW, GB])
-    assert looks == [2, 4]  # without and with the momentum buffers
+    assert found == [4]  # with the momentum buffers that the first step makes
 
 
 def test_repr_shows_what_differs_from_the_defaults() -> None:

@@ -398,7 +398,7 @@ def test_table() -> None:
     assert "* z: worse" in text
     assert ["blocked, warm", "30.0", "10.0", "100.0", "40.0"] in rows
     assert "* x; y: no reason" in text and "* z: bad" in text and "* compiled: not here" in text
-    assert text.count("In 2 parties, each with c: memory does not hold the arrays of all.") == 1
+    assert text.count("In 2 groups, each with c, because not all arrays fit in memory together.") == 1
 
 
 @pytest.mark.parametrize("has_growth", [True, False])
@@ -482,7 +482,7 @@ def test_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(command, "CASES", {"resnet50": SMALL})
     monkeypatch.setattr(command, "versions", lambda: {"python": "2.7"})
     assert command.main(arguments) == 2
-    assert "another setting" in capsys.readouterr().err
+    assert "different settings" in capsys.readouterr().err
 
 
 def test_command_fails_with_a_contestant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

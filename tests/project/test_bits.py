@@ -18,7 +18,7 @@ from typing import Any
 import bits
 import numpy as np
 import pytest
-from bits_environment import other_environment
+from bits_environment import other_environment, settings_of
 
 import lars_array
 import lars_torch
@@ -51,7 +51,7 @@ def test_steps_have_the_bits_of_the_record(tmp_path: Path) -> None:
     path = tmp_path / "bits.json.gz"
     places = [str(Path(package.__file__ or "").parents[1]) for package in (lars_array, lars_torch)]
     command = [sys.executable, TESTS / "support" / "bits.py", "record", path]  # in its own process: it changes settings
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    environ = settings_of(record) | {"PYTHONPATH": os.pathsep.join(places)}
     subprocess.run(command, env=environ, capture_output=True, check=False)  # what fails is a difference
     assert_accounted_for(bits.differences(record["cases"], bits.read(path)["cases"]), DIFFERENCES)
 

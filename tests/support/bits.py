@@ -12,6 +12,7 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from bits_cases import SCENARIOS, Scenario
-from bits_environment import environment, other_environment
+from bits_environment import environment, other_environment, settings_of
 from bits_runs import InPlace, Pure, Subject, canonical, lars_step, taken
 
 __all__ = ["WAYS", "cases", "differences", "digest", "main", "read", "recorded", "write"]
@@ -144,13 +145,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", default="*", metavar="PATTERN")
     asked = parser.parse_args(arguments)
+    then = read(asked.file) if asked.task == "compare" else {}
+    if then and settings_of(then) != dict(os.environ):  # libraries have read these when they were imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], settings_of(then))
     now = recorded(asked.only)
     if asked.task == "record":
         write(asked.file, now)
         failed = {name: case["failed"][0] for name, case in now["cases"].items() if "failed" in case}
         print("\n".join([f"{name}: {reason}" for name, reason in failed.items()] + [f"{len(now['cases'])} cases"]))
         return int(bool(failed))
-    then = read(asked.file)
     for line in other_environment(then):
         print(f"another environment: {line}")
     wanted = {name: case for name, case in then["cases"].items() if fnmatch(name, asked.only)}

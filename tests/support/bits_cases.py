@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from bits_arrays import GRADIENT_TYPES, TYPES
+from bits_rules import arithmetic, mean
 
 from lars_array import RULES, warmup_cosine, warmup_polynomial
 
@@ -16,8 +17,8 @@ __all__ = ["SCENARIOS", "STEPS", "Scenario"]
 STEPS = 5
 BASE: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3, "trust_coefficient": 0.1}
 
-NUMPY = ("compiled", "blocked", "portable")
-ALL = (*NUMPY, "cuda", "torch")
+NUMPY = "compiled", "blocked", "portable"
+ALL = *NUMPY, "cuda", "torch"
 WITH_JAX = (*ALL, "update", "jax", "jax-eager", "jax-donated")
 LARGE = ("compiled-1", "compiled-2", "compiled-3", "blocked", "portable", "torch", "jax-eager", "jax-donated")
 
@@ -63,19 +64,6 @@ class Scenario(NamedTuple):
     found_inf: tuple[int, ...] = ()
 
 
-def _own_rule(S: Any, hyper: Any, xp: Any) -> Any:
-    """Of a user: arithmetic that can be played back for each layer."""
-    ratio = hyper.trust_coefficient * xp.sqrt(S[:, 0] + 1.0) / (xp.sqrt(S[:, 2]) + hyper.eps)
-    ratio = xp.where(S[:, 1] > 0, ratio, 1.0)
-    zeros, ones = xp.zeros_like(ratio), xp.ones_like(ratio)
-    return xp.stack([hyper.momentum, ratio, ratio * hyper.weight_decay, hyper.lr * ones, zeros, zeros], axis=1)
-
-
-def _mean_rule(S: Any, hyper: Any, xp: Any) -> Any:
-    """Of a user: one that looks at all layers together, so that it must be called at each step."""
-    return _own_rule(S / xp.mean(S), hyper, xp)
-
-
 def _rules() -> Iterator[Scenario]:
     """Each rule that is not another one's under another name."""
     names = {rule: name for name, rule in reversed(RULES.items())}
@@ -88,8 +76,8 @@ def _rules() -> Iterator[Scenario]:
         yield Scenario(f"rule {name}, no momentum, trust_clip", BASE | plain, (*NUMPY, "cuda", "lars_step"))
         decayless = {"rule": name, "weight_decay": 0.0, "dampening": 0.3, "lr": warmup_cosine(0.5, 5, 2)}
         yield Scenario(f"rule {name}, no decay, dampening, schedule", BASE | decayless, NUMPY)
-    yield Scenario("own rule", BASE | {"rule": _own_rule}, WITH_JAX)
-    yield Scenario("own rule over all layers", BASE | {"rule": _mean_rule}, (*ALL, "update"))
+    yield Scenario("own rule", BASE | {"rule": arithmetic}, WITH_JAX)
+    yield Scenario("own rule over all layers", BASE | {"rule": mean}, (*ALL, "update"))
 
 
 def _options() -> Iterator[Scenario]:
@@ -105,13 +93,13 @@ def _options() -> Iterator[Scenario]:
     }.items():
         yield Scenario(name, BASE | more, (*WITH_JAX, "lars_step"))
     yield Scenario("sgd", BASE | {"weight_decay": 0.0}, (*WITH_JAX, "torch-compiled"))
-    schedule = warmup_polynomial(0.5, 5, 2)
-    yield Scenario("schedule", BASE | {"lr": schedule, "rule": "nvidia"}, (*NUMPY, "cuda", "jax-eager", "update"))
+    live = {"lr": warmup_polynomial(0.5, 5, 2), "rule": "nvidia"}
+    yield Scenario("schedule", BASE | live, (*NUMPY, "cuda", "jax-eager", "update"))
     for policy in ("propagate", "raise", "skip"):
         on = (*ALL, "jax-eager", "jax-donated") if policy == "raise" else WITH_JAX
         for what in (np.nan, np.inf):
-            name = f"nonfinite {policy}, {what}"
-            yield Scenario(name, BASE | {"nonfinite": policy, "rule": "optax"}, on, bad={2: what})
+            options = {"nonfinite": policy, "rule": "optax"}
+            yield Scenario(f"nonfinite {policy}, {what}", BASE | options, on, bad={2: what})
     on = (*ALL, "jax-eager", "jax-donated")
     yield Scenario("found_inf", BASE, on, found_inf=(1, 3))
     yield Scenario("found_inf, propagate", BASE | {"nonfinite": "propagate"}, on, found_inf=(0,), bad={0: np.inf})
@@ -187,14 +175,14 @@ def _large() -> Iterator[Scenario]:
     for policy in ("skip", "propagate"):
         clipped = BASE | {"nonfinite": policy, "max_grad_norm": 2.0, "rule": "optax"}
         yield Scenario(f"large, {policy}, clipped", clipped, LARGE[:4], model="large", bad={1: np.nan})
-    masters = BASE | {"master_weights": True, "nonfinite": "propagate"}
-    yield Scenario("large, float16, masters", masters, LARGE[:3], model="large", dtype="float16")
+    masters = {"master_weights": True, "nonfinite": "propagate"}
+    yield Scenario("large, float16, masters", BASE | masters, LARGE[:3], "large", "float16")
     yield Scenario("large, bfloat16", BASE, LARGE[:3], model="large", dtype="bfloat16", g_dtype="float32")
     yield Scenario("large, float64", BASE | {"nonfinite": "propagate"}, LARGE[:4], model="large", dtype="float64")
-    joined = BASE | {"layer_of": {"a": "x", "d": "x"}, "nonfinite": "propagate"}
-    yield Scenario("large, layer_of", joined, LARGE[:3], model="large")
+    joined = {"layer_of": {"a": "x", "d": "x"}, "nonfinite": "propagate"}
+    yield Scenario("large, layer_of", BASE | joined, LARGE[:3], model="large")
     yield Scenario("large, jitted", BASE, ("jax", "update", "torch"), model="edges")
-    yield Scenario("edges, propagate", BASE | {"nonfinite": "propagate"}, LARGE[:3], model="edges")
+    yield Scenario("edges, propagate", BASE | {"nonfinite": "propagate"}, LARGE[:3], "edges")
 
 
 SCENARIOS = [*_rules(), *_options(), *_groups(), *_layers(), *_types(), *_large()]

@@ -1,6 +1,6 @@
-"""The CUDA kernels for the recorder of bits: compiled by g++, and run on NumPy arrays that pretend to lie elsewhere.
+"""The CUDA kernels for the recorder of bits: compiled by g++, and run on NumPy arrays in the place of a device's.
 
-The one part of the recorder that looks into the library, so it knows where things were and where they are.
+The one part of the recorder that imports what is not public.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,9 @@ import numpy as np
 from bits_cases import Scenario
 from bits_runs import InPlace
 
+from lars_array.kernels.cuda import source
+from lars_array.kernels.cuda.kernel import Kernel
+
 __all__ = ["Cuda", "missing"]
 
 THREADS, ROWS = 32, 8
@@ -33,14 +35,6 @@ THREADS, ROWS = 32, 8
 def missing() -> str | None:
     """Return why the kernels can't be compiled here."""
     return None if shutil.which("g++") else "no g++"
-
-
-def internals() -> tuple[Any, Any]:
-    """Return the module of the CUDA kernel and that of its source, where they are or where they were."""
-    try:
-        return import_module("lars_array.kernels.cuda.kernel"), import_module("lars_array.kernels.cuda.source")
-    except ModuleNotFoundError:
-        return import_module("lars_array.kernels.cuda"), import_module("lars_array.kernels.cuda_source")
 
 
 class Far(np.ndarray):
@@ -58,8 +52,9 @@ def _far(x: Any) -> Far:
     return there
 
 
-def _addresses(arrays: Sequence[Any], kind: Any = np.int64) -> Any:
-    return np.array([x.__array_interface__["data"][0] for x in arrays], kind)
+def _address(array: Any) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class Cuda(InPlace):
@@ -79,23 +74,19 @@ class Cuda(InPlace):
 
 
 def _replaced() -> Iterator[tuple[Any, str, Any]]:
-    """Yield what the library has to be told: of each thing that may have one of several names, those that there are."""
-    kernel = internals()[0].Kernel
-    own = dict.fromkeys(("unusable", "unsupported_reason"), staticmethod(lambda params: None))
-    for name, value in (own | {"addresses": staticmethod(_addresses), "Device": _Device()}).items():
-        if hasattr(kernel, name):
-            yield kernel, name, value
+    """Yield an object, a name of its attributes, and another value for that."""
+    yield Kernel, "unsupported_reason", staticmethod(lambda params: None)
+    yield Kernel, "Device", _Device()
     for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] in ("lars_array", "lars_torch", "lars_jax"):
-            for name in {"is_distant", "is_on_accelerator"} & vars(module).keys():
-                yield module, name, _is_far
+        if module_name.split(".")[0] == "lars_array" and hasattr(module, "is_on_accelerator"):
+            yield module, "is_on_accelerator", _is_far
 
 
 class _Device:
-    """What the kernel asks of a device."""
+    """In the place of `lars_array.kernels.cuda.device.Device`."""
 
-    threads, rows = THREADS, ROWS
-    addresses = staticmethod(functools.partial(_addresses, kind=np.uint64))
+    rows = ROWS
+    address = staticmethod(_address)
 
     def on(self, like: Any) -> _Device:
         return self
@@ -109,12 +100,12 @@ class _Device:
     def is_capturing(self) -> bool:
         return False
 
-    def prepare(self, pairs: Any) -> None:
+    def compile(self, pairs: Any) -> None:
         pass
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         values = [
-            ctypes.c_void_p(int(_addresses([x])[0] if isinstance(x, np.ndarray) else x))
+            ctypes.c_void_p(_address(x) if isinstance(x, np.ndarray) else int(x))
             if isinstance(x, np.ndarray | np.uint64)
             else ctypes.c_int(int(x))
             for x in arguments
@@ -125,12 +116,12 @@ class _Device:
 @functools.cache
 def _library() -> ctypes.CDLL:
     """Return the kernels of all pairs of types, compiled."""
-    source = internals()[1]
     pairs = list(product(source.ELEMENTS, source.ELEMENTS))
     named = [(source.pair_name(stage, *pair), n) for pair in pairs for stage, n in (("sums", 1), ("apply", 3))]
     launchers = [_launcher(name, count) for name, count in [*named, *((name, 0) for name in source.COMMON)]]
-    poke = f"run(blocks, {THREADS}, order, [=] {{ poke(places, *words); }});"
-    launchers.append(f"void launch_poke(int blocks, int order, u64* places, const Words* words) {{ {poke} }}")
+    write = f"run(blocks, {THREADS}, order, [=] {{ write_pointers(table, *pointers); }});"
+    declared = "int blocks, int order, u64* table, const Pointers* pointers"
+    launchers.append(f"void launch_write_pointers({declared}) {{ {write} }}")
     tests = Path(__file__).resolve().parents[1]
     header = next(path for path in sorted(tests.rglob("cuda_on_cpu.h")))
     folder = tempfile.TemporaryDirectory(prefix="lars-array-bits-")

@@ -12,13 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "other_environment"]
+__all__ = ["environment", "other_environment", "settings_of"]
 
 PACKAGES = ("numpy", "numba", "llvmlite", "torch", "jax", "jaxlib", "ml_dtypes")
+SETTINGS = ("NPY_DISABLE_CPU_FEATURES", "NUMBA_CPU_NAME", "OPENBLAS_CORETYPE", "XLA_FLAGS")
 
 
 def environment() -> dict[str, Any]:
-    """Return processor, compiler, and versions."""
+    """Return processor, compiler, versions, and settings."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -41,11 +42,19 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         **{key: match[1].strip() if match else None for key, match in facts.items()},
         "g++": gcc,
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
         **versions,
     }
 
 
 def other_environment(record: Mapping[str, Any]) -> list[str]:
-    """Return in what this machine is another than that of a record."""
+    """Return in what this machine is another than that of a record, but for settings."""
     here, there = environment(), record["environment"]
-    return [f"{key} is {here.get(key)}, not {there[key]}" for key in there if here.get(key) != there[key]]
+    return [f"{x} is {here.get(x)}, not {there[x]}" for x in there if x != "settings" and here.get(x) != there[x]]
+
+
+def settings_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables of a process that has the settings of a record."""
+    settings = record["environment"]["settings"]
+    kept = {name: value for name, value in os.environ.items() if name not in settings}
+    return kept | {name: value for name, value in settings.items() if value is not None}

@@ -158,30 +158,6 @@ def gradients_may_move(place: Place) -> None:
         np.testing.assert_allclose(place.get(p), q, rtol=1e-5, atol=1e-7)
 
 
-def parameters_may_move(place: Place) -> None:
-    """Back and forth, and where a step is left out as copies; the device alone knows which."""
-    for p_type, options in ((np.float32, {}), (np.float16, {"master_weights": True})):
-        here = model(0, p_type)
-        there, room = ([place.put(p) for p in here] for _ in range(2))
-        ours = LARS(there, **HYPER, **options, nonfinite="skip")
-        theirs = LARS(here, **HYPER, **options, nonfinite="skip")
-        for seed in range(1, 6):
-            grads = model(seed, p_type)
-            if seed == 3:
-                grads[0][0, 0, 0, 0] = np.nan
-            before = [place.get(p).tobytes() for p in there]
-            ours.step([place.put(g) for g in grads], out=room)
-            theirs.step(grads)
-            assert [place.get(p).tobytes() for p in there] == before
-            assert seed != 3 or [place.get(p).tobytes() for p in room] == before
-            there, room = room, there
-            for p, q in zip(there, here, strict=True):
-                worst = np.max(np.abs(place.get(p).astype("f8") - q.astype("f8")), initial=0)
-                assert worst <= (2e-3 if p_type == np.float16 else 1e-6) * np.max(np.abs(q), initial=1), p_type
-        ours.synchronize()
-        assert (ours.steps, ours.skipped_steps) == (4, 1)
-
-
 def nothing_is_written_where_something_is_not_finite(place: Place) -> None:
     for policy in ("skip", "raise"):
         params = [place.put(p) for p in model(0)]
@@ -299,7 +275,6 @@ BODIES = [
     several_types_at_once,
     half_precision_with_masters_and_wide_gradients,
     gradients_may_move,
-    parameters_may_move,
     nothing_is_written_where_something_is_not_finite,
     hyper_parameters_may_lie_there,
     layers_may_lie_otherwise,

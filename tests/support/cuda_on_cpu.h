@@ -1,4 +1,4 @@
-// CUDA enough to run cuda.cu on the CPU: a block's threads are fibers, which take turns at each barrier.
+// CUDA enough to run lars.cu on the CPU: a block's threads are fibers, which take turns at each barrier.
 //
 // The order of turns can be chosen: a missing barrier, or a thread that reads what another has still to write, shows as a
 // result that depends on it. So does shared memory that is read before it is written: it is filled with 0xA5 before each
@@ -51,7 +51,7 @@ static void barrier(int line) {
 #define __syncthreads() barrier(__LINE__)
 
 static void fail(const char* message, int line) {
-    fprintf(stderr, "%s: line %d of cuda.cu, block %u\n", message, line, blockIdx.x);
+    fprintf(stderr, "%s: line %d of lars.cu, block %u\n", message, line, blockIdx.x);
     abort();
 }
 

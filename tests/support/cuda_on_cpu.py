@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import lars_array.settings
-from lars_array import hyper, kernels
-from lars_array.kernels import cuda
-from lars_array.kernels.cuda_source import COMMON, ELEMENTS, pair_name, source
+from lars_array import _stepper, hyperparams, kernels
+from lars_array.kernels.base import Gradients, KernelArrays
+from lars_array.kernels.cuda import kernel
+from lars_array.kernels.cuda.source import COMMON, ELEMENTS, pair_name, source
+from lars_array.state import memory
 
 HERE = Path(__file__).parent
 PAIRS = list(product(ELEMENTS, ELEMENTS))
@@ -66,8 +67,9 @@ def build(
     threads = numbers.get("THREADS", THREADS)
     kernels = [(pair_name(stage, *pair), count) for pair in pairs for stage, count in (("sums", 1), ("apply", 3))]
     launchers = [_launcher(name, count, threads) for name, count in [*kernels, *((name, 0) for name in COMMON)]]
-    words = f"run(blocks, {threads}, order, [=] {{ poke(places, *words); }});"
-    launchers.append(f"void launch_poke(int blocks, int order, u64* places, const Words* words) {{ {words} }}")
+    write = f"run(blocks, {threads}, order, [=] {{ write_pointers(table, *pointers); }});"
+    declared = "int blocks, int order, u64* table, const Pointers* pointers"
+    launchers.append(f"void launch_write_pointers({declared}) {{ {write} }}")
     path = folder / "kernels.cpp"
     header = f'#include "{HERE / "cuda_on_cpu.h"}"'
     path.write_text("\n".join([header, code, 'extern "C" {', *launchers, "}"]))
@@ -144,34 +146,46 @@ def library() -> Path:
     return build(Path(folder.name))
 
 
-class Kernel(cuda.Kernel):
+class Kernel(kernel.Kernel):
     """The CUDA kernel with all of its host code, over a device that is none."""
 
     @staticmethod
-    def unusable(params: Sequence[Any]) -> str | None:
+    def unsupported_reason(params: Sequence[Any]) -> str | None:
         return None if all(map(is_far, params)) else "these lie here"
 
-    @staticmethod
-    def addresses(arrays: Sequence[Any]) -> Any:
-        return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
+
+def kernel_of(params: Any, grads: Any, buffers: Any = None, masters: Any = None, kind: Any = Kernel) -> Any:
+    """Return the kernel for arrays that are all dense."""
+    nothing = [None] * len(params)
+    return kind(KernelArrays(params, grads, buffers or nothing, masters or nothing), np)
+
+
+def gradients(arrays: Sequence[Any]) -> Gradients:
+    """Return arrays as kernels take the gradients of a step."""
+    return Gradients(np.array(list(map(address, arrays)), np.int64), lambda: arrays)
+
+
+def address(x: Any) -> int:
+    found: int = x.__array_interface__["data"][0]
+    return found
 
 
 @contextlib.contextmanager
 def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
     """Have `FarArray`s taken for arrays on a device, by the CUDA kernel and its host code."""
     device = Device(path or library(), order)
-    pick, known = kernels.pick, hyper._known
+    choose, known = kernels.choose, hyperparams._known
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lars_array.settings, lars_array.stepper):
-            patch.setattr(module, "is_distant", is_far)
-        patch.setattr(hyper, "_known", lambda x: None if is_far(x) else known(x))
+        for module in (hyperparams, memory, _stepper):
+            patch.setattr(module, "is_on_accelerator", is_far)
+        patch.setattr(hyperparams, "_known", lambda x: None if is_far(x) else known(x))
         patch.setattr(Kernel, "Device", device)
-        patch.setattr(kernels, "pick", lambda params, name: Kernel if is_far(params[0]) else pick(params, name))
+        patch.setattr(kernels, "choose", lambda params, name: Kernel if is_far(params[0]) else choose(params, name))
         yield device
 
 
 class Device:
-    """See `lars_array.kernels.cuda_device`. Counts what it is asked for.
+    """In the place of `lars_array.kernels.cuda.device.Device`. Counts launches and allocations.
 
     Parameters
     ----------
@@ -181,7 +195,8 @@ class Device:
         In which order threads and blocks take turns.
     """
 
-    threads, rows = THREADS, ROWS
+    rows = ROWS
+    address = staticmethod(address)
 
     def __init__(self, library: Path, order: int = 0) -> None:
         self.library, self.order = ctypes.CDLL(os.fspath(library)), order
@@ -200,23 +215,18 @@ class Device:
         self.allocations += 1
         return far(array)
 
-    def addresses(self, arrays: Sequence[Any]) -> Any:
-        return np.array([x.__array_interface__["data"][0] for x in arrays], np.uint64)
-
     def is_capturing(self) -> bool:
         return self.capturing
 
-    def prepare(self, pairs: Any) -> None:
+    def compile(self, pairs: Any) -> None:
         pass
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         assert blocks > 0, f"{name} would not be launched"
         self.launches.append((name, blocks))
         values = [
-            ctypes.c_void_p(x.__array_interface__["data"][0])
-            if isinstance(x, np.ndarray)
-            else ctypes.c_void_p(int(x))
-            if isinstance(x, np.uint64)
+            ctypes.c_void_p(address(x) if isinstance(x, np.ndarray) else int(x))
+            if isinstance(x, np.ndarray | np.uint64)
             else ctypes.c_int(int(x))
             for x in arguments
         ]

@@ -11,7 +11,7 @@ import pytest
 from cuda_on_cpu import far
 
 from lars_array import LARS
-from lars_array.kernels import cuda_table
+from lars_array.kernels.cuda import tables
 
 
 def is_right(path: Path, order: int, offset: int = 0) -> bool:
@@ -22,7 +22,7 @@ def is_right(path: Path, order: int, offset: int = 0) -> bool:
     rng = np.random.default_rng(0)
     sizes = [5, 1000, 0, 130, 3]
     with cuda_on_cpu.pretended(order=order, path=path), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_table, "PIECE_LENGTH", 4 * cuda_on_cpu.THREADS + 8)
+        patch.setattr(tables, "PIECE_LENGTH", 4 * cuda_on_cpu.THREADS + 8)
         here = [rng.standard_normal(size).astype(np.float32) for size in sizes]
         there = [far(np.concatenate([np.zeros(offset, p.dtype), p]))[offset:] for p in here]
         options: Any = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1, "nonfinite": "skip", "trust_coefficient": 1.0}

@@ -1,4 +1,4 @@
-"""What `lars_jax.LARS` does on a CUDA device, as functions of a place: one with a GPU, or a stand-in for it."""
+"""Tests of `lars_jax.LARS` on a CUDA device: on a GPU, or on a stand-in for one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import lars_array
+from lars_array._stepper import StepProgram
 from lars_jax import LARS
-from lars_jax.cuda import CudaPlace
+from lars_jax._buffers import CudaBuffers
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
 MANY: list[dict[str, Any]] = [
@@ -61,9 +62,9 @@ def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-6) -> None:
 def pair(put: Put, donate: bool, dtype: Any = "float32", **options: Any) -> tuple[LARS, LARS]:
     """Return an optimizer there, and one in NumPy's memory."""
     there = LARS(put(draw(0, dtype)), donate=donate, **OPTIONS | options)
-    assert isinstance(there._place, CudaPlace)
+    assert isinstance(there._memory, CudaBuffers)
     here = LARS(draw(0, dtype), **OPTIONS | options)
-    assert not isinstance(here._place, CudaPlace)
+    assert not isinstance(here._memory, CudaBuffers)
     return there, here
 
 
@@ -110,26 +111,30 @@ def all_types_are_stepped(put: Put, donate: bool) -> None:
 def nothing_is_copied(put: Put, donate: bool) -> None:
     """Gradients are read where they are, and what is donated stays where it is."""
     optimizer, seen = LARS(put(draw(0)), donate=donate, **OPTIONS), []
-    inner = lars_array.LARS.step
+    inner = StepProgram.run
 
-    def spied(self: Any, grads: Any, **options: Any) -> Any:
-        seen.append([x.data.ptr if hasattr(x.data, "ptr") else x.ctypes.data for x in grads if x.size])
-        return inner(self, grads, **options)
+    def spied(self: Any, state: Any, grads: Any, *arguments: Any) -> Any:
+        seen.append(grads.addresses.tolist())
+        return inner(self, state, grads, *arguments)
 
-    memory = optimizer._place.memory
+    memory = optimizer._memory.arrays
     first = addresses(optimizer.params)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lars_array.LARS, "step", spied)
+        patch.setattr(StepProgram, "run", spied)
         for t in range(4):
             grads = put(draw(1 + t))
             jax.block_until_ready(grads)
             params = optimizer.step(grads)
-            assert seen[-1] == [x.unsafe_buffer_pointer() for x in jax.tree.leaves(grads) if x.size]
-            assert optimizer._place.memory is memory, "the memory has moved"
+            leaves = jax.tree.leaves(grads)
+            read = [at for at, x in zip(seen[-1], leaves, strict=True) if x.size]
+            assert read == [x.unsafe_buffer_pointer() for x in leaves if x.size]
+            assert optimizer._memory.arrays is memory, "the memory has moved"
             if donate:
                 assert addresses(params) == first
             else:
-                assert not set(addresses(params)) & {x.unsafe_buffer_pointer() for x in optimizer._place._own if x.size}
+                assert not set(addresses(params)) & {
+                    x.unsafe_buffer_pointer() for x in optimizer._memory._own if x.size
+                }
     assert all(x.committed for x in jax.tree.leaves(params))
 
 
@@ -191,7 +196,7 @@ def numbers_on_the_device_are_read_there(put: Put, donate: bool) -> None:
     assert isinstance(saved["param_groups"][0]["lr"], np.ndarray)
 
 
-def what_is_not_finite_is_told_later(put: Put, donate: bool) -> None:
+def what_is_not_finite_is_reported_later(put: Put, donate: bool) -> None:
     there, here = pair(put, donate)
     bad = draw(2)
     bad["w"][3, 4] = np.inf
@@ -229,7 +234,7 @@ def states_come_and_go(put: Put, donate: bool) -> None:
         assert_close(ours, here.step(grads), tolerance)
         assert_close(back.step(grads), ours, tolerance)
         for other in others:
-            assert isinstance(other._place, CudaPlace) and other.steps == 1
+            assert isinstance(other._memory, CudaBuffers) and other.steps == 1
             assert_close(other.step(put(grads)), ours, tolerance)
         with pytest.raises(TypeError, match="state of state_dict must be a mapping"):
             there.load_state_dict(there.state_dict() | {"state": 3})
@@ -292,7 +297,7 @@ BODIES = [
     gradients_may_be_the_parameters,
     some_have_no_gradient,
     numbers_on_the_device_are_read_there,
-    what_is_not_finite_is_told_later,
+    what_is_not_finite_is_reported_later,
     states_come_and_go,
     parameters_can_be_replaced,
     parameters_that_are_lost_are_missed,

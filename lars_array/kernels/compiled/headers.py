@@ -73,12 +73,17 @@ class HeaderSpecs(ArraySpecs):
         found = ((id(x.dtype), x.dtype, x.shape, x.strides, x.flags.aligned, x.flags.writeable) for x in arrays)
         self._index = np.fromiter((known.setdefault(spec, len(known)) for spec in found), np.int32, len(arrays))
         spans = [span(shape, strides, dtype.itemsize) for _, dtype, shape, strides, *_ in known]
-        self.spans = np.array(spans, np.int64)[self._index]
+        self._spans_of_known = np.array(spans, np.int64)
         self._known = list(known)  # keeps the dtypes alive, whose addresses identify them
         self._table = np.zeros((len(known), _FIXED + 2 * max((len(spec[2]) for spec in known), default=0)), np.int64)
         for row, (dtype_id, _, shape, strides, aligned, writeable) in zip(self._table, known, strict=True):
             numbers = len(shape), dtype_id, 0x0100 * aligned | 0x0400 * writeable, *shape, *strides
             row[: len(numbers)] = numbers
+
+    @property
+    def spans(self) -> Any:
+        """See `ArraySpecs`."""
+        return self._spans_of_known[self._index]
 
     def form(self, i: int) -> tuple[Any, Any]:
         """See `ArraySpecs.form`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lars_array._arrays import ArraySpecs
 from lars_array.core import RuleInputs, clip_gradients
 from lars_array.kernels import blocked
 from lars_array.kernels.base import Gradients, KernelArrays
@@ -44,8 +45,8 @@ class Kernel:
 
     @staticmethod
     def specs(arrays: Sequence[Any]) -> Any:
-        """Return their `lars_array._arrays.ArraySpecs`."""
-        return _headers().HeaderSpecs(arrays)
+        """Return their `ArraySpecs`."""
+        return (_headers().HeaderSpecs if set(map(type, arrays)) == {np.ndarray} else ArraySpecs)(arrays)
 
     def sums(self, grads: Gradients, operand: Any = None) -> Any:
         """Return `core.sums`."""

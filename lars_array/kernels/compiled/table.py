@@ -68,8 +68,9 @@ class Table:
     """
 
     def __init__(self, arrays: KernelArrays, layers: Sequence[int]) -> None:
-        self._held = own = arrays if len(layers) == len(arrays.params) else arrays.at(layers)
+        own = arrays.at(layers)
         trained, copies = own.trained, own.copies
+        self._held = trained, own.buffers, copies
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         copy_type = None if copy is None else _stored_as(copy.dtype)

@@ -1,14 +1,14 @@
-"""What the CUDA kernels need of a device: memory, addresses and launches, through CuPy on its current stream."""
+"""Memory and launches on a CUDA device, through CuPy on its current stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from lars_array.kernels.cuda_source import COMMON, OPTIONS, ROWS, THREADS, pair_name, source
+from lars_array.kernels.cuda.source import COMMON, OPTIONS, ROWS, THREADS, pair_name, source
 
 __all__ = ["Device", "problem"]
 
@@ -19,17 +19,17 @@ class Device:
     Parameters
     ----------
     number : int
-        Which.
+        The number that CUDA gives it.
     """
 
-    threads, rows = THREADS, ROWS
+    rows = ROWS
 
     def __init__(self, number: int) -> None:
         import cupy
 
         self._cupy, self._device = cupy, cupy.cuda.Device(number)
         self._functions: dict[str, Any] = {}
-        self._modules: dict[tuple[str, str], Any] = {}
+        self._compiled: set[tuple[str, str]] = set()
 
     @classmethod
     def on(cls, like: Any) -> Device:
@@ -46,31 +46,31 @@ class Device:
         with self._device:
             return self._cupy.asarray(array if array.dtype.fields is None else array.view(np.uint8))
 
-    def addresses(self, arrays: Sequence[Any]) -> Any:
-        """Return where arrays begin, uint64."""
-        return np.fromiter((x.data.ptr for x in arrays), np.uint64, len(arrays))
+    def address(self, array: Any) -> int:
+        """Return the address of an array on the device."""
+        address: int = array.data.ptr
+        return address
 
     def is_capturing(self) -> bool:
-        """Return whether launches go into a graph."""
+        """Return whether launches are captured in a graph."""
         with self._device:
             return bool(self._cupy.cuda.get_current_stream().is_capturing())
 
-    def prepare(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Have the kernels for these element types of parameters and gradients compiled."""
+    def compile(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Compile the kernels for these element types of parameters and gradients, each once."""
         from cupy.cuda.compiler import compile_using_nvrtc
 
-        with self._device:
-            for pair in pairs:
-                if pair in self._modules:
-                    continue
-                # Not by cupy.RawModule, which has subnormal numbers flushed to zero, whatever is asked of it.
+        for pair in set(pairs) - self._compiled:
+            names = [pair_name(stage, *pair) for stage in ("sums", "apply")]
+            if not self._compiled:
+                names += [*COMMON, "write_pointers"]
+            with self._device:
+                # Not by cupy.RawModule, which flushes subnormal numbers to zero whatever the options say.
                 binary, _ = compile_using_nvrtc(source([pair]), OPTIONS, filename="lars_array.cu")
-                module = self._modules[pair] = self._cupy.cuda.Module()
+                module = self._cupy.cuda.Module()
                 module.load(binary)
-                names = [pair_name(stage, *pair) for stage in ("sums", "apply")]
-                if len(self._modules) == 1:
-                    names += [*COMMON, "poke"]
                 self._functions |= {name: module.get_function(name) for name in names}
+            self._compiled.add(pair)
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         """Launch a kernel on the current stream.
@@ -78,11 +78,11 @@ class Device:
         Parameters
         ----------
         name : str
-            From `lars_array.kernels.cuda_source`.
+            From `lars_array.kernels.cuda.source`.
         blocks : int
             How many.
         *arguments : int, uint64 or structured arrays of one element
-            As C++ takes them: int, an address, a structure.
+            For an int, a pointer or a structure in C++.
         """
         values = tuple(np.int32(x) if isinstance(x, int) else x for x in arguments)
         with self._device:

@@ -1,14 +1,12 @@
 // A LARS step for all layers of a model: `sums`, `coefficients` and `apply`, one launch each.
 //
-// Kernels visit memory and do not know what LARS is. The update is core.difference; the coefficients are a rule's tape, see
-// lars_array/tape.py. What must be said here once more names its place in core.py, and tests hold the two together.
+// The update is core.difference; the coefficients come from a rule's tape, see kernels/tape.py. Formulas that are
+// repeated here name their place in core.py, and tests compare the two.
 //
-// Before this text stands what `cuda_source.py` writes: the numbers THREADS, ROWS and SLOTS, the enums Field, Input,
-// Operation and Policy, and the structures Array, Row, Group, Piece and Model, whose twins are NumPy dtypes there. No
-// header is included; compiled with --fmad=false, so that each operation is rounded as NumPy's are.
+// `source.py` puts constants, enums and the structures Array, Row, Group, Piece, Model and Pointers before this text.
+// No header is included. Compiled with --fmad=false, so that each operation is rounded as NumPy rounds it.
 //
-// Sums are added in an order that depends on sizes alone. No number is added by an atomic: they only collect verdicts.
-
+// Sums are added in an order that depends on sizes alone. Atomics collect flags only, never numbers.
 
 // ------------------------------------------------------------------------------------------------------ element types
 
@@ -47,8 +45,7 @@ __device__ inline void store(double& place, double x) { place = x; }
 __device__ inline void store(float& place, float x) { place = x; }
 __device__ inline void store(float16& place, float x) { place.bits = float_to_float16(x); }
 __device__ inline void store(bfloat16& place, float x) {  // to nearest, ties to even; sm_70 has no instruction for it
-    Bits bits;
-    bits.number = x;
+    Bits bits = {x};
     unsigned rounded = bits.bits + 0x7fffu + (bits.bits >> 16 & 1u);
     place.bits = (unsigned short)(x == x ? rounded >> 16 : bits.bits >> 16 | 0x40u);
 }
@@ -59,7 +56,7 @@ const int WIDTH = 4;  // elements that a thread takes at once
 
 template <class T> struct alignas(WIDTH * sizeof(T) < 16 ? WIDTH * sizeof(T) : 16) Pack { T at[WIDTH]; };
 
-template <class T> __device__ inline bool is_aligned(const T* x) { return (u64)x % alignof(Pack<T>) == 0; }
+template <class T> __device__ inline bool is_aligned(const T* x) { return (u64)x % alignof(Pack<T>) == 0; }  // or null
 
 // An array that starts at an odd place is read element by element, by the same thread: the sums are the same.
 template <class T> __device__ inline Pack<T> load(const T* x, bool aligned) {
@@ -74,26 +71,26 @@ template <class T> __device__ inline void save(T* x, const Pack<T>& pack, bool a
     else for (int i = 0; i < WIDTH; ++i) x[i] = pack.at[i];
 }
 
-// The part of an array that a block visits, and who has it.
+// The part of an array that a block works on.
 struct Part {
     const Array& array;
-    const Row& row;
-    u64 p, out, g;  // in place `out` is p
+    u64 g;
     i64 begin, end, whole;  // `whole` is where the last full pack ends
 
-    __device__ Part(const Model& m, int number)
-        : array(m.arrays[m.pieces[number].array]), row(m.rows[array.row]) {
-        int index = m.pieces[number].array;
-        p = m.params[index];
-        out = m.out == nullptr ? p : m.out[index];
-        g = m.grads[index];
-        begin = m.pieces[number].index * array.piece;
+    __device__ Part(const Model& m, int piece) : array(m.arrays[m.pieces[piece].array]) {
+        g = m.grads[m.pieces[piece].array];
+        begin = m.pieces[piece].index * array.piece;
         end = array.size - begin < array.piece ? array.size : begin + array.piece;
         whole = end - (end - begin) % WIDTH;
     }
 };
 
-// ------------------------------------------------------------------------------------ what the rules are not asked for
+// Write pointers that are arguments of the launch: the host does not wait, and a CUDA graph keeps them.
+extern "C" __global__ void __launch_bounds__(THREADS) write_pointers(u64* table, Pointers pointers) {
+    for (int i = threadIdx.x; i < pointers.count; i += THREADS) table[pointers.first + i] = pointers.values[i];
+}
+
+// ----------------------------------------------------------------------------------- gradient factor and third operand
 
 __device__ inline const double* hyper_of(const Model& m, const Row& row) { return m.hyper + (i64)row.group * FIELDS; }
 
@@ -105,7 +102,7 @@ __device__ inline double gradient_factor(const double* hyper, const double* norm
     return gamma * (clipped ? hyper[MAX_GRAD_NORM] / *norm : 1.0);
 }
 
-// core._operand and blocks.update_weights: what g, p and v are multiplied by in the third sum.
+// core._operand and core.update_weights: the factors of g, p and v in the third sum.
 struct Weights { double gamma, w, h; };
 
 __device__ inline Weights operand(const Model& m, int index, const double* norm) {
@@ -116,32 +113,31 @@ __device__ inline Weights operand(const Model& m, int index, const double* norm)
     if (norm_of != GRADIENT) weights.w = hyper[WEIGHT_DECAY];
     if (norm_of != UPDATE) return weights;
     double momentum = hyper[MOMENTUM];
-    double undamped = m.first[index] ? 1.0 : 1.0 - hyper[DAMPENING];
+    double undamped = m.first[row.param] ? 1.0 : 1.0 - hyper[DAMPENING];
     bool direct = hyper[NESTEROV] != 0 || momentum == 0;
     double a = direct ? 1.0 + momentum * undamped : undamped;
-    weights.gamma *= a;
-    weights.w *= a;
-    weights.h = direct ? momentum * momentum : momentum;
-    return weights;
+    return Weights{weights.gamma * a, weights.w * a, direct ? momentum * momentum : momentum};
 }
 
 // --------------------------------------------------------------------------------------------------------------- sums
 
 struct Sums { double p, g, third; };
 
-// Add up what the threads of a block have, in a fixed order. The first thread gets the total.
+__device__ inline void operator+=(Sums& sums, const Sums& more) {
+    sums.p += more.p;
+    sums.g += more.g;
+    sums.third += more.third;
+}
+
+// Add up the sums of a block's threads, in a fixed order. The first thread gets the total.
 __device__ inline Sums total(Sums mine) {
     __shared__ Sums all[THREADS];
     all[threadIdx.x] = mine;
     for (int step = THREADS / 2; step > 0; step /= 2) {
         __syncthreads();
-        if ((int)threadIdx.x < step) {
-            all[threadIdx.x].p += all[threadIdx.x + step].p;
-            all[threadIdx.x].g += all[threadIdx.x + step].g;
-            all[threadIdx.x].third += all[threadIdx.x + step].third;
-        }
+        if ((int)threadIdx.x < step) all[threadIdx.x] += all[threadIdx.x + step];
     }
-    return all[threadIdx.x];  // of what others have added up, no more than the total is read
+    return all[threadIdx.x];
 }
 
 template <bool THIRD>
@@ -158,7 +154,7 @@ template <class P, class G, bool THIRD>
 __device__ inline Sums measure(const Part& part, const P* p, const G* g, const typename Computed<P>::type* v,
                                const Weights& weights) {
     Sums sums = {0, 0, 0};
-    bool aligned = is_aligned(p) && is_aligned(g) && (v == nullptr || is_aligned(v));
+    bool aligned = is_aligned(p) && is_aligned(g) && is_aligned(v);
 #pragma unroll 4
     for (i64 k = part.begin + WIDTH * (i64)threadIdx.x; k < part.whole; k += WIDTH * THREADS) {
         Pack<P> ps = load(p + k, aligned);
@@ -177,26 +173,25 @@ template <class P, class G> __device__ inline Sums measure(const Model& m, const
     const G* g = reinterpret_cast<const G*>(part.g);
     if (m.weights == nullptr && m.third == 0) return measure<P, G, false>(part, p, g, nullptr, Weights());
     int row = part.array.row;
-    Weights weights;
-    if (m.weights == nullptr) weights = operand(m, row, m.third_is_clipped ? m.norm : nullptr);
-    else weights = Weights{m.weights[3 * row], m.weights[3 * row + 1], m.weights[3 * row + 2]};
+    const double* given = m.weights;
+    Weights weights = given != nullptr ? Weights{given[3 * row], given[3 * row + 1], given[3 * row + 2]}
+                                       : operand(m, row, m.third_is_clipped ? m.norm : nullptr);
     const V* v = weights.h == 0 ? nullptr : reinterpret_cast<const V*>(part.array.v);
     return measure<P, G, true>(part, p, g, v, weights);
 }
 
 // First stage, core.sums: of each piece from `first` on, one a block.
 template <class P, class G> __device__ inline void sums(const Model& m, int first) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) {  // nobody has a verdict yet; `apply` of the step before is done
-        *m.bad = 0;
-        *m.refusing = m.row_count;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {  // `apply` of the step before is done
+        *m.prevented = 0;
+        *m.offender = m.row_count;
     }
     if (first + (int)blockIdx.x >= m.piece_count) return;  // a model of empty arrays
     typedef typename Computed<P>::type T;
     Part part(m, first + (int)blockIdx.x);
-    Sums mine;
-    if (part.array.master != 0) mine = measure<T, G>(m, part, reinterpret_cast<const T*>(part.array.master));
-    else mine = measure<P, G>(m, part, reinterpret_cast<const P*>(part.p));
-    Sums all = total(mine);
+    const T* master = reinterpret_cast<const T*>(part.array.master);
+    const P* p = reinterpret_cast<const P*>(part.array.p);
+    Sums all = total(master != nullptr ? measure<T, G>(m, part, master) : measure<P, G>(m, part, p));
     if (threadIdx.x == 0) m.partial[first + blockIdx.x] = all;
 }
 
@@ -213,9 +208,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradient_norm(Model m) {
 
 // ------------------------------------------------------------------------------------------------------- coefficients
 
-// Play a tape: lars_array/tape.py says what it is. Each thread has a column of registers.
-__device__ inline void play(const Group& group, const int* operations, double (*registers)[ROWS], int column, int place) {
-    for (int k = group.first_operation; k < group.last_operation; ++k, ++place) {
+// Run a tape, see kernels/tape.py. Each thread has a column of registers; results go to those from `next` on.
+__device__ inline void run_tape(const Group& group, const int* operations, double (*registers)[ROWS], int column,
+                                int next) {
+    for (int k = group.first_operation; k < group.last_operation; ++k, ++next) {
         const int* operation = operations + 4 * (i64)k;
         double a = registers[operation[1]][column], b = registers[operation[2]][column], result;
         switch (operation[0]) {
@@ -230,14 +226,14 @@ __device__ inline void play(const Group& group, const int* operations, double (*
             case SQRT: result = sqrt(a); break;
             default: result = fabs(a); break;
         }
-        registers[place][column] = result;
+        registers[next][column] = result;
     }
 }
 
 __device__ inline bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
-// core.coefficients for one layer, and nonfinite.finite of what comes out.
-__device__ inline void decide(const Model& m, int index, const Sums& s, double (*registers)[ROWS], int column) {
+// core.coefficients for one layer, and nonfinite.finite of the result.
+__device__ inline void evaluate(const Model& m, int index, const Sums& s, double (*registers)[ROWS], int column) {
     const Row& row = m.rows[index];
     const Group& group = m.groups[row.group];
     const double* hyper = hyper_of(m, row);
@@ -249,19 +245,19 @@ __device__ inline void decide(const Model& m, int index, const Sums& s, double (
     registers[THIRD_SUM][column] = s.third;
     registers[GAMMA][column] = gamma;
     for (int i = 0; i < FIELDS; ++i) registers[HYPER + i][column] = hyper[i];
-    registers[FIRST][column] = m.first[index] ? 1.0 : 0.0;
-    registers[PREVIOUS_LR][column] = m.previous_lr[index];
-    int place = INPUTS;
-    for (int k = group.first_constant; k < group.last_constant; ++k) registers[place++][column] = m.constants[k];
-    play(group, m.operations, registers, column, place);
-    bool ok = is_finite(s.p) && is_finite(s.g) && is_finite(s.third) && s.g <= row.most;
+    registers[FIRST][column] = m.first[row.param] ? 1.0 : 0.0;
+    registers[PREVIOUS_LR][column] = m.previous_lr[row.param];
+    int next = INPUTS;
+    for (int k = group.first_constant; k < group.last_constant; ++k) registers[next++][column] = m.constants[k];
+    run_tape(group, m.operations, registers, column, next);
+    bool ok = is_finite(s.p) && is_finite(s.g) && is_finite(s.third) && s.g <= row.square_limit;
     for (int i = 0; i < 6; ++i) {
         double c = registers[group.outputs[i]][column];
         m.C[6 * (i64)index + i] = c;
         ok = ok && fabs(c) <= row.limit;
     }
-    if (!ok && group.policy != PROPAGATE) atomicMax(m.bad, 1);
-    if (!ok && group.policy == RAISE) atomicMin(m.refusing, index);
+    if (!ok && group.policy != PROPAGATE) atomicMax(m.prevented, 1);
+    if (!ok && group.policy == RAISE) atomicMin(m.offender, index);
 }
 
 // Second stage: each block has ROWS layers.
@@ -274,23 +270,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) coefficients(Model m) {
     int first = (int)blockIdx.x * ROWS;
     if (first + mine < m.row_count) {
         const Row& row = m.rows[first + mine];
-        for (int k = lane; k < row.pieces; k += LANES) {
-            s.p += m.partial[row.first_piece + k].p;
-            s.g += m.partial[row.first_piece + k].g;
-            s.third += m.partial[row.first_piece + k].third;
-        }
+        for (int k = lane; k < row.pieces; k += LANES) s += m.partial[row.first_piece + k];
     }
     part[mine][lane] = s;
     __syncthreads();
     if (threadIdx.x >= ROWS || first + (int)threadIdx.x >= m.row_count) return;
     s = part[threadIdx.x][0];
-    for (int k = 1; k < LANES; ++k) {
-        s.p += part[threadIdx.x][k].p;
-        s.g += part[threadIdx.x][k].g;
-        s.third += part[threadIdx.x][k].third;
-    }
-    if (m.third == 0 && m.weights == nullptr) s.third = s.g;  // as core.sums has it
-    if (m.decides) decide(m, first + threadIdx.x, s, registers, threadIdx.x);
+    for (int k = 1; k < LANES; ++k) s += part[threadIdx.x][k];
+    if (m.third == 0 && m.weights == nullptr) s.third = s.g;  // as in core.sums
+    if (m.decides) evaluate(m, first + threadIdx.x, s, registers, threadIdx.x);
     else m.S[first + threadIdx.x] = s;
 }
 
@@ -298,17 +286,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) coefficients(Model m) {
 
 __device__ inline bool found_inf(const Model& m) { return m.found_inf != nullptr && *m.found_inf != 0; }
 
-// Whether the step may be taken at all.
 __device__ inline bool is_taken(const Model& m) {
-    if (m.written != nullptr) return *m.written;
-    return !m.decides || (*m.bad == 0 && !found_inf(m));
+    if (m.taken != nullptr) return *m.taken;
+    return !m.decides || (*m.prevented == 0 && !found_inf(m));
 }
 
 // p - core.difference and, without a buffer, p - core.difference_without_buffer.
-template <class T> struct Map {
+template <class T> struct AffineMap {
     T m, alpha, beta, kappa, lam, mu;
 
-    __device__ Map(const double* c) : m((T)c[0]), alpha((T)c[1]), beta((T)c[2]), kappa((T)c[3]), lam((T)c[4]), mu((T)c[5]) {}
+    __device__ AffineMap(const double* c)
+        : m((T)c[0]), alpha((T)c[1]), beta((T)c[2]), kappa((T)c[3]), lam((T)c[4]), mu((T)c[5]) {}
 
     __device__ T operator()(T p, T g, T& v) const {
         v = m * v + alpha * g + beta * p;
@@ -318,84 +306,69 @@ template <class T> struct Map {
     __device__ T operator()(T p, T g) const { return p - ((lam + kappa * alpha) * g + (mu + kappa * beta) * p); }
 };
 
-// `read` is where parameters are read from, `out`, which may be the same, where they are written to in full; `rounded` gets
-// a copy, or is null.
+// Update `p`, a parameter or its master copy; `rounded`, the parameter of a master copy, gets its value, or is null.
 template <class T, class P, class G, class R>
-__device__ inline void write(const Part& part, const P* read, const G* g, T* v, P* out, R* rounded, const Map<T>& map) {
-    bool aligned = is_aligned(read) && is_aligned(out) && is_aligned(g);
-    aligned = aligned && (v == nullptr || is_aligned(v)) && (rounded == nullptr || is_aligned(rounded));
+__device__ inline void update(const Part& part, P* p, const G* g, T* v, R* rounded, const AffineMap<T>& map) {
+    bool aligned = is_aligned(p) && is_aligned(g) && is_aligned(v) && is_aligned(rounded);
 #pragma unroll 2
     for (i64 k = part.begin + WIDTH * (i64)threadIdx.x; k < part.whole; k += WIDTH * THREADS) {
-        Pack<P> ps = load(read + k, aligned);
+        Pack<P> ps = load(p + k, aligned);
         Pack<G> gs = load(g + k, aligned);
         Pack<T> vs = {};
         Pack<R> copies;
         if (v != nullptr) vs = load(v + k, aligned);
         for (int i = 0; i < WIDTH; ++i) {
-            T p = (T)wide(ps.at[i]), slope = (T)wide(gs.at[i]);
-            p = v != nullptr ? map(p, slope, vs.at[i]) : map(p, slope);
-            store(ps.at[i], p);
-            store(copies.at[i], p);
+            T x = (T)wide(ps.at[i]), slope = (T)wide(gs.at[i]);
+            x = v != nullptr ? map(x, slope, vs.at[i]) : map(x, slope);
+            store(ps.at[i], x);
+            store(copies.at[i], x);
         }
-        save(out + k, ps, aligned);
+        save(p + k, ps, aligned);
         if (v != nullptr) save(v + k, vs, aligned);
         if (rounded != nullptr) save(rounded + k, copies, aligned);
     }
     i64 k = part.whole + threadIdx.x;
     if (k < part.end) {
-        T p = (T)wide(read[k]), slope = (T)wide(g[k]);
-        p = v != nullptr ? map(p, slope, v[k]) : map(p, slope);
-        store(out[k], p);
-        if (rounded != nullptr) store(rounded[k], p);
+        T x = (T)wide(p[k]), slope = (T)wide(g[k]);
+        x = v != nullptr ? map(x, slope, v[k]) : map(x, slope);
+        store(p[k], x);
+        if (rounded != nullptr) store(rounded[k], x);
     }
 }
 
-// Of a step that is not taken, where parameters move all the same: who asked for it does not know.
-template <class P> __device__ inline void copy(const Part& part, const P* p, P* out) {
-    for (i64 k = part.begin + threadIdx.x; k < part.end; k += THREADS) out[k] = p[k];
-}
-
-// What follows from a step, by one block: counts, last learning rates, and which buffers are used.
-__device__ inline void note(const Model& m, bool taken) {
+// Update counts, last learning rates and flags of unused buffers after a step, by one block.
+__device__ inline void commit(const Model& m, bool taken) {
     if (threadIdx.x == 0) {
-        bool found = found_inf(m), refused = !found && *m.refusing < m.row_count;
-        m.counts[taken ? 0 : refused ? 2 : 1] += 1;
-        if (refused) {
-            const Sums& s = m.S[*m.refusing];
-            int what = !is_finite(s.g) ? BAD_GRADIENT : !is_finite(s.p) ? BAD_PARAMETER : BAD_UPDATE;
-            m.counts[3] = KINDS * (i64)m.rows[*m.refusing].place + what;
+        bool found = found_inf(m), rejected = !found && *m.offender < m.row_count;
+        m.counts[taken ? 0 : rejected ? 2 : 1] += 1;
+        if (rejected) {
+            const Sums& s = m.S[*m.offender];
+            int cause = !is_finite(s.g) ? BAD_GRADIENT : !is_finite(s.p) ? BAD_PARAMETER : BAD_UPDATE;
+            m.counts[3] = CAUSES * (i64)m.rows[*m.offender].number + cause;
         }
     }
     if (!taken) return;
-    for (int i = threadIdx.x; i < m.row_count; i += THREADS) {
-        if (m.rows[i].keeps) m.first[i] = false;
-        m.previous_lr[i] = hyper_of(m, m.rows[i])[LR];
+    for (int i = threadIdx.x; i < m.row_count; i += THREADS) {  // rows of one parameter write the same
+        const Row& row = m.rows[i];
+        if (row.keeps) m.first[row.param] = false;
+        m.previous_lr[row.param] = hyper_of(m, row)[LR];
     }
 }
 
-// Third stage, core.apply: of `count` pieces from `first` on, one a block; `last` if the whole model is done then.
+// Third stage, core.apply: of `count` pieces from `first` on, one a block; `last` in the last launch for the model.
 //
-// Backwards, since the end of it is what `sums` has left in the cache.
+// Backwards, since `sums` leaves the end of the model in the cache.
 template <class P, class G> __device__ inline void apply(const Model& m, int first, int count, int last) {
     typedef typename Computed<P>::type T;
     bool taken = is_taken(m);
-    if (blockIdx.x == 0 && last && m.decides) note(m, taken);
-    if ((!taken && m.out == nullptr) || (int)blockIdx.x >= count) return;
+    if (blockIdx.x == 0 && last && m.decides) commit(m, taken);
+    if (!taken || (int)blockIdx.x >= count) return;
     Part part(m, first + count - 1 - (int)blockIdx.x);
     const G* g = reinterpret_cast<const G*>(part.g);
-    Map<T> map(m.C + 6 * (i64)part.array.row);
+    AffineMap<T> map(m.C + 6 * (i64)part.array.row);
     T* v = reinterpret_cast<T*>(part.array.v);
     T* master = reinterpret_cast<T*>(part.array.master);
-    const P* p = reinterpret_cast<const P*>(part.p);
-    P* out = reinterpret_cast<P*>(part.out);
-    if (!taken) copy(part, p, out);
-    else if (master != nullptr) write(part, master, g, v, master, out, map);
-    else write(part, p, g, v, out, (P*)nullptr, map);
-}
-
-// ------------------------------------------------------------------------------------------------------------ tables
-
-// Bring numbers to the device as arguments of a launch: nothing is waited for, and a CUDA graph keeps them.
-extern "C" __global__ void __launch_bounds__(THREADS) poke(u64* places, Words words) {
-    for (int i = threadIdx.x; i < words.count; i += THREADS) places[words.first + i] = words.at[i];
+    P* p = reinterpret_cast<P*>(part.array.p);
+    if (master != nullptr) update(part, master, g, v, p, map);
+    else update(part, p, g, v, (P*)nullptr, map);
 }

@@ -1,158 +1,229 @@
-"""What lies on the device for the CUDA kernels: the tables of a model, and room for what they compute."""
+"""The tables of the CUDA kernels: the rows of a step cut into pieces, the programs of their rules, and results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_array.dtypes import COMPUTE
-from lars_array.kernels.cuda_addresses import Addresses
-from lars_array.kernels.cuda_source import MODEL
-from lars_array.kernels.cuda_table import Table, programs
-from lars_array.kernels.request import Request
-from lars_array.tape import record
+from lars_array._arrays import COMPUTE
+from lars_array.core import NORM_OF, Rule
+from lars_array.kernels.base import KernelArrays
+from lars_array.kernels.cuda.source import ARRAY, GROUP, MODEL, PIECE, POINTERS, ROW, SLOTS
+from lars_array.kernels.tape import INPUTS, record
+from lars_array.nonfinite import POLICIES
 
-__all__ = ["Resident"]
+__all__ = ["DeviceTables"]
 
-# The largest number of the type that each is computed in, as lars_array.nonfinite.largest has it.
-_LIMITS = {"float32": float(np.finfo(np.float32).max), "float64": float(np.finfo(np.float64).max)}
+PIECE_LENGTH = 1 << 14  # elements that one block works on
+MOST_PIECES = 1 << 12  # of one array: their sums are added by a few threads
+WIDTH = 4  # elements: where a piece begins there may begin a vector
+
+_LIMITS = {kind: float(np.finfo(kind).max) for kind in ("float32", "float64")}
 
 
-class Resident:
-    """Tables on a device, and the structure of their addresses that every launch is given.
+class Segment(NamedTuple):
+    """Pieces of one launch: those of arrays of the same element types of parameters and gradients."""
+
+    types: tuple[str, str]
+    first: int
+    pieces: int
+
+
+class HostTables(NamedTuple):
+    """Rows cut into pieces.
 
     Parameters
     ----------
-    device : Device
-        See `lars_array.kernels.cuda_device`.
-    params, buffers, masters : sequences of arrays
-        One entry a layer; the last two may be None.
-    sizes : sequence of int
+    order : integer array of shape (rows,)
+        The row of each entry of `arrays`: sorted by types, and then so that the parts of a layer are neighbours.
+    arrays, pieces : structured arrays
+        For the device; addresses are missing.
+    rows : structured array of shape (rows,)
+        The pieces of each row; all else is missing. Rows that form one layer have the pieces of all of them.
+    segments : list of Segment
+        All launches of a stage: at least one, which has no pieces if there are none.
+    """
+
+    order: Any
+    arrays: Any
+    pieces: Any
+    rows: Any
+    segments: list[Segment]
+
+
+def piece_lengths(sizes: Any) -> Any:
+    """Return the elements in each piece of arrays, but for the last piece: from the sizes of the arrays alone."""
+    lengths = np.maximum(PIECE_LENGTH, -(-sizes // MOST_PIECES))
+    return -(-lengths // WIDTH) * WIDTH
+
+
+def split(sizes: Any, types: Sequence[tuple[str, str]], joined: Sequence[Sequence[int]] = ()) -> HostTables:
+    """Cut rows into pieces.
+
+    Parameters
+    ----------
+    sizes : int64 array of shape (rows,)
         Real numbers in each.
     types : sequence of tuple (str, str)
         Element types of parameters and gradient of each.
     joined : sequence of sequences of int
-        Those that are one layer, see `lars_array.rows`.
+        The rows of each layer that has several, of the same types.
+
+    Returns
+    -------
+    HostTables
+        The tables.
+    """
+    kinds = sorted(set(types))
+    kind = np.array([kinds.index(pair) for pair in types], np.int64)
+    leader = np.arange(len(sizes))
+    for index in joined:
+        leader[index] = min(index)
+    order = np.lexsort((leader, kind))
+    lengths = piece_lengths(sizes)
+    counts = (-(-sizes // lengths))[order]
+    starts = np.cumsum(counts) - counts
+    arrays, rows = np.zeros(len(sizes), ARRAY), np.zeros(len(sizes), ROW)
+    arrays["size"], arrays["piece"], arrays["row"] = sizes[order], lengths[order], order
+    pieces = np.zeros(int(counts.sum()), PIECE)
+    pieces["array"] = np.repeat(np.arange(len(sizes)), counts)
+    pieces["index"] = np.arange(len(pieces)) - np.repeat(starts, counts)
+    rows["first_piece"][order], rows["pieces"][order] = starts, counts
+    for index in joined:
+        rows["first_piece"][index] = rows["first_piece"][index].min()
+        rows["pieces"][index] = rows["pieces"][index].sum()
+    totals = np.bincount(kind[order], counts, len(kinds)).astype(int)
+    firsts = (np.cumsum(totals) - totals).tolist()
+    segments = list(map(Segment, kinds, firsts, totals.tolist()))
+    return HostTables(order, arrays, pieces, rows, [x for x in segments if x.pieces] or segments[:1])
+
+
+class Programs(NamedTuple):
+    """Rules for the device: a structured array of groups, and the operations and constants of all their tapes."""
+
+    groups: Any
+    operations: Any
+    constants: Any
+
+
+def programs(rules: Sequence[Rule], policies: Sequence[str]) -> Programs | None:
+    """Return the programs of groups with these rules and `nonfinite`; None if a rule has no tape, or one too long."""
+    tapes: list[Any] = [record(rule) for rule in rules]
+    if any(x is None or len(INPUTS) + len(x.constants) + len(x.operations) > SLOTS for x in tapes):
+        return None
+    groups = np.zeros(len(rules), GROUP)
+    groups["norm_of"] = [NORM_OF.index(rule.norm_of) for rule in rules]
+    groups["policy"] = [POLICIES.index(policy) for policy in policies]
+    groups["outputs"] = [tape.outputs for tape in tapes]
+    unique = list(dict.fromkeys(tapes))
+    index = [unique.index(tape) for tape in tapes]
+    operations, constants = [x.operations for x in unique], [x.constants for x in unique]
+    for name, parts in (("operation", operations), ("constant", constants)):
+        lengths = np.array(list(map(len, parts)))
+        groups[f"last_{name}"] = np.cumsum(lengths)[index]
+        groups[f"first_{name}"] = groups[f"last_{name}"] - lengths[index]
+    return Programs(groups, np.concatenate(operations).astype(np.int32), np.concatenate(constants))
+
+
+class PointerTable:
+    """Addresses on a device, which the host writes without waiting: `array`, uint64, of shape (count,)."""
+
+    def __init__(self, device: Any, count: int) -> None:
+        self._device, self._written = device, np.zeros(count, np.uint64)
+        self.array = device.zeros(count, np.uint64)
+
+    def write(self, addresses: Any, *, always: bool = False) -> None:
+        """Write addresses, if they have changed, as arguments of launches: no memory of the host is read later."""
+        if not always and np.array_equal(addresses, self._written):
+            return
+        self._written = addresses
+        pointers = np.zeros(1, POINTERS)
+        room, table = pointers["values"].shape[1], np.uint64(self._device.address(self.array))
+        for first in range(0, len(addresses), room):
+            some = addresses[first : first + room]
+            pointers["first"], pointers["count"], pointers["values"][0, : len(some)] = first, len(some), some
+            self._device.launch("write_pointers", 1, table, pointers)
+
+
+class DeviceTables:
+    """Tables on a device, and the structure of their addresses that is the argument of every launch.
+
+    Parameters
+    ----------
+    device : Device
+        See `lars_array.kernels.cuda.device`.
+    arrays : KernelArrays
+        The arrays of all rows.
+    types : sequence of tuple (str, str)
+        Element types of parameters and gradient of each row.
+    rows : DeviceRows, optional
+        Groups, parameters and layers of the rows, for launches that decide on a step.
 
     Attributes
     ----------
-    table : Table
-        What the host knows of it.
     model : structured array of one element
-        What is launched with.
-    S, C, gamma : arrays of shape (layers, 3), (layers, 6) and (layers,)
-        What the last launches have computed.
+        The argument of launches.
+    segments : list of Segment
+        See `HostTables`.
+    S, C, gamma : arrays of shape (rows, 3), (rows, 6) and (rows,)
+        The results of the last launches.
     """
 
-    def __init__(
-        self,
-        device: Any,
-        params: Sequence[Any],
-        buffers: Sequence[Any],
-        masters: Sequence[Any],
-        sizes: Sequence[int],
-        types: Sequence[tuple[str, str]],
-        *,
-        joined: Sequence[Sequence[int]],
-    ) -> None:
-        self._device = device
-        places = np.zeros((len(params), 2), np.uint64)
-        for column, arrays in enumerate((buffers, masters)):
-            there = [i for i, x in enumerate(arrays) if x is not None]
-            places[there, column] = device.addresses([arrays[i] for i in there])
-        limits = [_LIMITS[COMPUTE[p_type]] for p_type, _ in types]
-        narrowed = [g_type == "float64" and COMPUTE[p_type] == "float32" for p_type, g_type in types]
-        most = [limit**2 if concerned else np.inf for limit, concerned in zip(limits, narrowed)]
-        self.table = table = Table(np.array(sizes, np.int64), places, types, limits, most, joined)
-        device.prepare({segment.types for segment in table.segments})
-
-        rows = max(len(params), 1)
-        self.S, self.C = device.zeros((rows, 3), np.float64), device.zeros((rows, 6), np.float64)
-        self.gamma = device.zeros(rows, np.float64)
-        self._params = Addresses(device, device.addresses([params[i] for i in table.order.tolist()]))
-        self._grads, self._out = (Addresses(device, np.zeros(len(params), np.uint64)) for _ in range(2))
-        verdict = device.zeros(2, np.int32)
-        self._held = {
-            "arrays": device.put(_filled(table.arrays)),
-            "pieces": device.put(_filled(table.pieces)),
-            "partial": device.zeros((max(len(table.pieces), 1), 3), np.float64),
+    def __init__(self, device: Any, arrays: KernelArrays, types: Sequence[tuple[str, str]], rows: Any = None) -> None:
+        self._device, count = device, len(types)
+        sizes = np.array([p.size * (2 if p.dtype.kind == "c" else 1) for p in arrays.params], np.int64)
+        host = split(sizes, types, () if rows is None else rows.joined)
+        for name, column in (("p", arrays.params), ("v", arrays.buffers), ("master", arrays.masters)):
+            host.arrays[name] = np.array([0 if x is None else device.address(x) for x in column], np.uint64)[host.order]
+        host.rows["limit"] = [_LIMITS[COMPUTE[p]] for p, _ in types]
+        narrowed = [g == "float64" and COMPUTE[p] == "float32" for p, g in types]
+        host.rows["square_limit"] = [_LIMITS["float32"] ** 2 if narrow else np.inf for narrow in narrowed]
+        if rows is not None:
+            host.rows["group"], host.rows["param"] = rows.group_of, rows.param_of
+            host.rows["number"], host.rows["keeps"] = rows.number, rows.keeps
+        self.segments = host.segments
+        device.compile(types)
+        self.S, self.C, self.gamma = (device.zeros(shape, np.float64) for shape in ((count, 3), (count, 6), count))
+        self._grads, self._order = PointerTable(device, count), host.order
+        flags = device.zeros(2, np.int32)
+        self._own = {
+            "arrays": device.put(host.arrays),
+            "grads": self._grads.array,
+            "rows": device.put(host.rows),
+            "pieces": device.put(host.pieces),
+            "partial": device.zeros((len(host.pieces), 3), np.float64),
             "norm": device.zeros(1, np.float64),
-            "params": self._params.table,
-            "grads": self._grads.table,
             "S": self.S,
             "C": self.C,
             "gamma": self.gamma,
-            "bad": verdict[:1],
-            "refusing": verdict[1:],
+            "prevented": flags[:1],
+            "offender": flags[1:],
         }
         self.model = np.zeros(1, MODEL)
-        self.set(**self._held, row_count=len(params), piece_count=len(table.pieces))
-        self._asked: Any = None
-        self._understood = False
-        self._put_rows([0] * len(params), [0] * len(params), [False] * len(params))
+        self.set(**self._own, row_count=count, piece_count=len(host.pieces), decides=rows is not None)
+        self._loaded: Any = None
+        self._can_run = False
 
     def set(self, **fields: Any) -> None:
         """Set fields of `model`: numbers, or arrays by their address; None is 0."""
-        pointers = {name: x for name, x in fields.items() if not (x is None or isinstance(x, int))}
-        addresses = dict(zip(pointers, self._device.addresses(list(pointers.values())), strict=True))
         for name, value in fields.items():
-            self.model[name] = addresses.get(name, 0 if value is None else value)
+            self.model[name] = self._device.address(value) if hasattr(value, "shape") else value or 0
 
-    def set_rows(self, *, joined: bool) -> None:
-        """Have layers of several arrays measured as one, or each array by itself."""
-        self.set(rows=self._held["joined_rows" if joined else "rows"])
+    def set_gradients(self, addresses: Any, *, always: bool) -> None:
+        """Set the addresses of gradients, int64, by row; `always`: although they seem to be there."""
+        self._grads.write(addresses[self._order].view(np.uint64), always=always)
 
-    def set_gradients(self, grads: Sequence[Any], *, always: bool) -> None:
-        """Have gradients read where these are; `always` bring their addresses to the device, or if they are others."""
-        self._grads.put(self._addresses(grads), always=always)
-
-    def set_out(self, out: Sequence[Any] | None) -> None:
-        """Have parameters written to these arrays, or in place."""
-        if out is not None:
-            self._out.put(self._addresses(out))
-        self.set(out=None if out is None else self._out.table)
-
-    def move(self) -> None:
-        """Take for the parameters what they were written to last.
-
-        So of steps that go back and forth between the same arrays no address has to be brought to the device.
-        """
-        self._params, self._out = self._out, self._params
-        self.set(params=self._params.table, out=None)
-
-    def _addresses(self, arrays: Sequence[Any]) -> Any:
-        return self._device.addresses([arrays[i] for i in self.table.order.tolist()])
-
-    def understand(self, request: Request) -> bool:
-        """Put rules, policies and groups on the device, if they are not there, and return whether that can be done."""
-        if self.table.joined_rows is None:
-            return False
-        of_layers = request.group_of, request.place, request.keeps
-        of_groups = [(id(rule.function), rule.norm_of) for rule in request.rules], [*request.policies]
-        if self._asked is not None and self._asked[1] == of_groups and all(map(is_, self._asked[0], of_layers)):
-            return self._understood
-        found = programs(request.rules, [record(rule) for rule in request.rules], request.policies)
-        self._understood = found is not None
-        self._asked = of_layers, of_groups, [*request.rules]
-        if found is not None:
-            self._put_rows(*of_layers)
-            for name, table in zip(("groups", "operations", "constants"), found, strict=True):
-                self._held[name] = self._device.put(_filled(table))
-                self.set(**{name: self._held[name]})
-        return self._understood
-
-    def _put_rows(self, group_of: Sequence[int], place: Sequence[int], keeps: Sequence[bool]) -> None:
-        for name in ("rows", "joined_rows"):
-            rows = getattr(self.table, name)
-            if rows is not None:
-                rows["group"], rows["place"], rows["keeps"] = group_of, place, keeps
-                self._held[name] = self._device.put(_filled(rows))
-        self.set_rows(joined=False)
-
-
-def _filled(table: Any) -> Any:
-    """Return a table that is not empty: there must be an address."""
-    return table if table.size else np.zeros((1, *table.shape[1:]), table.dtype)
+    def load(self, rules: Sequence[Rule], policies: Sequence[str]) -> bool:
+        """Put rules and policies on the device, where they have changed, and return whether they can run there."""
+        wanted = [(id(rule.function), rule.norm_of, policy) for rule, policy in zip(rules, policies, strict=True)]
+        if self._loaded is None or wanted != self._loaded[0]:
+            self._loaded = wanted, rules  # rules live as long as their ids are compared
+            found = programs(rules, policies)
+            self._can_run = found is not None
+            if found is not None:
+                tables = {name: self._device.put(table) for name, table in found._asdict().items()}
+                self._own |= tables
+                self.set(**tables)
+        return self._can_run

@@ -20,13 +20,11 @@ import numpy as np
 import pytest
 from jax_cuda_bodies import BODIES, OPTIONS, assert_close, draw, pair
 
-import lars_array.distant
-import lars_jax.cuda
-import lars_jax.places
-from lars_array.buffers import aligned_zeros
-from lars_array.news import Mailbox, News
-from lars_jax import LARS
-from lars_jax.turns import handed_over
+from lars_array import NonFiniteError
+from lars_array.state import device
+from lars_array.state.store import allocate_buffers
+from lars_jax import LARS, _buffers
+from lars_jax._donation import donate as donate_arrays
 
 needs_compiler = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
@@ -58,11 +56,11 @@ def unowned(place: int, size: int, owner: Any, number: int) -> tuple[int, int]:
     return place, size
 
 
-class Arrived(Mailbox):
-    """News that need not be waited for, as they come by pinned memory."""
+class ArrivedCounts(device.PinnedCounts):
+    """Counts that the host has without waiting, as in pinned memory."""
 
-    def read(self, *, wait: bool) -> News:
-        return News(*np.asarray(self.counts).tolist())
+    def read(self, *, wait: bool) -> device.StepCounts:
+        return device.StepCounts(*np.asarray(self.counts).tolist())
 
 
 def inside(function: Any) -> Any:
@@ -86,7 +84,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     fake.ndarray = FakeNdarray
     fake.from_dlpack = inside(from_dlpack)
     fake.empty = inside(lambda shape, dtype: np.empty(shape, dtype).view(cuda_on_cpu.FarArray))
-    fake.zeros = inside(lambda shape, dtype: aligned_zeros(1, np.dtype(dtype)).reshape(shape))
+    fake.zeros = inside(lambda shape, dtype: allocate_buffers([np.empty(shape, dtype)])[0])
     fake.asarray = inside(cuda_on_cpu.far)
     fake.asnumpy = inside(np.array)
     fake.cuda = SimpleNamespace(
@@ -97,9 +95,9 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         runtime=SimpleNamespace(is_hip=False),
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(lars_jax.places, "is_cuda", lambda device: True)
-    monkeypatch.setattr(lars_jax.cuda, "cuda_device", lambda number: jax.devices()[0])
-    monkeypatch.setattr(lars_array.distant, "mailbox", Arrived)
+    monkeypatch.setattr(_buffers, "is_cuda", lambda device: True)
+    monkeypatch.setattr(_buffers, "cuda_device", lambda number: jax.devices()[0])
+    monkeypatch.setattr(device, "PinnedCounts", ArrivedCounts)
     with cuda_on_cpu.pretended():
         yield fake
     assert FakeDevice.inside == 0
@@ -124,7 +122,7 @@ def test_bodies_over_the_stand_in(body: Any, donate: bool, cupy: Any) -> None:
 
 @needs_compiler
 def test_the_host_reads_nothing(cupy: Any) -> None:
-    """Nor is JAX asked to wait: of its arrays only the mark is exported, and no number."""
+    """Nor is JAX asked to wait: of its arrays only the token is exported, and no number."""
     there, _ = pair(put, True, nonfinite="skip")
     grads = [put(draw(t)) for t in range(5)]
     there.step(grads[0])
@@ -148,7 +146,7 @@ def test_computations_are_compiled_once(cupy: Any, caplog: pytest.LogCaptureFixt
             for t in range(3):
                 optimizer.step(put(draw(t)))
     found = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
-    assert not [line for line in found if "handed_over" in line or "copied" in line], found
+    assert not [line for line in found if "_donated" in line or "_copied" in line], found
 
 
 @needs_compiler
@@ -166,13 +164,13 @@ def test_a_parameter_that_another_library_sees_is_left_to_it(cupy: Any) -> None:
 
 
 @needs_compiler
-def test_what_is_still_to_be_told_is_told_when_memory_moves(cupy: Any) -> None:
+def test_an_error_that_was_not_raised_yet_is_raised_when_memory_moves(cupy: Any) -> None:
     there, here = pair(put, True)
     bad = draw(1)
     bad["w"][0, 0] = np.nan
     there.step(put(bad))
     seen = np.asarray(there.params["w"])
-    with pytest.raises(lars_array.NonFiniteError, match="'w' was not finite in an earlier step"):
+    with pytest.raises(NonFiniteError, match="'w' was not finite in an earlier step"):
         there.step(put(draw(2)))
     assert_close(there.params, draw(0))
     assert_close(there.step(put(draw(3))), here.step(draw(3)))
@@ -190,20 +188,20 @@ def test_thousands_of_arrays_go_by_parts(cupy: Any) -> None:
         np.testing.assert_allclose(optimizer.params, here, rtol=1e-6)
 
 
-def test_what_jax_refuses_to_hand_over_is_copied() -> None:
+def test_arrays_that_jax_refuses_to_donate_are_copied() -> None:
     """As it does on a device if another library sees it; here because it is given twice."""
-    mark, x = jax.device_put(np.uint32(0), jax.devices()[0]), jnp.ones(3)
-    mark, (y,) = handed_over(mark, [x], [x])
-    assert y.tolist() == [1, 1, 1] and not x.is_deleted() and int(mark) == 1
-    mark, (y,) = handed_over(mark, [x], [None, y])
+    token, x = jax.device_put(np.uint32(0), jax.devices()[0]), jnp.ones(3)
+    token, (y,) = donate_arrays(token, [x], [x])
+    assert y.tolist() == [1, 1, 1] and not x.is_deleted() and int(token) == 1
+    token, (y,) = donate_arrays(token, [x], [None, y])
     assert y.tolist() == [1, 1, 1] and x.is_deleted()
     y.delete()
     with pytest.raises((RuntimeError, ValueError), match="deleted"):
-        handed_over(mark, [y], [])
+        donate_arrays(token, [y], [])
 
 
 def test_without_cupy_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lars_jax.places, "is_cuda", lambda device: True)
+    monkeypatch.setattr(_buffers, "is_cuda", lambda device: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match=r"pip install lars-array\[cuda12\].*lars_jax\.lars"):
         LARS(put(draw(0)), lr=0.1)
@@ -224,10 +222,10 @@ mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
 split = jax.device_put(jnp.ones(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
 with pytest.raises(TypeError, match="else use lars_jax.lars"):
     lars_jax.LARS({"w": split}, lr=0.1)
-lars_jax.places.is_cuda = lambda device: True
+lars_jax._buffers.is_cuda = lambda device: True
 with pytest.raises(TypeError, match="parameters must lie on one device, else use lars_jax.lars; 'v' lies on"):
     lars_jax.LARS({"v": jnp.ones(2), "w": jax.device_put(jnp.ones(2), second)}, lr=0.1)
-lars_jax.places.is_cuda = lambda device: False
+lars_jax._buffers.is_cuda = lambda device: False
 optimizer = lars_jax.LARS({"w": jnp.ones(2)}, lr=0.1)
 for g in (split, jax.device_put(jnp.ones(2), second)):
     with pytest.raises(TypeError, match="the gradient of 'w' must lie on the parameters' device .*, else use"):

@@ -17,8 +17,9 @@ import pytest
 import lars_array
 import lars_jax
 from lars_array import NonFiniteError
-from lars_array.buffers import aligned_zeros
-from lars_jax import LARS, host, lars
+from lars_array._stepper import StepProgram
+from lars_array.state.store import allocate_buffers
+from lars_jax import LARS, lars
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
 
@@ -29,12 +30,9 @@ def strict() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["kept", "lent", "donated"])
-def donate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether to donate; where not, large arrays are lent, which these are to be for once."""
-    if request.param == "lent":
-        monkeypatch.setattr(host, "LARGE", 0)
-    return bool(request.param == "donated")
+@pytest.fixture(params=[False, True], ids=["kept", "donated"])
+def donate(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 def draw(seed: int, dtype: Any = "float32") -> dict[str, Any]:
@@ -75,31 +73,30 @@ def test_it_is_the_transformation(donate: bool, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_is_copied_on_the_way_in_or_out(donate: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = LARS(draw(0, dtype), donate=donate, **OPTIONS)
-    seen: list[dict[str, Any]] = []
-    inner = lars_array.LARS.step
+    seen: list[list[int]] = []
+    run = StepProgram.run
 
-    def spied(self: Any, grads: Any, **options: Any) -> Any:
-        seen.append(grads)
-        return inner(self, grads, **options)
+    def spied(self: Any, state: Any, grads: Any, *others: Any) -> Any:
+        assert grads.addresses.tolist() == [g.ctypes.data for g in grads.arrays]
+        seen.append(grads.addresses.tolist())
+        return run(self, state, grads, *others)
 
-    monkeypatch.setattr(lars_array.LARS, "step", spied)
+    monkeypatch.setattr(StepProgram, "run", spied)
     used = set()
     for t in range(6):
         grads = draw(1 + t, dtype)
         params = optimizer.step(grads)
-        assert [g.ctypes.data for g in seen[-1]] == places(grads)
+        assert seen[-1] == places(grads)
         used.add(tuple(places(params)))
-        mine = [p.ctypes.data for p in optimizer._place.memory]
+        mine = [p.ctypes.data for p in optimizer._memory.arrays]
         assert places(params) == mine if donate else not set(places(params)) & set(mine)
         assert places(params) == places(optimizer.params)
         assert all(place % 64 == 0 for place in places(params))
     assert len(used) == 1 or not donate, "a step in place stays there"
 
 
-@pytest.mark.parametrize("large", [0, host.LARGE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_anybody_holds_is_never_written_to(dtype: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "LARGE", large)
+def test_what_anybody_holds_is_never_written_to(dtype: str) -> None:
     optimizer = LARS(draw(0, dtype), **OPTIONS)
     history = [optimizer.params]
     snapshots = [bits(optimizer.params)]
@@ -114,22 +111,6 @@ def test_what_anybody_holds_is_never_written_to(dtype: str, large: int, monkeypa
         assert views[-1].tobytes() == kept
     assert [bits(params) for params in history] == snapshots
     assert len({place for params in history for place in places(params)}) == 2 * len(history)
-
-
-def test_large_arrays_go_back_and_forth_between_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory from the system takes longer than the step: it comes page by page, and zeroed."""
-    monkeypatch.setattr(host, "LARGE", 1000)
-    optimizer = LARS(draw(0), **OPTIONS)
-    params, used = optimizer.params, set()
-    for t in range(8):
-        params = optimizer.step(draw(1 + t))
-        used.add(params["w"].unsafe_buffer_pointer())
-    assert len(used) == 2
-    derived, older = jnp.reshape(params["w"], -1), np.asarray(params["w"])
-    before = older.tobytes()
-    for t in range(4):
-        params = optimizer.step(draw(9 + t))
-    assert older.tobytes() == np.asarray(derived).tobytes() == before
 
 
 def test_a_computation_that_still_reads_is_waited_for_or_left_its_memory(donate: bool) -> None:
@@ -153,7 +134,8 @@ def test_gradients_that_are_still_computed_are_waited_for(donate: bool) -> None:
 
 
 def test_gradients_of_another_type_may_lie_where_others_did(donate: bool) -> None:
-    memory, optimizer = aligned_zeros(8, np.dtype("float32")), LARS({"w": jnp.ones(8)}, lr=1.0, donate=donate)
+    (memory,) = allocate_buffers([np.ones(8, np.float32)])  # at an address that JAX takes without copying
+    optimizer = LARS({"w": jnp.ones(8)}, lr=1.0, donate=donate)
     before = optimizer.step({"w": jnp.from_dlpack(memory, copy=False)})
     memory.view(np.float16)[:8] = 1
     half = jnp.from_dlpack(memory.view(np.float16)[:8], copy=False)

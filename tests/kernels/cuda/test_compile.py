@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from cuda_on_cpu import PAIRS
 
-from lars_array.kernels.cuda_source import COMMON, OPTIONS, pair_name, source
+from lars_array.kernels.cuda.source import COMMON, OPTIONS, pair_name, source
 
 ARCHITECTURES = [70, 80, 90, 100]
-KERNELS = [pair_name(stage, *pair) for pair in PAIRS for stage in ("sums", "apply")] + [*COMMON, "poke"]
+KERNELS = [pair_name(stage, *pair) for pair in PAIRS for stage in ("sums", "apply")] + [*COMMON, "write_pointers"]
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def test_every_kernel_is_compiled(architecture: int) -> None:
     "change",
     [
         ("bool clipped = *norm > hyper", "bool clipped = *nrom > hyper"),
-        ("struct Array { u64 v;", "struct Array { u64 v, q;"),  # the host knows another structure
+        ("struct Array { u64 p;", "struct Array { u64 p, q;"),  # the host knows another structure
         ("const int SLOTS = 160;", "const int SLOTS = 190;"),  # more shared memory than there is
     ],
 )

@@ -1,7 +1,4 @@
-"""What is asked of CuPy, of a stand-in that has no more than that: that the calls are right can be seen without a GPU.
-
-That CuPy has what is asked of it is seen too, where it is installed.
-"""
+"""The calls of CuPy, checked without a GPU: on a stand-in that has nothing else, and on CuPy, if it is installed."""
 
 from __future__ import annotations
 
@@ -18,17 +15,14 @@ import pytest
 from assertions import assert_same
 from cuda_bodies import BODIES, Place
 
-import lars_array.hyper
-import lars_array.memory
-from lars_array import core, kernels
-from lars_array.hyper import at_step, complete
-from lars_array.hyper_table import HyperTable
-from lars_array.kernels import cuda, cuda_device
-from lars_array.kernels.cuda_source import OPTIONS, ROWS, THREADS, source
-from lars_array.kernels.request import Request
-from lars_array.memory import Spans, check_writable
-from lars_array.news import ENTRIES, News, _CupyMailbox
-from lars_array.registry import RULES
+from lars_array import RULES, core, hyperparams, kernels
+from lars_array.kernels.cuda import device
+from lars_array.kernels.cuda.kernel import Kernel
+from lars_array.kernels.cuda.source import OPTIONS, ROWS, THREADS, source
+from lars_array.state import device as device_state
+from lars_array.state import memory as ranges
+from lars_array.state.device import DeviceRows, DeviceState, PinnedCounts, StepCounts
+from lars_array.state.memory import MemoryRanges, check_writable
 
 needs_compiler = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
@@ -103,6 +97,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     fake.cuda.compiler.compile_using_nvrtc = compile_using_nvrtc
     fake.cuda.is_available, runtime.is_hip = lambda: True, False
     fake.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Array)
+    fake.ndarray = Array
     fake.asarray = lambda x: np.array(x).view(Array)
     fake.compiled = compiled
     pinned: Any = ModuleType("cupyx")
@@ -110,9 +105,9 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     modules = {"cupy": fake, "cupy.cuda": fake.cuda, "cupy.cuda.compiler": fake.cuda.compiler, "cupyx": pinned}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    cuda_device._device.cache_clear()
+    device._device.cache_clear()
     yield fake
-    cuda_device._device.cache_clear()
+    device._device.cache_clear()
 
 
 def array(x: Any) -> Array:
@@ -120,42 +115,35 @@ def array(x: Any) -> Array:
 
 
 @needs_compiler
-def test_kernels_are_compiled_once_and_launched_with_what_they_take(cupy: Any, tmp_path: Any) -> None:
+def test_kernels_are_compiled_once_and_launched_with_their_arguments(
+    cupy: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     types = ("float32", "float32")
     path = cuda_on_cpu.build(tmp_path, pairs=[types], THREADS=THREADS, ROWS=ROWS)
     FakeModule.library = cuda_on_cpu.Device(path)
     rng = np.random.default_rng(0)
     here = [[rng.standard_normal(size).astype(np.float32) for size in (5, 1000, 0)] for _ in range(3)]
     params, grads, buffers = ([array(x) for x in arrays] for arrays in here)
-    kernel = cuda.Kernel(params, buffers, np)
-    S = kernel.sums(grads)
+    kernel = cuda_on_cpu.kernel_of(params, grads, buffers, kind=Kernel)
+    given = cuda_on_cpu.gradients(grads)
+    S = kernel.sums(given)
     expected = core.sums(*here, xp=np)
     np.testing.assert_allclose(np.asarray(S), expected, rtol=1e-13)
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nonfinite": "skip"}
-    table = HyperTable(array(0.0), np)
-    table.refresh([at_step(complete(options), 0)])
-    request = Request(
-        [RULES["flash"]],
-        ["skip"],
-        False,
-        [0] * 3,
-        range(3),
-        [True] * 3,
-        [],
-        table.array.view(Array),
-        array([True] * 3),
-        array([0.0] * 3),
-        array(np.zeros(ENTRIES, np.int64)),
-        None,
-    )
-    found = kernel.enqueue(grads, request)
-    assert found is not None
-    for p, g, v, old, c in zip(params, grads, buffers, zip(*here, strict=True), found[1], strict=True):
-        new_p, new_v = core.apply(*old, np.asarray(c), xp=np)
+    group = hyperparams.at_step({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nonfinite": "skip"}, 0)
+    monkeypatch.setattr(device_state, "asarray", arrays_there)
+    lists: Any = list("abc"), [0] * 3, range(3), range(3), [True] * 3
+    with params[0].device:
+        state = DeviceState([True] * 3, [0.0] * 3, like=params[0])
+        state.write([group], captured=False)
+        rows = DeviceRows(*lists, [], np.zeros(3, int), None, None, params[0])
+    assert kernel.enqueue(given, rows, [RULES["flash"]], ["skip"], state, None, clips=False) is not None
+    C = np.asarray(kernel._steps[1].C)
+    for p, g, v, old, c in zip(params, grads, buffers, zip(*here, strict=True), C, strict=True):
+        new_p, new_v = core.apply(*old, c, xp=np)
         assert_same([np.asarray(x) for x in (p, g, v)], [new_p, old[1], new_v])
-    assert np.asarray(request.counts).tolist() == [1, 0, 0, 0]
+    assert np.asarray(state.counts).tolist() == [1, 0, 0, 0]
     assert cupy.compiled == [(source([types]), OPTIONS)]
-    cuda.Kernel(params, buffers, np)
+    cuda_on_cpu.kernel_of(params, grads, buffers, kind=Kernel).sums(given)
     assert len(cupy.compiled) == 1
     assert FakeDevice.inside == 0
 
@@ -166,7 +154,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda"), THREADS=THREADS, ROWS=ROWS)
 
 
-def buffers_like(params: Any, xp: Any) -> Any:
+def arrays_there(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:
+    """In the place of `lars_array._arrays.asarray`."""
+    if not isinstance(like, Array):
+        return np.asarray(values, dtype)
+    assert FakeDevice.inside, "CuPy makes arrays on the current device"
+    return array(np.asarray(values, dtype))
+
+
+def buffers_like(params: Any) -> Any:
     if any(isinstance(p, Array) for p in params):
         assert FakeDevice.inside, "CuPy makes arrays on the current device"
     return [np.zeros_like(p, dtype=np.float32 if p.dtype == np.float16 else p.dtype) for p in params]
@@ -179,42 +175,32 @@ MOST = [body for body in BODIES if body.__name__ not in ("ten_thousand_small_arr
 @needs_compiler
 @pytest.mark.parametrize("body", MOST, ids=lambda body: body.__name__)
 def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of lars_array that knows CuPy by name, but with arrays in the host's memory."""
+    """All of lars_array that names CuPy, but with arrays in the host's memory."""
     FakeModule.library = cuda_on_cpu.Device(library)
-    cupy.ndarray = Array
 
-    def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:
-        if not isinstance(like, Array):
-            return np.asarray(values, dtype)
-        assert FakeDevice.inside, "CuPy makes arrays on the current device"
-        return array(np.asarray(values, dtype))
-
-    for module in ("distant", "hyper_table", "nonfinite", "rows"):
-        monkeypatch.setattr(f"lars_array.{module}.asarray", asarray)
-    for module in ("layers", "roster", "stacks"):
-        monkeypatch.setattr(f"lars_array.{module}.new_buffers", buffers_like)
-    known = lars_array.hyper._known
-    monkeypatch.setattr("lars_array.hyper._known", lambda x: None if isinstance(x, Array) else known(x))
-    pick = kernels.pick
-    monkeypatch.setattr(
-        kernels, "pick", lambda params, name: cuda.Kernel if isinstance(params[0], Array) else pick(params, name)
-    )
+    for module in ("core", "hyperparams", "nonfinite", "state.device"):
+        monkeypatch.setattr(f"lars_array.{module}.asarray", arrays_there)
+    for module in ("_stepper", "state.store"):
+        monkeypatch.setattr(f"lars_array.{module}.allocate_buffers", buffers_like)
+    known, choose = hyperparams._known, kernels.choose
+    monkeypatch.setattr(hyperparams, "_known", lambda x: None if isinstance(x, Array) else known(x))
+    monkeypatch.setattr(kernels, "choose", lambda xs, name: Kernel if isinstance(xs[0], Array) else choose(xs, name))
     body(Place(array, np.asarray))
     assert cupy.compiled
     assert FakeDevice.inside == 0
 
 
-def test_news_come_by_pinned_memory(cupy: Any) -> None:
+def test_counts_arrive_in_pinned_memory(cupy: Any) -> None:
     counts = array(np.array([4, 3, 2, 7], np.int64))
-    box = _CupyMailbox(counts)
-    assert box.read(wait=False) == News()
-    box.post()
-    news = box.read(wait=True)
-    assert news == News(4, 3, 2, 7)
-    assert (news.layer, news.what) == (2, "parameter")
+    pinned = PinnedCounts(counts)
+    assert pinned.read(wait=False) == StepCounts()
+    pinned.copy()
+    found = pinned.read(wait=True)
+    assert found == StepCounts(4, 3, 2, 7)
+    assert str(found.error("abc")).startswith("the norm of the parameter of 'c' was not finite")
 
 
-def test_memory_of_a_device_is_told_apart_by_address(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_device_is_compared_by_address(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Elsewhere:
         """Like `Array`, but nothing that NumPy would take for its own."""
@@ -224,33 +210,33 @@ def test_memory_of_a_device_is_told_apart_by_address(cupy: Any, monkeypatch: pyt
             self.shape, self.strides, self.itemsize, self.dtype = x.shape, x.strides, x.itemsize, x.dtype
             self.data = SimpleNamespace(ptr=x.__array_interface__["data"][0])
 
-    monkeypatch.setattr(lars_array.memory, "is_cupy_array", lambda x: isinstance(x, Elsewhere))
+    monkeypatch.setattr(ranges, "is_cupy_array", lambda x: isinstance(x, Elsewhere))
     memory = np.zeros((10, 4), np.float32)
     first, second, third = Elsewhere(memory[:5]), Elsewhere(memory[5:]), Elsewhere(memory[4:6, ::2])
-    spans = Spans(["a", "b"], [first, second])
-    assert spans.owner(third) in ("parameter 'a'", "parameter 'b'")
-    assert spans.owner(Elsewhere(np.zeros(3))) is None
-    assert spans.owner(Elsewhere(memory[:0])) is None
+    taken = MemoryRanges(["a", "b"], [first, second])
+    assert taken.owner(third) in ("parameter 'a'", "parameter 'b'")
+    assert taken.owner(Elsewhere(np.zeros(3))) is None
+    assert taken.owner(Elsewhere(memory[:0])) is None
     with pytest.raises(ValueError, match="parameters must not overlap in memory; parameter 'c' and parameter 'b' do"):
-        Spans(["a", "b", "c"], [first, second, Elsewhere(memory[6:])])
-    assert Spans(["a", "b"], [Elsewhere(memory[:, ::2]), Elsewhere(memory[:, 1::2])]).owner(first) is not None
-    monkeypatch.setattr(lars_array.memory, "is_writeable_array", lambda x: True)
+        MemoryRanges(["a", "b", "c"], [first, second, Elsewhere(memory[6:])])
+    assert MemoryRanges(["a", "b"], [Elsewhere(memory[:, ::2]), Elsewhere(memory[:, 1::2])]).owner(first) is not None
+    monkeypatch.setattr(ranges, "is_writeable_array", lambda x: True)
     check_writable("a", first)
     with pytest.raises(ValueError, match="must not overlap itself"):
         check_writable("a", Elsewhere(np.lib.stride_tricks.as_strided(memory, (3, 3), (4, 4))))
 
 
-def test_who_can_not_use_it_is_told_why(cupy: Any) -> None:
+def test_reasons_why_it_can_not_be_used(cupy: Any) -> None:
     cupy.cuda.is_available = lambda: False
     cupy.cuda.runtime.is_hip = False
-    assert cuda_device.problem() == "there is no CUDA device"
+    assert device.problem() == "there is no CUDA device"
     cupy.cuda.runtime.is_hip = True
-    assert cuda_device.problem() == "it is CUDA, and this CuPy is for ROCm"
+    assert device.problem() == "it is CUDA, and this CuPy is for ROCm"
     cupy.cuda.is_available, cupy.cuda.runtime.is_hip = lambda: True, False
-    assert cuda_device.problem() is None
+    assert device.problem() is None
 
 
-def test_cupy_has_what_is_asked_of_it() -> None:
+def test_cupy_has_all_that_is_called() -> None:
     cupy = pytest.importorskip("cupy")
     from cupy.cuda import compiler, runtime
 

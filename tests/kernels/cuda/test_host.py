@@ -1,4 +1,4 @@
-"""The host's part of the CUDA kernel: what is launched, when tables are brought to the device, and what stays."""
+"""The host's part of the CUDA kernel: launches, and the tables that it writes to the device."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 from assertions import assert_same
-from cuda_on_cpu import FarArray, far
+from cuda_on_cpu import FarArray, far, gradients, kernel_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_array import LARS, RULES, NonFiniteError, kernels
-from lars_array.kernels import cuda, cuda_device, cuda_table
-from lars_array.kernels.cuda_source import ELEMENTS, GROUP, SLOTS, STRUCTURES, WORDS, source
-from lars_array.kernels.cuda_table import Segment, Table, piece_lengths, programs
-from lars_array.registry import Rule
-from lars_array.tape import INPUTS, record
+from lars_array import LARS, RULES, NonFiniteError, Rule, kernels
+from lars_array.kernels.cuda import tables
+from lars_array.kernels.cuda.device import problem
+from lars_array.kernels.cuda.kernel import Kernel
+from lars_array.kernels.cuda.source import ELEMENTS, SLOTS, STRUCTURES, source
+from lars_array.kernels.cuda.tables import PointerTable, piece_lengths, programs, split
+from lars_array.kernels.tape import INPUTS, record
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
@@ -64,30 +65,30 @@ def test_a_step_is_three_launches_and_allocates_nothing(device: Any) -> None:
     assert device.allocations == allocations
 
 
-def test_gradients_that_move_are_followed(device: Any) -> None:
+def test_addresses_of_other_gradients_are_written(device: Any) -> None:
     params, here = numbers(0), [np.asarray(p).copy() for p in numbers(0)]
     optimizer, plain = LARS(params, **HYPER), LARS(here, **HYPER, kernel="portable")
     steps = [numbers(seed) for seed in range(1, 5)]  # all of them kept, so that none lies where another was
     for grads in steps:
         optimizer.step(grads)
         plain.step([np.asarray(g) for g in grads])
-        assert names(device) == ["poke", *THREE]
+        assert names(device) == ["write_pointers", *THREE]
     for p, q in zip(params, here, strict=True):
         np.testing.assert_array_equal(np.asarray(p), q)
 
 
-def test_what_is_captured_brings_its_addresses(device: Any) -> None:
-    """Else a graph would read what steps outside of it have left in the table."""
+def test_a_captured_step_writes_its_addresses(device: Any) -> None:
+    """Else a replay would read those that later steps have left in the table."""
     optimizer = LARS(numbers(0), **HYPER)
     grads = numbers(1)
     optimizer.step(grads)
     names(device)
     device.capturing = True
     optimizer.step(grads)
-    assert names(device) == ["poke", *THREE]
+    assert names(device) == ["write_pointers", *THREE]
 
 
-def test_what_a_graph_has_brought_is_not_taken_for_what_a_step_had(device: Any) -> None:
+def test_after_a_capture_addresses_are_always_written(device: Any) -> None:
     """A replay leaves the addresses of its own gradients in the table."""
     params, here = numbers(0), [np.asarray(p).copy() for p in numbers(0)]
     optimizer, plain = LARS(params, **HYPER), LARS(here, **HYPER, kernel="portable")
@@ -105,68 +106,6 @@ def test_what_a_graph_has_brought_is_not_taken_for_what_a_step_had(device: Any) 
     for grads in (captured, captured, others, captured, others):
         plain.step([np.asarray(g) for g in grads])
     assert_same([np.asarray(p) for p in params], here)
-
-
-def test_parameters_that_move_cost_addresses_at_most(device: Any) -> None:
-    """And none where they go back and forth, to the arrays of the step before."""
-    params, here, grads = numbers(0), [np.asarray(p).copy() for p in numbers(0)], numbers(1)
-    optimizer, plain = LARS(params, **HYPER), LARS(here, **HYPER, kernel="portable")
-
-    def step_to(out: list[Any]) -> list[str]:
-        with cuda_on_cpu.nothing_read():
-            optimizer.step(grads, out=out)
-        plain.step([np.asarray(g) for g in grads])
-        assert_same([np.asarray(x) for x in out], here)
-        assert all(x is y for x, y in zip(optimizer.param_groups[0]["params"], out, strict=True))
-        return names(device)
-
-    there = numbers(2)
-    assert step_to(there) == ["poke", "poke", *THREE]
-    assert step_to(params) == THREE
-    allocations = device.allocations
-    assert step_to(there) == THREE
-    assert step_to(numbers(3)) == ["poke", *THREE]
-    optimizer.step(grads)
-    plain.step([np.asarray(g) for g in grads])
-    assert_same([np.asarray(x) for x in optimizer.param_groups[0]["params"]], here)
-    assert names(device) == THREE
-    assert device.allocations == allocations
-
-
-def test_a_graph_moves_nothing(device: Any) -> None:
-    params, grads = numbers(0), numbers(1)
-    optimizer = LARS(params, **HYPER)
-    optimizer.step(grads)
-    device.capturing = True
-    with pytest.raises(ValueError, match="out must be None in a step that goes into a graph"):
-        optimizer.step(grads, out=numbers(2))
-    optimizer.step(grads)
-    assert optimizer.steps == 2
-
-
-@pytest.mark.parametrize("rule", ["flash", "optax"])
-def test_parameters_may_move_to_other_layouts(device: Any, rule: str) -> None:
-    """To strides, to where the gradient lies otherwise, and back."""
-
-    def placed(x: Any, layout: str) -> Any:
-        wide = far(np.zeros((x.shape[0], 2 * x.shape[1])))
-        place = {"C": far(x), "F": far(x.T).T, "strided": wide[:, ::2]}[layout]
-        place[...] = x
-        return place
-
-    x, g = (np.random.default_rng(seed).standard_normal((40, 30)) for seed in (0, 1))
-    here = [x.copy(), x[:3].copy()]
-    optimizer = LARS([placed(p, "C") for p in here], **HYPER, rule=rule)
-    plain = LARS(here, **HYPER, rule=rule, kernel="portable")
-    grads = [far(g), far(g[:3])]
-    for layout in ("C", "C", "F", "strided", "strided", "strided", None, "C", "F", "F", "C", "C", None):
-        names(device)
-        out = None if layout is None else [placed(p * 0, layout) for p in here]
-        optimizer.step(grads, out=out)
-        plain.step([g, g[:3]])
-        for p, q in zip(optimizer.param_groups[0]["params"], here, strict=True):
-            np.testing.assert_allclose(np.asarray(p), q, rtol=1e-13)
-    assert names(device) == [f"{name}_float64_float64" if name != "coefficients" else name for name in THREE]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +155,7 @@ def test_groups_and_schedules_cost_no_launch(device: Any) -> None:
     grads = numbers(1)
     for number in range(3):
         optimizer.step(grads)
-        assert names(device) == (["poke"] if number == 0 else []) + THREE
+        assert names(device) == (["write_pointers"] if number == 0 else []) + THREE
 
 
 def test_a_function_of_ones_own_is_brought_to_the_device_once(device: Any) -> None:
@@ -239,7 +178,7 @@ def test_types_are_launched_one_after_the_other(device: Any) -> None:
     LARS(here, **HYPER, kernel="portable").step([np.asarray(g) for g in grads])
     for p, q in zip(params, here, strict=True):
         np.testing.assert_allclose(np.asarray(p), q, rtol=1e-6)
-    launched = [name for name in names(device) if name != "poke"]
+    launched = [name for name in names(device) if name != "write_pointers"]
     assert launched == [
         "sums",
         "sums_float64_float64",
@@ -262,17 +201,28 @@ def test_a_model_of_nothing(device: Any, policy: str) -> None:
 def test_ten_thousand_small_arrays(device: Any) -> None:
     sizes = [100] * 10_000
     params, grads = numbers(0, sizes), numbers(1, sizes)
-    kernel = cuda_on_cpu.Kernel(params, [None] * len(params), np)
-    S = kernel.sums(grads)
+    S = kernel_of(params, grads).sums(gradients(grads))
     expected = np.array(
         [[np.dot(x, x) for x in (np.asarray(p, np.float64), np.asarray(g, np.float64))] for p, g in zip(params, grads)]
     )
     np.testing.assert_allclose(np.asarray(S)[:, :2], expected, rtol=1e-13)
     assert dict(device.launches)["sums_float32_float32"] == 10_000
-    assert names(device).count("poke") == -(-10_000 // WORDS.fields["at"][0].shape[0])
+    assert names(device).count("write_pointers") == -(-10_000 // STRUCTURES["Pointers"].fields["values"][0].shape[0])
 
 
-def test_layers_that_lie_otherwise_are_left_to_arrays(device: Any) -> None:
+def test_any_number_of_addresses_is_written(device: Any) -> None:
+    room = STRUCTURES["Pointers"].fields["values"][0].shape[0]
+    for count in (1, room - 1, room, room + 1, 2 * room + 5):
+        table, addresses = PointerTable(device, count), np.arange(7, 7 + count, dtype=np.uint64)
+        for expected in (-(-count // room), 0):
+            table.write(addresses)
+            assert_same(np.asarray(table.array), addresses)
+            assert len(names(device)) == expected
+        table.write(addresses, always=True)
+        assert len(names(device)) == -(-count // room)
+
+
+def test_arrays_that_are_not_dense_are_left_to_the_portable_kernel(device: Any) -> None:
     """Strided ones, and those whose gradient lies in another order; the others are launched all the same."""
 
     def arrays(seed: int) -> list[Any]:
@@ -294,10 +244,10 @@ def test_layers_that_lie_otherwise_are_left_to_arrays(device: Any) -> None:
     assert "sums_float64_float64" in names(device)
     only = [far(np.ones((4, 4)))[:, ::2]]
     LARS(only, **HYPER).step([far(np.ones((4, 4)))[:, ::2]])
-    assert set(names(device)) <= {"poke"}
+    assert names(device) == []
 
 
-def test_a_rule_that_is_no_tape_is_called(device: Any) -> None:
+def test_a_rule_without_a_tape_is_called(device: Any) -> None:
     def shared(S: Any, hyper: Any, xp: Any) -> Any:
         return RULES["flash"].function(S + 0 * xp.mean(S), hyper, xp)
 
@@ -321,7 +271,7 @@ def test_gradients_are_not_kept(device: Any, policy: str) -> None:
     known = [weakref.ref(g) for g in grads]
     del grads
     gc.collect()
-    assert [g() for g in known] == [None] * len(known)
+    assert all(g() is None for g in known)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -331,7 +281,7 @@ def test_gradients_are_not_kept(device: Any, policy: str) -> None:
 def test_pieces_cover_each_array_once(layers: list[tuple[int, str]]) -> None:
     sizes = np.array([size for size, _ in layers], np.int64)
     types = [(kind, kind) for _, kind in layers]
-    table = Table(sizes, np.zeros((len(sizes), 2), np.uint64), types, [1.0] * len(sizes))
+    table = split(sizes, types)
     assert sorted(table.order.tolist()) == list(range(len(sizes)))
     ends = []
     for number, layer in enumerate(table.order.tolist()):
@@ -340,9 +290,9 @@ def test_pieces_cover_each_array_once(layers: list[tuple[int, str]]) -> None:
         mine = table.pieces[row["first_piece"] : row["first_piece"] + row["pieces"]]
         assert mine["array"].tolist() == [number] * len(mine)
         assert mine["index"].tolist() == list(range(len(mine)))
-        assert array["piece"] % cuda_table.WIDTH == 0
+        assert array["piece"] % tables.WIDTH == 0
         assert (len(mine) - 1) * array["piece"] < array["size"] <= len(mine) * array["piece"]
-        assert len(mine) <= cuda_table.MOST_PIECES
+        assert len(mine) <= tables.MOST_PIECES
         ends.append(row["first_piece"] + row["pieces"])
     assert ends[-1] == len(table.pieces)
     assert sum(segment.pieces for segment in table.segments) == len(table.pieces)
@@ -351,17 +301,30 @@ def test_pieces_cover_each_array_once(layers: list[tuple[int, str]]) -> None:
             assert types[table.order[table.pieces[piece]["array"]]] == segment.types
 
 
+def test_rows_of_one_layer_have_the_pieces_of_all_of_them() -> None:
+    """And these are neighbours, although other rows, of the same types and of others, lie between."""
+    length = tables.PIECE_LENGTH
+    sizes = np.array([3 * length, 5, 2 * length, 0, length + 1], np.int64)
+    types = [FLOAT32, ("float64", "float64"), FLOAT32, FLOAT32, FLOAT32]
+    table = split(sizes, types, [[0, 4]])
+    assert table.segments == [(FLOAT32, 0, 7), (("float64", "float64"), 7, 1)]
+    assert table.rows["first_piece"][[0, 4]].tolist() == [0, 0]
+    assert table.rows["pieces"].tolist() == [5, 1, 2, 0, 5]
+    of_pieces = table.arrays["row"][table.pieces["array"]]
+    assert of_pieces.tolist() == [0, 0, 0, 4, 4, 2, 2, 1]
+
+
 def test_lengths_of_pieces_depend_on_sizes_alone() -> None:
     sizes = np.array([0, 1, 10**6, 10**9, 2**33])
     assert_same(piece_lengths(sizes)[3:4], piece_lengths(sizes[3:4]))
-    assert piece_lengths(sizes)[:3].tolist() == [cuda_table.PIECE_LENGTH] * 3
+    assert piece_lengths(sizes)[:3].tolist() == [tables.PIECE_LENGTH] * 3
 
 
 def test_programs_stand_one_after_the_other() -> None:
     rules = [RULES["flash"], RULES["optax"], RULES["bolts"]]
     tapes = [record(rule) for rule in rules]
-    found = programs(rules, tapes, ["raise", "skip", "propagate"])
-    assert found is not None and found.groups.dtype == GROUP
+    found = programs(rules, ["raise", "skip", "propagate"])
+    assert found is not None and found.groups.dtype == STRUCTURES["Group"]
     for group, tape in zip(found.groups, tapes, strict=True):
         operations = found.operations[group["first_operation"] : group["last_operation"]]
         assert_same(operations, tape.operations.astype(np.int32))
@@ -370,7 +333,7 @@ def test_programs_stand_one_after_the_other() -> None:
     assert found.groups["norm_of"].tolist() == [0, 1, 0]
     assert found.groups["policy"].tolist() == [0, 1, 2]
     assert len(found.operations) == len(tapes[0].operations) + len(tapes[1].operations), "each once"
-    assert programs([Rule(len)], [None], ["raise"]) is None
+    assert programs([RULES["flash"], Rule(lambda S, hyper, xp: xp.mean(S))], ["raise"] * 2) is None
 
 
 def test_every_rule_has_room() -> None:
@@ -383,23 +346,22 @@ def test_every_rule_has_room() -> None:
 # --------------------------------------------------------------------------------------------------------- the source
 
 
-def test_structures_are_told_to_both_sides() -> None:
+def test_both_sides_have_the_same_structures() -> None:
     text = source([FLOAT32])
     for name, dtype in STRUCTURES.items():
         assert f"static_assert(sizeof({name}) == {dtype.itemsize}" in text
         for field in dtype.fields:
             assert f"static_assert(offsetof({name}, {field}) == {dtype.fields[field][1]}" in text
-    assert WORDS.itemsize + 8 <= 4096, "what a launch can be given"
-    assert Segment(FLOAT32, 0, 1).types == FLOAT32
+    assert STRUCTURES["Pointers"].itemsize + 8 <= 4096, "the limit of a launch"
 
 
 def test_the_kernel_is_for_arrays_of_cupy() -> None:
-    assert cuda.Kernel.unusable([np.ones(1)]) == "it takes CuPy arrays only, not ndarray"
+    assert Kernel.unsupported_reason([np.ones(1)]) == "it takes CuPy arrays only, not ndarray"
     with pytest.raises(ValueError, match="kernel 'cuda' can't be used here: it takes CuPy arrays only, not ndarray"):
         LARS([np.ones(2)], lr=0.1, kernel="cuda")
     listed = dict((name, (usable, reason)) for name, usable, reason in kernels.report())
-    reason = cuda_device.problem()
-    assert listed["cuda"] == (reason is None, reason or cuda.Kernel.TAKES)
+    reason = problem()
+    assert listed["cuda"] == (reason is None, reason or Kernel.DESCRIPTION)
 
 
 def test_gradients_of_another_width_may_have_the_strides_of_parameters(device: Any) -> None:
@@ -412,7 +374,7 @@ def test_gradients_of_another_width_may_have_the_strides_of_parameters(device: A
 
 
 @pytest.mark.parametrize("how", ["copied", "extended"])
-def test_buffers_of_slices_that_a_refused_step_made_do_not_count(how: str, device: Any) -> None:
+def test_buffers_of_slices_that_a_rejected_step_made_do_not_count(how: str, device: Any) -> None:
     p = far(np.ones((2, 3), np.float32))
     optimizer = LARS({"w": p}, lr=0.5, momentum=0.9, dampening=0.5, layer_axes=1)
     optimizer.step([far(np.full((2, 3), np.nan, np.float32))])
@@ -431,7 +393,7 @@ def test_buffers_of_slices_that_a_refused_step_made_do_not_count(how: str, devic
         np.testing.assert_allclose(found, np.full((2, 3), expected), rtol=1e-6)
 
 
-def test_numbers_that_a_graph_writes_are_not_taken_for_known(device: Any) -> None:
+def test_numbers_that_a_graph_writes_are_written_again(device: Any) -> None:
     """What is launched and written while capturing is done at a replay."""
     graph: list[Any] = []
     launch = device.launch
@@ -457,8 +419,8 @@ def test_numbers_that_a_graph_writes_are_not_taken_for_known(device: Any) -> Non
         return round(float(before - np.asarray(p)[0]), 6)
 
     assert moved(lambda: optimizer.step(grads)) == 1.0
-    table = optimizer._stepper._layers._table  # type: ignore[union-attr]
-    table.array = table.array.view(Recorded)
+    state: Any = optimizer._state.device
+    state.hyper = state.hyper.view(Recorded)
     optimizer.param_groups[0]["lr"] = 10.0
     device.capturing = True
     assert moved(lambda: optimizer.step(grads)) == 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,20 +11,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from assertions import assert_same, fingerprint
-from cuda_on_cpu import PAIRS, THREADS, far
+from cuda_on_cpu import PAIRS, THREADS, far, gradients, kernel_of
 from golden_cases import call_of
 from golden_runs import POSITIVE, assert_reproduces, run_in_place
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lars_array import RULES, core
-from lars_array.hyper import Hyper, at_step, complete
-from lars_array.hyper_table import HyperTable
-from lars_array.kernels import cuda_table
-from lars_array.kernels.cuda_source import ARRAY, MODEL, PIECE, ROW, pair_name
-from lars_array.kernels.request import Request
-from lars_array.news import ENTRIES
-from lars_array.registry import Rule, resolve
+from lars_array.core import Hyper, Rule, resolve
+from lars_array.hyperparams import at_step, inputs_of
+from lars_array.kernels.cuda import tables
+from lars_array.kernels.cuda.source import STRUCTURES, pair_name
+from lars_array.nonfinite import CAUSES, GRADIENT
+from lars_array.state.device import DeviceRows, DeviceState
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
@@ -37,7 +35,7 @@ PIECE_LENGTH = 4 * THREADS + 4 * 7  # a whole round of all threads, and one of s
 @pytest.fixture(scope="module", autouse=True)
 def small_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_table, "PIECE_LENGTH", PIECE_LENGTH)
+        patch.setattr(tables, "PIECE_LENGTH", PIECE_LENGTH)
         yield
 
 
@@ -97,9 +95,12 @@ def models(draw: Any) -> list[Layer]:
     ]
 
 
-def kernel_of(layers: list[Layer]) -> Any:
-    p, v, masters = ([getattr(layer, name) for layer in layers] for name in ("p", "v", "master"))
-    return cuda_on_cpu.Kernel(p, v, np, masters)
+def kernel_for(layers: list[Layer]) -> Any:
+    return kernel_of(*([getattr(layer, name) for layer in layers] for name in ("p", "g", "v", "master")))
+
+
+def gradients_of(layers: list[Layer]) -> Any:
+    return gradients([layer.g for layer in layers])
 
 
 @settings(max_examples=150)
@@ -108,7 +109,7 @@ def test_sums_are_those_of_float64(device: Any, layers: list[Layer], third: bool
     rng = np.random.default_rng(seed)
     operand = tuple(rng.standard_normal(len(layers)) for _ in range(3)) if third else None
     before = fingerprint([layer.arrays for layer in layers])
-    S = kernel_of(layers).sums([layer.g for layer in layers], operand)
+    S = kernel_for(layers).sums(gradients_of(layers), operand)
     assert fingerprint([layer.arrays for layer in layers]) == before
     for i, layer in enumerate(layers):
         p, g = (np.asarray(x, np.float64) for x in (layer.read, layer.g))
@@ -123,7 +124,7 @@ def test_sums_are_those_of_float64(device: Any, layers: list[Layer], third: bool
 
 @settings(max_examples=150)
 @given(models(), st.integers(0, 99), st.sampled_from([None, True, False]))
-def test_apply_has_the_bits_of_core(device: Any, layers: list[Layer], seed: int, written: bool | None) -> None:
+def test_apply_has_the_bits_of_core(device: Any, layers: list[Layer], seed: int, taken: bool | None) -> None:
     C = np.random.default_rng(seed).standard_normal((len(layers), 6))
     around = [[surroundings(x) for x in layer.arrays] for layer in layers]
     untouched = fingerprint([layer.g for layer in layers])
@@ -132,40 +133,15 @@ def test_apply_has_the_bits_of_core(device: Any, layers: list[Layer], seed: int,
         slope = np.asarray(layer.g).astype(COMPUTED[layer.p.dtype.name])
         wide = np.asarray(layer.read).astype(slope.dtype)
         new, v = core.apply(wide, slope, None if layer.v is None else np.asarray(layer.v), c, xp=np)
-        if written is False:
+        if taken is False:
             new, v = wide, layer.v
-        p = np.asarray(layer.p) if written is False else new.astype(layer.p.dtype)
+        p = np.asarray(layer.p) if taken is False else new.astype(layer.p.dtype)
         expected.append([p, np.asarray(layer.g), *(np.asarray(x) for x in (v,) if x is not None)])
-        expected[-1] += [] if layer.master is None else [new if written is not False else np.asarray(layer.master)]
-    kernel_of(layers).apply([layer.g for layer in layers], far(C), None if written is None else far(written))
+        expected[-1] += [] if layer.master is None else [new if taken is not False else np.asarray(layer.master)]
+    kernel_for(layers).apply(gradients_of(layers), far(C), None if taken is None else far(taken))
     assert_same([[np.asarray(x) for x in layer.arrays] for layer in layers], expected)
     assert [[surroundings(x) for x in layer.arrays] for layer in layers] == around
     assert fingerprint([layer.g for layer in layers]) == untouched
-
-
-@settings(max_examples=150)
-@given(models(), st.integers(0, 99), st.sampled_from([None, True, False]))
-def test_apply_elsewhere_has_the_bits_of_apply(
-    device: Any, layers: list[Layer], seed: int, written: bool | None
-) -> None:
-    """Or those that there were, if nothing is to be written; masters and buffers stay where they are."""
-    rng = np.random.default_rng(seed)
-    C, wanted = far(rng.standard_normal((len(layers), 6))), None if written is None else far(written)
-    grads, twins = [layer.g for layer in layers], copy.deepcopy(layers)
-    out = [drawn(rng, layer.p.size, layer.p.dtype, rng.integers(0, 5)) for layer in layers]
-    around = [[surroundings(x) for x in (place, *layer.arrays)] for place, layer in zip(out, layers, strict=True)]
-    untouched = fingerprint([[layer.p, layer.g] for layer in layers])
-    kernel_of(twins).apply([twin.g for twin in twins], C, wanted)
-    kernel = kernel_of(layers)
-    kernel.apply(grads, C, wanted, out)
-    assert_same([[layer.v, layer.master] for layer in layers], [[twin.v, twin.master] for twin in twins])
-    assert_same(out, [twin.p for twin in twins])
-    assert fingerprint([[layer.p, layer.g] for layer in layers]) == untouched
-    assert [[surroundings(x) for x in (place, *layer.arrays)] for place, layer in zip(out, layers)] == around
-    kernel.move(out)
-    kernel.apply(grads, C)  # and from there
-    kernel_of(twins).apply([twin.g for twin in twins], C)
-    assert_same(out, [twin.p for twin in twins])
 
 
 def test_sums_depend_on_sizes_alone() -> None:
@@ -177,7 +153,8 @@ def test_sums_depend_on_sizes_alone() -> None:
                 rng = np.random.default_rng(5)
                 arrays = [drawn(rng, 3 * PIECE_LENGTH + 11, np.float32, offset) for _ in range(2)]
                 operand = tuple(np.array([x]) for x in (0.3, 0.1, 0.0))
-                results.append(cuda_on_cpu.Kernel(arrays[:1], [None], np).sums(arrays[1:], operand).tobytes())
+                kernel = kernel_of(arrays[:1], arrays[1:])
+                results.append(kernel.sums(gradients(arrays[1:]), operand).tobytes())
     assert len(set(results)) == 1
 
 
@@ -190,7 +167,7 @@ def test_other_numbers_of_threads(threads: int, tmp_path: Any) -> None:
     grads = [drawn(rng, x.size, np.float32) for x in arrays]
     with cuda_on_cpu.pretended(path=path) as found, pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(found), "rows", 32)
-        S = cuda_on_cpu.Kernel(arrays, [None, None], np).sums(grads)
+        S = kernel_of(arrays, grads).sums(gradients(grads))
     for row, p, g in zip(S, arrays, grads, strict=True):
         expected = [np.sum(np.asarray(x, np.float64) ** 2) for x in (p, g, g)]
         np.testing.assert_allclose(np.asarray(row), expected, rtol=1e-14)
@@ -199,25 +176,24 @@ def test_other_numbers_of_threads(threads: int, tmp_path: Any) -> None:
 # -------------------------------------------------------------------------------------------------------- coefficients
 
 
-def requested(layers: list[Layer], options: dict[str, Any], *, previous_lr: Any, first: Any, **more: Any) -> Request:
-    group = at_step(complete(options), 0)
-    table = HyperTable(far(np.zeros(1)), np)
-    table.refresh([group])
-    count = len(layers)
-    return Request(
-        rules=[resolve(group["rule"])],
-        policies=[group["nonfinite"]],
-        clips=group["max_grad_norm"] is not None,
-        group_of=[0] * count,
-        place=list(range(count)),
-        keeps=[layer.v is not None for layer in layers],
-        joined=[],
-        hyper=table.array.view(cuda_on_cpu.FarArray),
-        first=far(first),
-        previous_lr=far(previous_lr),
-        counts=far(np.zeros(ENTRIES, np.int64)),
-        **({"found_inf": None} | more),
-    )
+class Step:
+    """A step that is queued: what `DeviceRows.step` hands to the kernel."""
+
+    def __init__(self, layers: list[Layer], options: dict[str, Any], *, previous_lr: Any, first: Any) -> None:
+        self.layers, self.group, count = layers, at_step(options, 0), len(layers)
+        self.state = DeviceState(first, previous_lr, like=far(np.zeros(1)))
+        self.state.write([self.group], captured=False)
+        keeps, numbers = [layer.v is not None for layer in layers], list(range(count))
+        lists = list(map(str, numbers)), [0] * count, numbers, numbers, keeps
+        self.rows = DeviceRows(*lists, [], np.zeros(count, int), None, None, far(np.zeros(1)))
+
+    def enqueue(self, found_inf: Any = None) -> Any:
+        """Return the sums, coefficients and gradient factors, or None."""
+        rules, clips = [resolve(self.group["rule"])], self.group["max_grad_norm"] is not None
+        kernel = kernel_for(self.layers)
+        given = gradients_of(self.layers), self.rows, rules, [self.group["nonfinite"]], self.state, found_inf
+        found = kernel.enqueue(*given, clips=clips)
+        return None if found is None else (found[0], kernel._steps[1].C, found[1])
 
 
 NUMBERS = st.sampled_from([0.0, 1e-30, 1e-4, 0.1, 0.9, 1.0, 3.0, 1e8])
@@ -256,11 +232,10 @@ def test_coefficients_have_the_bits_of_the_rule(device: Any, options: dict[str, 
     rng = np.random.default_rng(1)
     previous_lr, first = rng.choice([0.0, 0.1, 2.0], len(layers)), rng.integers(0, 2, len(layers)).astype(bool)
     before = [layer.p.copy() for layer in layers]
-    request = requested(layers, options | {"nonfinite": "skip"}, previous_lr=previous_lr, first=first)
-    S, C, gamma = kernel_of(layers).enqueue([layer.g for layer in layers], request)
-    group = at_step(complete(options | {"nonfinite": "skip"}), 0)
+    step = Step(layers, options | {"nonfinite": "skip"}, previous_lr=previous_lr, first=first)
+    S, C, gamma = step.enqueue()
     count = len(layers)
-    prepared = core.prepare([group], [0] * count, first=list(first), previous_lr=list(previous_lr), like=S, xp=np)
+    prepared = inputs_of([step.group], [0] * count, list(first), list(previous_lr), like=S, xp=np)
     with np.errstate(all="ignore"):
         norm = None if not prepared.clips else np.asarray(S)
         expected = core.gradient_factor(prepared.hyper, norm, xp=np)
@@ -289,16 +264,34 @@ def test_coefficients_are_skipped_or_taken_as_one(device: Any) -> None:
         first, previous_lr = np.ones(3, bool), np.zeros(3)
         given_options = options | {"nonfinite": policy}
         for number in (np.float32(found), np.float64(found), np.float16(found), np.bool_(found)):
-            request = requested(layers, given_options, previous_lr=previous_lr, first=first, found_inf=far(number))
+            step = Step(layers, given_options, previous_lr=previous_lr, first=first)
             before = fingerprint([layer.arrays for layer in layers])
-            kernel_of(layers).enqueue([layer.g for layer in layers], request)
+            step.enqueue(far(number))
             taken = not bad and not found
             assert (fingerprint([layer.arrays for layer in layers]) != before) == taken
-            assert_same(np.asarray(request.first), np.array([False, True, False] if taken else [True] * 3))
-            assert_same(np.asarray(request.previous_lr), np.full(3, 0.5 if taken else 0.0))
-            refused = policy == "raise" and not found and bad
-            expected = [int(taken), int(not taken and not refused), int(refused), 6 if refused else 0]
-            assert np.asarray(request.counts).tolist() == expected
+            assert_same(np.asarray(step.state.first), np.array([False, True, False] if taken else [True] * 3))
+            assert_same(np.asarray(step.state.previous_lr), np.full(3, 0.5 if taken else 0.0))
+            rejected = policy == "raise" and not found and bad
+            offender = 2 * len(CAUSES) + GRADIENT
+            expected = [int(taken), int(not taken and not rejected), int(rejected), offender if rejected else 0]
+            assert np.asarray(step.state.counts).tolist() == expected
+
+
+def test_state_is_that_of_parameters_and_offenders_are_reported_by_row(device: Any) -> None:
+    """Two rows of the parameter 3, and one of the parameter 1, in a model of five; the others have no gradient."""
+    for broken in (False, True):
+        layers = [Layer(i, 5, ("float32", "float32"), buffered=True, mastered=False) for i in range(3)]
+        if broken:
+            layers[1].g[1] = np.inf
+        step = Step(layers, {"lr": 0.5, "momentum": 0.9}, previous_lr=[0.0] * 5, first=[True] * 5)
+        lists = ["b", "d[0]", "d[1]"], [0] * 3, [1, 3, 3], [1, 7, 8], [True] * 3
+        step.rows = DeviceRows(*lists, [], np.zeros(5, int), None, None, far(np.zeros(1)))
+        step.enqueue()
+        kept = np.array([False, not broken, False, not broken, False])
+        assert_same(np.asarray(step.state.first), ~kept)
+        assert_same(np.asarray(step.state.previous_lr), 0.5 * kept)
+        offender = 7 * len(CAUSES) + GRADIENT if broken else 0
+        assert np.asarray(step.state.counts).tolist() == [int(not broken), 0, int(broken), offender]
 
 
 def test_a_rule_that_is_no_tape_is_left_to_arrays(device: Any) -> None:
@@ -316,9 +309,9 @@ def test_a_rule_that_is_no_tape_is_left_to_arrays(device: Any) -> None:
 
     for function in (mean, long):
         options = {"lr": 0.1, "rule": Rule(function)}
-        request = requested(layers, options, previous_lr=np.zeros(1), first=np.ones(1, bool))
+        step = Step(layers, options, previous_lr=np.zeros(1), first=np.ones(1, bool))
         before = fingerprint([layer.arrays for layer in layers])
-        assert kernel_of(layers).enqueue([layer.g for layer in layers], request) is None
+        assert step.enqueue() is None
         assert fingerprint([layer.arrays for layer in layers]) == before
 
 
@@ -349,8 +342,7 @@ def test_half_precision_is_rounded_as_numpy_does() -> None:
         for name in ("float16", "bfloat16"):
             p = far(np.zeros(len(numbers), TYPES[name]))
             master, g = far(numbers), far(np.zeros(len(numbers), np.float32))
-            kernel = cuda_on_cpu.Kernel([p], [None], np, [master])
-            kernel.apply([g], far(np.zeros((1, 6))))
+            kernel_of([p], [g], None, [master]).apply(gradients([g]), far(np.zeros((1, 6))))
             with np.errstate(all="ignore"):
                 expected = np.asarray(master).astype(TYPES[name])
             finite = np.isfinite(numbers)  # what is not finite becomes nan: C has zeros
@@ -358,9 +350,8 @@ def test_half_precision_is_rounded_as_numpy_does() -> None:
             assert_same(np.asarray(p)[finite], expected[finite])
             assert_same(np.asarray(master)[finite], numbers[finite])
         every = far(whole.view(np.float16))
-        kernel = cuda_on_cpu.Kernel([every], [far(np.zeros(1 << 16, np.float32))], np)
-        v = kernel.buffers[0]
-        kernel.apply([far(np.zeros(1 << 16, np.float32))], far(np.array([[0, 0, 1.0, 0, 0, 0]])))
+        g, v = (far(np.zeros(1 << 16, np.float32)) for _ in range(2))
+        kernel_of([every], [g], [v]).apply(gradients([g]), far(np.array([[0, 0, 1.0, 0, 0, 0]])))
         assert_same(np.asarray(v)[~np.isnan(wide)], wide[~np.isnan(wide)] + np.float32(0))  # no -0.0
 
 
@@ -372,19 +363,19 @@ def test_an_array_of_more_than_two_to_the_31_elements() -> None:
     except MemoryError:
         pytest.skip("no address space for it")
     with cuda_on_cpu.pretended() as device:
-        kernel = cuda_on_cpu.Kernel([p], [None], np)
-        last = len(kernel._resident.table.pieces) - 1
-        begin = last * int(kernel._resident.table.arrays["piece"][0])
+        found = kernel_of([p], [g])._stage_tables(gradients([g]))
+        length = int(tables.piece_lengths(np.array([size]))[0])
+        last = int(found.model["piece_count"][0]) - 1
+        begin = last * length
         assert 2**31 < begin < size
         p[begin:], g[begin:] = 3, 5
         wrapped = begin - 2**31  # where an index of 32 bits might lead
         p[begin - 1], p[wrapped] = 7, 7
-        kernel._refresh([g])
-        kernel._resident.C[...] = [[0, 0, 0, 0, 1, 0]]
-        device.launch(pair_name("sums", "float16", "float16"), 1, kernel._resident.model, last)
+        found.C[...] = [[0, 0, 0, 0, 1, 0]]
+        device.launch(pair_name("sums", "float16", "float16"), 1, found.model, last)
         tail = size - begin
-        assert_same(np.asarray(kernel._resident._held["partial"])[last], np.array([9.0, 25.0, 0.0]) * tail)
-        device.launch(pair_name("apply", "float16", "float16"), 1, kernel._resident.model, last, 1, 0)
+        assert_same(np.asarray(found._own["partial"])[last], np.array([9.0, 25.0, 0.0]) * tail)
+        device.launch(pair_name("apply", "float16", "float16"), 1, found.model, last, 1, 0)
         assert_same(np.asarray(p[begin:]), np.full(tail, -2, np.float16))
         assert (p[begin - 1], p[wrapped]) == (7, 7)
 
@@ -395,11 +386,11 @@ def test_complex_numbers_are_pairs_of_real_ones(device: Any) -> None:
         p, g, v = (far((rng.standard_normal(7) + 1j * rng.standard_normal(7)).astype(dtype)) for _ in range(3))
         C = rng.standard_normal((1, 6))
         expected = core.apply(*(np.asarray(x).copy() for x in (p, g, v)), C[0], xp=np)
-        kernel = cuda_on_cpu.Kernel([p], [v], np)
-        S = kernel.sums([g])
+        kernel = kernel_of([p], [g], [v])
+        S = kernel.sums(gradients([g]))
         theirs = core.sums([np.asarray(p)], [np.asarray(g)], [None], xp=np)
         np.testing.assert_allclose(np.asarray(S), theirs, rtol=1e-14)
-        kernel.apply([g], far(C))
+        kernel.apply(gradients([g]), far(C))
         # NumPy multiplies a complex number by a real one as if that were complex too.
         np.testing.assert_allclose(np.asarray(p), expected[0], rtol=1e-6 if dtype == np.complex64 else 1e-14)
         np.testing.assert_allclose(np.asarray(v), expected[1], rtol=1e-6 if dtype == np.complex64 else 1e-14)
@@ -407,4 +398,5 @@ def test_complex_numbers_are_pairs_of_real_ones(device: Any) -> None:
 
 def test_the_structures_have_no_hidden_room() -> None:
     """g++ and NVRTC assert sizes and offsets; here, that the dtypes say what they are about."""
-    assert (ARRAY.itemsize, ROW.itemsize, PIECE.itemsize, MODEL.itemsize) == (40, 40, 8, 208)
+    sizes = {name: dtype.itemsize for name, dtype in STRUCTURES.items()}
+    assert (sizes["Array"], sizes["Row"], sizes["Piece"], sizes["Model"]) == (48, 40, 8, 192)

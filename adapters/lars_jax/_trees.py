@@ -14,35 +14,25 @@ __all__ = ["as_jax", "is_bool", "is_count", "leaves_as", "named_leaves", "spread
 
 
 def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
-    """Return the names of the leaves of a tree, the leaves, and the structure.
+    """Return names, leaves and structure of a tree.
 
-    Parameters
-    ----------
-    tree : pytree
-        Any tree.
-
-    Returns
-    -------
-    tuple (names, leaves, structure)
-        A name is the path with dots, "encoder.0.kernel" say, which is how torch names parameters; of a leaf that is
-        the whole tree it is "0", its position, as `lars_array` names it. Where two would have the same name, by dots in
-        a key, they are named as JAX writes paths.
+    A name is the path with dots, such as "encoder.0.kernel", as torch names parameters; a tree that is one leaf has
+    the name "0", as in `lars_array`. Paths with the same name, by dots in a key, are named as JAX writes them.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") or "0" for path, _ in paths]
-    if len(set(names)) < len(names):  # keys with dots of their own
-        alike = {name for name, count in Counter(names).items() if count > 1}
-        names = [jax.tree_util.keystr(path) if name in alike else name for name, (path, _) in zip(names, paths)]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    names = [jax.tree_util.keystr(path) if name in repeated else name for name, (path, _) in zip(names, paths)]
     return names, [leaf for _, leaf in paths], structure
 
 
 def as_jax(leaf: Any) -> Any:
-    """Return a JAX array for one of NumPy, and anything else as it is."""
+    """Return a JAX array for a NumPy array, and anything else as it is."""
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def leaves_as(structure: Any, tree: Any, what: str) -> list[Any]:
-    """Return one entry of `tree` for each leaf of `structure`, which may be None; `what` it is called in messages."""
+    """Return one entry of `tree`, or None, for each leaf of `structure`; `what` is its name in messages."""
     try:
         return list(structure.flatten_up_to(tree))
     except (ValueError, TypeError) as error:
@@ -59,42 +49,37 @@ def is_count(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
-def spread(option: str, value: Any, params: Any, kind: Callable[[Any], bool], wanted: str) -> list[Any]:
-    """Return what an option says of each leaf.
+def spread(option: str, value: Any, params: Any, is_valid: Callable[[Any], bool], wanted: str) -> list[Any]:
+    """Return an option's value for each leaf of `params`.
 
     Parameters
     ----------
     option : str
-        Its name, for messages.
+        Its name in messages.
     value : object, tree, or callable
         One value for all leaves; a tree of values, of the structure of `params` or a prefix of it; or a function that
         returns one of these, given `params`.
     params : pytree
         The parameters.
-    kind : callable
-        Whether a value is of the right kind.
+    is_valid : callable
+        Whether a value has the right type.
     wanted : str
-        What that is, for messages.
-
-    Returns
-    -------
-    list
-        A value for each leaf.
+        The type's name in messages.
 
     Raises
     ------
     TypeError, ValueError
-        If a value is of another kind, or the tree does not fit.
+        If a value is of another type, or the tree does not fit.
     """
     tree = value(params) if callable(value) else value
 
     def over(part: Any, subtree: Any) -> Any:
-        if not kind(part) and jax.tree.leaves(subtree):
+        if not is_valid(part) and jax.tree.leaves(subtree):
             raise TypeError(f"{option} must hold {wanted}; got {part!r}")
         return jax.tree.map(lambda _: part, subtree)
 
     try:
-        full = jax.tree.map(over, tree, params, is_leaf=lambda x: x is None or kind(x))
+        full = jax.tree.map(over, tree, params, is_leaf=lambda x: x is None or is_valid(x))
     except ValueError as error:
         raise ValueError(f"{option} must have the structure of the parameters, or begin as it does; {error}") from None
     return leaves_as(jax.tree.structure(params), full, option)

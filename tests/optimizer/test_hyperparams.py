@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from lars_array import LARS, RULES, Rule
-from lars_array.blocks import momentum_form
-from lars_array.hyper import complete
+from lars_array.core import momentum_form
+from lars_array.hyperparams import Hyperparams, complete
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
-from lars_array.settings import Settings
 
 START = [np.linspace(-1, 1, 12).reshape(3, 4), np.arange(1.0, 6.0)]
 GRADIENTS = [np.full((3, 4), 0.25), np.linspace(1, 2, 5)]
@@ -164,18 +163,18 @@ def test_without_lr_there_is_no_step() -> None:
 
 
 def test_the_same_object_comes_back_while_nothing_changes() -> None:
-    settings = Settings()
+    hyperparams = Hyperparams()
     groups = [{"params": [], "names": [], **complete({"lr": 0.1, "rule": Rule(own_rule)})} for _ in range(2)]
-    found = settings.at(groups, 0)
-    assert settings.at(groups, 1) is found
-    assert settings.at(copy.copy(groups), 2) is found
+    found = hyperparams.read(groups, 0)
+    assert hyperparams.read(groups, 1) is found
+    assert hyperparams.read(copy.copy(groups), 2) is found
     groups[1]["momentum"] = 0.5
-    changed = settings.at(groups, 3)
+    changed = hyperparams.read(groups, 3)
     assert changed is not found and [group["momentum"] for group in changed] == [0, 0.5]
-    assert settings.at(groups, 4) is changed
-    assert settings.at([*groups, groups[0]], 5) is not changed
+    assert hyperparams.read(groups, 4) is changed
+    assert hyperparams.read([*groups, groups[0]], 5) is not changed
     groups[0]["trust_bounds"] = [0.0, 1.0]  # may be changed in place
-    assert settings.at(groups, 6) is not settings.at(groups, 6)
+    assert hyperparams.read(groups, 6) is not hyperparams.read(groups, 6)
 
 
 class Odd:

@@ -1,4 +1,4 @@
-"""What is asked of an array of JAX before it is looked into: that it has values, and where they are."""
+"""Checks that JAX arrays have values, and the devices that they lie on."""
 
 from __future__ import annotations
 
@@ -11,22 +11,7 @@ __all__ = ["check_has_values", "cuda_device", "devices_of", "first_cpu", "is_cud
 
 
 def check_has_values(what: str, array: Any) -> None:
-    """Refuse an array that is traced or deleted.
-
-    Parameters
-    ----------
-    what : str
-        What it is called in messages.
-    array : object
-        Of JAX, or anything else, which is let pass.
-
-    Raises
-    ------
-    TypeError
-        If it is traced.
-    ValueError
-        If it is deleted.
-    """
+    """Raise TypeError for a traced array, ValueError for a deleted one; `what` is its name in messages."""
     if isinstance(array, jax.core.Tracer):
         raise TypeError(f"{what} must be an array with values, which a traced one has not; under jit use lars_jax.lars")
     if isinstance(array, jax.Array) and array.is_deleted():
@@ -40,7 +25,7 @@ def devices_of(array: jax.Array) -> list[Any]:
 
 @cache
 def first_cpu() -> Any:
-    """Return the device whose memory NumPy's arrays are seen in, None where JAX was told to have none."""
+    """Return the device whose memory NumPy can view, None if JAX was configured without it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -48,11 +33,11 @@ def first_cpu() -> Any:
 
 
 def is_cuda(device: Any) -> bool:
-    """Return whether a device is one of CUDA, or of ROCm, which JAX calls alike."""
+    """Return whether a device is a GPU of CUDA or of ROCm, which JAX does not distinguish by platform."""
     return device.platform in ("gpu", "cuda", "rocm")
 
 
 def cuda_device(number: int) -> Any:
-    """Return the CUDA device that CUDA calls `number`, or the first one where there is none of that number."""
+    """Return the GPU with a number of CUDA's, or the first one if there is none."""
     devices = jax.local_devices(backend="gpu")
     return next((x for x in devices if x.local_hardware_id == number), devices[0])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lars_array import LARS, NonFiniteError, gradients
+from lars_array import LARS, NonFiniteError, _stepper
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
 
 
@@ -67,10 +69,11 @@ def test_an_interrupt_leaves_no_other_gradients_addresses() -> None:
     def room() -> Any:
         return np.ones(4, np.float32).view(Subclass)
 
-    optimizer = LARS([room()], 0.1, kernel="blocked")
+    p = room()
+    optimizer = LARS([p], 0.1, kernel="blocked")
     for _ in range(2):
-        optimizer.step([first], out=[room()])
-    code = gradients.Fit._if_plain.__code__
+        optimizer.step([first])
+    code = _stepper.StepProgram.bind.__code__
     lines = range(code.co_firstlineno, code.co_firstlineno + len(inspect.getsourcelines(code)[0]))
     for line in lines:
 
@@ -83,14 +86,14 @@ def test_an_interrupt_leaves_no_other_gradients_addresses() -> None:
         before = sys.gettrace()
         sys.settrace(lambda frame, *_, strike=strike: strike if frame.f_code is code else None)
         try:
-            optimizer.step([second], out=[room()])
+            optimizer.step([second])
         except KeyboardInterrupt:
             pass
         finally:
             sys.settrace(before)
         with pytest.raises(ValueError, match="share memory"):
-            optimizer.step([first], out=[memory[6:10].view(Subclass)])
-        optimizer.step([first], out=[room()])
+            optimizer.step([p[:4].view(Subclass)])
+        optimizer.step([first])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -128,3 +131,17 @@ def test_a_step_without_gradients_can_be_skipped_too(kernel: str) -> None:
     assert (optimizer.steps, optimizer.skipped_steps) == (0, 1)
     optimizer.step([None], found_inf=np.zeros(()))
     assert (optimizer.steps, optimizer.skipped_steps) == (1, 1)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "raise"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_are_not_kept(kernel: str, policy: str) -> None:
+    """They are as much memory as the model, and usually made anew for each step."""
+    optimizer = LARS([np.ones(5), np.ones((4, 6))[:, ::2]], lr=0.1, momentum=0.9, nonfinite=policy, kernel=kernel)
+    grads = [np.ones(5), np.ones((4, 3))]
+    for _ in range(2):
+        optimizer.step(grads)
+    known = [weakref.ref(g) for g in grads]
+    del grads
+    gc.collect()
+    assert all(g() is None for g in known)
