@@ -220,7 +220,7 @@ class TensorState(ParamState):
         """Return a tensor as an array on the same memory."""
         return array.detach() if self._library == "torch" else _arrays.view(array)
 
-    def view_all(self, arrays: list[Any]) -> list[Any]:
+    def view_all(self, arrays: Sequence[Any]) -> list[Any]:
         """Return tensors as arrays on the same memory, None for None."""
         return [None if x is None else self.view(x) for x in arrays]
 
