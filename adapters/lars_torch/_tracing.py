@@ -11,9 +11,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from lars_array import State, update
+from lars_array import State, init, update
 from lars_array.hyperparams import needs_buffer
-from lars_torch._arrays import check_tensor, compute_dtype
+from lars_torch._arrays import check_tensor
 from lars_torch._hyperparams import numbers_of
 
 __all__ = ["compiled_step", "differentiable_step", "number"]
@@ -91,16 +91,12 @@ def differentiable_step(optimizer: Any) -> None:
 
 def _state(optimizer: Any, tensors: dict[str, torch.Tensor]) -> State:
     """Return the state of `lars_array.update` before a step."""
-    known = {name: optimizer.state[p].get("momentum_buffer") for name, p in tensors.items() if p in optimizer.state}
-    buffers = {
-        name: torch.zeros_like(p, dtype=compute_dtype(p)) if known.get(name) is None else known[name]
-        for name, p in tensors.items()
-    }
-    device, names = next(iter(tensors.values())).device, sorted(tensors)
+    kept = {name: optimizer.state.get(p, {}).get("momentum_buffer") for name, p in tensors.items()}
+    buffers = {name: v for name, v in kept.items() if v is not None}
+    state, names = init(tensors), sorted(tensors)
     rates = [optimizer._previous_lr.get(tensors[name], 0.0) for name in names]
-    return State(
-        step=torch.tensor(0, device=device),
-        momentum_buffers=buffers,
-        first=torch.tensor([known.get(name) is None for name in names], device=device),
-        previous_lr=torch.tensor(rates, dtype=torch.float64, device=device),
+    return state._replace(
+        momentum_buffers=state.momentum_buffers | buffers,
+        first=state.first.new_tensor([name not in buffers for name in names]),
+        previous_lr=state.previous_lr.new_tensor(rates),
     )

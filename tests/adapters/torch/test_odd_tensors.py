@@ -137,6 +137,17 @@ def test_a_model_that_is_cast_goes_on(kind: torch.dtype, swapped: bool) -> None:
     assert all(own["momentum_buffer"].dtype == torch.float32 for own in optimizers[0].state.values())
 
 
+def test_a_parameter_that_is_transposed_in_its_memory() -> None:
+    p = parameter(3, 3)
+    optimizer = LARS([p], lr=1.0, momentum=0.9)
+    p.grad = torch.arange(9.0).reshape(3, 3)
+    optimizer.step()
+    p.data = p.data.T
+    before, buffer = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), before - (0.9 * buffer + p.grad))
+
+
 def test_memory_that_comes_and_goes_between_steps() -> None:
     p, q = parameter(3), parameter(3)
     optimizer = LARS([p, q], lr=0.1, momentum=0.9)
@@ -211,6 +222,17 @@ def test_the_meta_device_shows_what_state_there_will_be(weight_decay: float) -> 
         optimizer.step()
     assert optimizer.state[p]["momentum_buffer"].is_meta
     assert q[0] < 1 and not optimizer.state[q]["momentum_buffer"].is_meta
+
+
+def test_no_device_steps_what_another_refuses() -> None:
+    p, q = parameter(3), parameter(3, device="meta")
+    optimizer = LARS([p, q], lr=0.1)
+    optimizer.step()
+    q.grad.data = torch.ones(4, device="meta")
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="the gradient of '1' must have the parameter's shape"):
+        optimizer.step()
+    assert torch.equal(p, before)
 
 
 def test_threads_each_with_an_optimizer() -> None:

@@ -161,6 +161,15 @@ def test_a_gradient_in_the_place_of_one_that_was_lazily_conjugated() -> None:
         assert torch.equal(p, before - grad)
 
 
+def test_a_real_gradient_that_becomes_lazily_negated() -> None:
+    p, z = torch.nn.Parameter(torch.zeros(3)), torch.tensor([1 + 2j, 3 - 1j, 2j])
+    optimizer = LARS([p], lr=1.0)
+    for grad in (z.imag, z.conj().imag, z.conj().imag, z.imag):  # of one layout, in the same memory
+        before, p.grad = p.detach().clone(), grad
+        optimizer.step()
+        assert torch.equal(p, before - grad)
+
+
 def test_a_gradient_that_moves_and_changes_its_layout() -> None:
     p = torch.nn.Parameter(torch.zeros(3, 2))
     optimizer = LARS([p], lr=1.0)
