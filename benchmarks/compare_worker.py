@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +23,7 @@ from benchmarks.timing import REST
 
 __all__ = ["Worker"]
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STEPS = 3  # until everything that is kept is there, and compiled
 
 
@@ -56,27 +58,17 @@ class Worker:
         gc.freeze()  # so that collecting between steps visits only what they made
         return {"seconds": seconds}
 
-    def time(self, count: int) -> dict[str, Any]:
-        """Return the median seconds of so many steps, after one that is not counted."""
+    def time(self, count: int, clock: str) -> dict[str, Any]:
+        """Return the median seconds of so many steps, after one that is not counted, by one of `CLOCKS`."""
         gc.collect()
         gc.disable()
         try:
-            return {"seconds": {role: self._median(self._runs[role], count) for role in self._shuffled()}}
+            return {"seconds": {role: _median(self._runs[role], count, CLOCKS[clock]) for role in self._shuffled()}}
         finally:
             gc.enable()
 
     def _shuffled(self) -> list[str]:
         return self._random.sample(list(self._runs), len(self._runs))
-
-    def _median(self, run: Run, count: int) -> float:
-        time.sleep(REST)
-        seconds = []
-        for _ in range(count + 1):
-            run.before()
-            start = time.perf_counter()
-            run.step()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:])
 
     def memory(self, name: str) -> dict[str, Any]:
         """Return the bytes an array."""
@@ -88,6 +80,17 @@ class Worker:
         gc.unfreeze()
         give_back()
         return {}
+
+
+def _median(run: Run, count: int, clock: Callable[[], float]) -> float:
+    time.sleep(REST)
+    seconds = []
+    for _ in range(count + 1):
+        run.before()
+        start = clock()
+        run.step()
+        seconds.append(clock() - start)
+    return statistics.median(seconds[1:])
 
 
 def _serve(checkout: Path, questions: TextIO, answers: TextIO) -> None:

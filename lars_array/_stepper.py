@@ -27,9 +27,10 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
-from lars_array.core import Hyper, plan
+from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
+from lars_array.kernels.tape import INPUTS, record
 from lars_array.layers import LayerRows, labels_of
 from lars_array.nonfinite import finite, finite_layers, max_finite, max_square_sum, quick_finite, refuse_nonfinite
 from lars_array.state.device import DeviceRows, DeviceState
@@ -38,7 +39,7 @@ from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
 # Adapters import the names from other modules here.
-__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers"]
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -94,14 +95,18 @@ class Stepper:
         if all(g is None for g in grads):
             return None if found_inf is _FOUND else StepResult.of_nothing()
         with device_context(state.params[0]), np.errstate(all="ignore"):  # non-finite numbers are reported by name
-            program, gradients = self._bind(state, grads, groups)
+            program, gradients = self.bind(state, grads, groups)
             return None if found_inf is _FOUND else program.run(state, gradients, groups, found_inf)
 
-    def _bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients]:
-        """Return the program for these arrays, made anew where one of them changed its type or layout."""
+    def bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients]:
+        """Return the program for these arrays, made anew where one of them changed its type or layout.
+
+        All checks that need no sums are done then. Parameters and results are those of `step`.
+        """
         program = self._program
         gradients = None if program is None else program.bind(state, grads, groups)
         if program is None or gradients is None:
+            state.prepare()
             if self._kernel is None:
                 self.choose_kernel(state.view_all(state.params))
             program = StepProgram(state, grads, groups, self._kernel)
@@ -381,6 +386,13 @@ class StepProgram:
         if not waits or int(device.counts[0]) > before:
             self._publish(state)
         return result
+
+
+def reads_previous_lr(rule: Any) -> bool:
+    """Return whether steps by a rule depend on the learning rate of the step before."""
+    tape = record(resolve(rule))
+    register = INPUTS.index("previous_lr")
+    return tape is None or bool((tape.operations[:, 1:] == register).any() or (tape.outputs == register).any())
 
 
 def _keeps(groups: Groups) -> list[tuple[bool, bool]]:

@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 from lars_array._arrays import device_context
 from lars_array._stepper import Stepper
 from lars_array.core import Rule
-from lars_array.hyperparams import DEFAULTS, Hyperparams, complete, options_of, readable, required
+from lars_array.hyperparams import DEFAULTS, Hyperparams, complete, defaults_from, options_of, readable, required
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import read_checkpoint
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
@@ -153,26 +153,7 @@ class LARS:
         master_weights: bool = False,
         kernel: str | None = None,
     ) -> None:
-        self.defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "rule": rule,
-            "trust_clip": trust_clip,
-            "trust_bounds": trust_bounds,
-            "always_adapt": always_adapt,
-            "adapt": adapt,
-            "maximize": maximize,
-            "rescale_grad": rescale_grad,
-            "max_grad_norm": max_grad_norm,
-            "nonfinite": nonfinite,
-            "layer_axes": layer_axes,
-            "master_weights": master_weights,
-        }
+        self.defaults = defaults_from(locals())
         readable(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         self.steps = 0
         self.skipped_steps = 0

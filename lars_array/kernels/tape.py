@@ -1,7 +1,7 @@
-"""Rules as lists of operations on single numbers, which a kernel runs layer by layer without asking Python.
+"""Rules as lists of operations on single numbers, which a kernel executes layer by layer without calling Python.
 
-A rule is not translated or written again: it is called once, with symbols for arrays, and what it does to them is
-noted. All operations that are noted are exact or correctly rounded, so a tape gives the bits that the rule does.
+A rule is neither parsed nor rewritten: it is called with symbols in place of arrays, which record the operations. Only
+exact and correctly rounded operations are recorded, so a tape gives the same bits as its rule.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lars_array.core import BOOLEANS, Hyper, Rule, coefficients
 
 __all__ = ["INPUTS", "OPERATIONS", "Tape", "record"]
 
-# What a tape starts from, in this order: numbers, and 0 or 1 for booleans.
+# The inputs of a tape, in this order: numbers, with 0 or 1 for booleans.
 INPUTS = ("p_squares", "g_squares", "third_sum", "gamma", *Hyper._fields)
 
 # NumPy's names; an operation's code is its index. "where" has three operands, "sqrt" and "absolute" have one.
@@ -27,7 +27,7 @@ OPERATIONS = ("add", "subtract", "multiply", "divide", "less", "less_equal", "eq
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """What `core.coefficients` does for one layer.
+    """`core.coefficients` for one layer, as operations on registers.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Tape:
         The code of each operation, and the registers of up to three operands. Registers hold the inputs, then the
         constants, then the result of each operation.
     constants : float64 array of shape (constants,)
-        The numbers that stand in the rule.
+        The constants in the rule.
     outputs : int64 array of shape (6,)
         The registers of the coefficients.
     """
@@ -45,7 +45,7 @@ class Tape:
     outputs: Any
 
 
-# By the identity of a rule's function, since a user's may be equal to another or have no hash, and while it lives.
+# By the identity of a rule's function, which may be equal to another or unhashable; entries end with the function.
 _recorded: dict[int, tuple[Callable[[], Any], Tape | None]] = {}
 
 
@@ -55,13 +55,13 @@ def record(rule: Rule) -> Tape | None:
     Parameters
     ----------
     rule : Rule
-        A pure function, as rules are: it is called once, for a model of two layers and for one of three.
+        A pure function; it is called for a model of two layers and for one of three.
 
     Returns
     -------
     Tape or None
-        The same one each time. None where the rule can't be noted, because it looks at other layers or at values, or
-        uses a function beyond arithmetic, comparison, ``where``, ``sqrt`` and ``abs``.
+        The same object at each call. None where the rule can't be recorded, because it depends on other layers,
+        branches on values, or uses a function beyond arithmetic, comparison, ``where``, ``sqrt`` and ``abs``.
     """
     key = id(rule.function)
     if key not in _recorded or _recorded[key][0]() is not rule.function:
@@ -74,7 +74,7 @@ def record(rule: Rule) -> Tape | None:
 
         try:
             _recorded[key] = weakref.ref(rule.function, forget), tape
-        except TypeError:  # few objects can't be referred to weakly; their tapes are made again
+        except TypeError:  # the function supports no weak reference: its tape is recorded at each call
             return tape
     return _recorded[key][1]
 
@@ -85,7 +85,7 @@ def _noted(rule: Rule, layers: int) -> Tape | None:
     try:
         C = coefficients(_Columns(inputs[:3]), Hyper(*inputs[4:]), [rule], inputs[3], xp=np)
         return notes.tape([notes.register(column) for column in C.columns])
-    except Exception:  # whatever a user's function makes of symbols, it can still be called with arrays
+    except Exception:  # a user's function may fail in any way on symbols, and still work on arrays
         return None
 
 
@@ -97,15 +97,15 @@ def _same(tape: Tape, other: Tape | None) -> bool:
 
 
 class _Notes:
-    """What was noted so far: constants and operations, each once."""
+    """The constants and operations recorded so far, each once."""
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.constants: dict[str, int] = {}  # by their hex, which tells -0.0 from 0.0
+        self.constants: dict[str, int] = {}  # by their hex form, which distinguishes -0.0 from 0.0
         self.operations: dict[tuple[int, ...], int] = {}
 
     def register(self, x: Any) -> int:
-        """Return where a symbol or number is: constants below zero, until it is known how many there are."""
+        """Return the register of a symbol or number; negative for constants, whose final number is not known yet."""
         if isinstance(x, _Symbol):
             return x.register
         return self.constants.setdefault(float(x).hex(), -1 - len(self.constants))
@@ -129,7 +129,7 @@ class _Notes:
 
 
 class _Symbol(np.lib.mixins.NDArrayOperatorsMixin):
-    """A register in the place of an array of shape (layers,). NumPy hands over whatever is done with it."""
+    """A register in place of an array of shape (layers,); NumPy passes it all operations on itself."""
 
     ndim = 1
 
@@ -141,7 +141,7 @@ class _Symbol(np.lib.mixins.NDArrayOperatorsMixin):
         raise TypeError("a symbol has no value; rules branch with xp.where")
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("a symbol is not to become an array that nobody notes")
+        raise TypeError("a symbol must not become an array, whose operations are not recorded")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Any:
         plain = all(isinstance(x, (_Symbol, float, int)) for x in operands)
@@ -162,7 +162,7 @@ class _Symbol(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 class _Columns(np.lib.mixins.NDArrayOperatorsMixin):
-    """Symbols in the place of an array of shape (layers, columns)."""
+    """Symbols in place of an array of shape (layers, columns)."""
 
     dtype, ndim = np.dtype(np.float64), 2
 
@@ -173,7 +173,7 @@ class _Columns(np.lib.mixins.NDArrayOperatorsMixin):
         self.shape = (*columns[0].shape, len(columns))
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("symbols are not to become an array that nobody notes")
+        raise TypeError("symbols must not become an array, whose operations are not recorded")
 
     def __getitem__(self, key: Any) -> Any:
         rows, column = key
@@ -229,7 +229,7 @@ def _power(note: _Note, a: Any, exponent: Any) -> _Symbol:
     return _arithmetic("multiply", note, a, a)
 
 
-# NumPy's functions by the names that they bear, in terms of the operations. Booleans are 0 and 1.
+# NumPy's functions by name, in terms of the operations. Booleans are 0 and 1.
 _UFUNCS: dict[str, Callable[..., _Symbol]] = {
     **{name: partial(_arithmetic, name) for name in ("add", "subtract", "multiply", "divide", "sqrt", "absolute")},
     **{name: partial(_compare, name) for name in ("less", "less_equal", "equal")},

@@ -1,6 +1,7 @@
-"""Threads that wait for work, and how a step is shared among them.
+"""A pool of threads, and how a step is divided among them.
 
-`concurrent.futures` would do, but costs a tenth of a millisecond a step, where a step of ResNet-50 takes ten.
+`concurrent.futures` would save most of this file at half a percent of a step, but its locks are released by Python
+code, which an interrupt can skip: Ctrl+C at a bad moment, and the next step waits forever. Here locks are released in C.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 
 __all__ = ["run", "run_on_threads", "thread_count"]
 
-WORTH_IT = 1 << 20  # elements; below, sharing work costs more than it saves
-MOST = 4  # for NumPy, which holds the interpreter's lock between its loops: more threads only queue for it
+WORTH_IT = 1 << 20  # elements; below, dividing the work costs more than it saves
+MOST = 4  # for NumPy, which holds the interpreter's lock between its loops: further threads only queue for it
 
 
 def thread_count(most: int | None = None) -> int:
@@ -25,7 +26,7 @@ def thread_count(most: int | None = None) -> int:
     Parameters
     ----------
     most : int, optional
-        Beyond which more threads do not help the caller.
+        Upper bound for the number of cores; the environment variable may exceed it.
 
     Returns
     -------
@@ -47,22 +48,22 @@ def thread_count(most: int | None = None) -> int:
 
 
 def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = False) -> None:
-    """Call ``work(k)`` for each k, on several threads if that pays.
+    """Call ``work(k)`` for each k, on several threads if there is enough work.
 
     Parameters
     ----------
     work : callable
         Must not raise, and not depend on the order of calls.
     sizes : sequence of int
-        How many elements each call handles.
+        The number of elements of each call.
     backwards : bool
-        Whether each thread starts at its end: the last pass has left that in cache.
+        Whether each thread starts at the end of its range, which the previous pass has left in cache.
     """
     count = thread_count(MOST) if sum(sizes) >= WORTH_IT else 1
     parts = iter(_split(sizes, count))
 
     def work_off() -> None:
-        with np.errstate(all="ignore"):  # a thread's own; no warning may become an error half way
+        with np.errstate(all="ignore"):  # per thread; a warning must not become an error halfway through a step
             for part in parts:
                 for k in reversed(part) if backwards else part:
                     work(k)
@@ -71,7 +72,7 @@ def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = 
 
 
 def _split(sizes: Sequence[int], count: int) -> list[range]:
-    """Cut the indices into at most `count` ranges of about the same size."""
+    """Split the indices into at most `count` ranges of about the same total size."""
     if count == 1:
         return [range(len(sizes))]
     cuts, total, seen = [0], sum(sizes), 0
@@ -83,10 +84,10 @@ def _split(sizes: Sequence[int], count: int) -> list[range]:
 
 
 class Job:
-    """Work that is offered to other threads: one does it, or the owner takes it back.
+    """A call that either another thread makes, or nobody after the owner has cancelled it.
 
-    The owner may ask again and gets the same answer, since an interrupt may come before the answer is used. `failure`
-    is the exception that the work has raised.
+    The decision is final and can be queried repeatedly, since an interrupt may arrive before its result is used.
+    `failure` is the exception that the call raised.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -98,7 +99,7 @@ class Job:
         self._done.acquire()
 
     def do(self) -> None:
-        """Do it, unless it was taken back."""
+        """Make the call, unless it was cancelled."""
         if not self._is_for("thread"):
             return
         assert self._work is not None
@@ -112,14 +113,14 @@ class Job:
             self._done.release()
 
     def wait(self) -> None:
-        """Return when nobody is at it, and nobody will be."""
+        """Cancel the call if it has not begun, else wait until it has ended."""
         if self._is_for("owner"):
-            self._work = None  # what a helper that comes late finds in the queue must not keep memory alive
+            self._work = None  # the job may stay in the queue, and must not keep memory alive there
         elif not self._is_done:
             self._done.acquire()
 
     def _is_for(self, taker: str) -> bool:
-        # Of several threads that ask at the same time, all are given what the first has set.
+        # setdefault is atomic: of several threads, all read the value that the first one has set.
         return self._takers.setdefault("first", taker) == taker
 
 
@@ -129,21 +130,21 @@ class ThreadPool:
     def __init__(self) -> None:
         self.queue: SimpleQueue[Job] = SimpleQueue()
         self.count = 0
-        self._lock = threading.RLock()  # a signal handler may come between that takes a step
+        self._lock = threading.RLock()  # a signal handler that takes a step may interrupt this thread
 
     def offer(self, jobs: Sequence[Job]) -> None:
-        """Have the jobs done, each by another thread, as far as threads are to be had."""
+        """Queue the jobs, one for each thread that could be started."""
         if self.count < len(jobs):
             self._start(len(jobs))
-        for job in jobs[: self.count]:  # with nobody to fetch them they would pile up
+        for job in jobs[: self.count]:  # without threads to take them, jobs would pile up in the queue
             self.queue.put(job)
 
     def _start(self, count: int) -> None:
         with self._lock:
-            while self.count < count and not sys.is_finalizing():  # else a thread is waited for that never begins
+            while self.count < count and not sys.is_finalizing():  # start() would wait forever for the thread
                 try:
                     threading.Thread(target=self._work_off, name=f"lars-array-{self.count}", daemon=True).start()
-                except RuntimeError:  # none is to be had
+                except RuntimeError:  # the system has no thread left
                     return
                 self.count += 1
 
@@ -157,19 +158,19 @@ _pool = ThreadPool()
 
 
 def run_on_threads(work: Callable[[], object], count: int) -> None:
-    """Call ``work()`` here and on up to ``count - 1`` more threads, if they come in time, and return when all is done.
+    """Call ``work()`` on this thread and on up to ``count - 1`` others, and return when all calls have ended.
 
     Parameters
     ----------
     work : callable
-        Does what is left to do, whoever else does so at the same time; called when nothing is left it does nothing.
+        Processes the remaining work, concurrently with other calls; does nothing if none remains.
     count : int
-        How many threads it is worth.
+        The number of threads to use; fewer if the pool's threads are busy.
 
     Raises
     ------
     BaseException
-        An interrupt that has come meanwhile, else what a helper has raised, else what ``work`` has raised here.
+        An interrupt that arrived meanwhile, else an exception of another thread, else that of ``work`` on this one.
     """
     jobs = [Job(work) for _ in range(count - 1)]
     interrupt: BaseException | None = None
@@ -178,9 +179,9 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
             _pool.offer(jobs)
         work()
     finally:
-        # An interrupt has to wait too: helpers write to what the caller sees. It comes at calls and where loops end, so
-        # there is none of these between the two `try`. A second one at the same moment does not wait; but what helpers
-        # work on they also hold.
+        # After an interrupt too, this must wait: the other threads write to the caller's arrays. Python raises
+        # interrupts at calls and at the ends of loops, of which there is none between the two `try`. A second interrupt
+        # at that moment does not wait; then the other threads still keep the arrays alive that they write to.
         while True:
             try:
                 for job in jobs:
@@ -190,7 +191,7 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
                 interrupt = error
         failures = [x for x in (interrupt, *(job.failure for job in jobs)) if x is not None]
         for job in jobs:
-            job.failure = None  # it leads to the frames that it has passed, and they would lead back to it
+            job.failure = None  # its traceback refers to frames that refer to it: a reference cycle
         if failures:
             try:
                 raise failures[0]
@@ -199,7 +200,7 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
 
 
 def _forget_threads() -> None:
-    """After a fork the child has none of the threads."""
+    """Replace the pool after a fork, which the threads do not survive."""
     global _pool
     _pool = ThreadPool()
 

@@ -206,6 +206,9 @@ class ParamState:
 
     # Adapters, whose lists hold arrays of another kind, override what follows.
 
+    def prepare(self) -> None:
+        """Check the arrays before a program is made for them."""
+
     def view(self, array: Any) -> Any:
         """Return an array as kernels take it, on the same memory."""
         return array

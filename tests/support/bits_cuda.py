@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ from bits_runs import InPlace
 
 from lars_array.kernels.cuda import source
 from lars_array.kernels.cuda.kernel import Kernel
+from lars_array.state.store import allocate_buffers as _allocate
 
 __all__ = ["Cuda", "missing"]
 
@@ -57,6 +58,10 @@ def _address(array: Any) -> int:
     return address
 
 
+def _allocated(params: Sequence[Any]) -> list[Any]:
+    return [x.view(Far) if _is_far(p) else x for p, x in zip(params, _allocate(params), strict=True)]
+
+
 class Cuda(InPlace):
     """`lars_array.LARS` over arrays of the pretended device."""
 
@@ -77,9 +82,10 @@ def _replaced() -> Iterator[tuple[Any, str, Any]]:
     """Yield an object, a name of its attributes, and another value for that."""
     yield Kernel, "unsupported_reason", staticmethod(lambda params: None)
     yield Kernel, "Device", _Device()
+    names = {"is_on_accelerator": _is_far, "allocate_buffers": _allocated}
     for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] == "lars_array" and hasattr(module, "is_on_accelerator"):
-            yield module, "is_on_accelerator", _is_far
+        if module_name.split(".")[0] == "lars_array":
+            yield from ((module, name, names[name]) for name in names.keys() & vars(module).keys())
 
 
 class _Device:

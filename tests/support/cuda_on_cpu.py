@@ -22,7 +22,7 @@ from lars_array import _stepper, hyperparams, kernels
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.kernels.cuda import kernel
 from lars_array.kernels.cuda.source import COMMON, ELEMENTS, pair_name, source
-from lars_array.state import memory
+from lars_array.state import memory, store
 
 HERE = Path(__file__).parent
 PAIRS = list(product(ELEMENTS, ELEMENTS))
@@ -174,10 +174,16 @@ def address(x: Any) -> int:
 def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
     """Have `FarArray`s taken for arrays on a device, by the CUDA kernel and its host code."""
     device = Device(path or library(), order)
-    choose, known = kernels.choose, hyperparams._known
+    choose, known, allocate = kernels.choose, hyperparams._known, store.allocate_buffers
+
+    def allocated(params: Sequence[Any]) -> list[Any]:
+        return [x.view(FarArray) if is_far(p) else x for p, x in zip(params, allocate(params), strict=True)]
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (hyperparams, memory, _stepper):
             patch.setattr(module, "is_on_accelerator", is_far)
+        for owner in (store, _stepper):
+            patch.setattr(owner, "allocate_buffers", allocated)
         patch.setattr(hyperparams, "_known", lambda x: None if is_far(x) else known(x))
         patch.setattr(Kernel, "Device", device)
         patch.setattr(kernels, "choose", lambda params, name: Kernel if is_far(params[0]) else choose(params, name))

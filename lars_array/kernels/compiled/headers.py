@@ -1,4 +1,4 @@
-"""The headers of NumPy arrays, read by compiled code: in Python, one attribute of 10,000 arrays takes a millisecond.
+"""The headers of NumPy arrays, read by compiled code: in Python, one attribute of 10,000 arrays costs a millisecond.
 
 An object begins with `object.__basicsize__` bytes, the last of them the pointer to its type. In an array the pointer to
 its data follows, the number of its axes, pointers to lengths, strides, owner and dtype, and flags: the beginning of
@@ -19,9 +19,9 @@ from lars_array.kernels.compiled.intrinsics import array_at, at_first, kept_on_d
 __all__ = ["HeaderSpecs", "addresses", "problem"]
 
 _HEAD = object.__basicsize__
-_HALF = 0xFFFFFFFF  # an int is the lower half of its eight bytes
-_FLAGS = 0x0100 | 0x0400  # aligned, writeable; whether it is dense follows from the strides
-_FIXED = 3  # numbers of a spec: axes, dtype, flags; then lengths and strides
+_HALF = 0xFFFFFFFF  # a C int, in the lower half of eight bytes
+_FLAGS = 0x0100 | 0x0400  # aligned and writeable; the other flags follow from the strides
+_FIXED = 3  # leading numbers of a spec: axes, dtype, flags; then lengths and strides
 
 
 @kept_on_disk
@@ -31,7 +31,7 @@ def _read(objects: int, head: int, kind: int, specs: Any, index: Any, found: Any
     items = array_at(array_at(objects + head + 8, 1, like)[0], len(index), like)
     for i in range(len(index)):
         header, spec = array_at(items[i] + head - 8, 8, like), specs[index[i]]
-        if header[0] != kind:  # of another type nothing else may be read
+        if header[0] != kind:  # the header of another type has another layout
             return i
         axes = header[2] & _HALF
         if axes != spec[0] or header[6] != spec[1] or header[7] & _FLAGS != spec[2]:
@@ -74,7 +74,7 @@ class HeaderSpecs(ArraySpecs):
         self._index = np.fromiter((known.setdefault(spec, len(known)) for spec in found), np.int32, len(arrays))
         spans = [span(shape, strides, dtype.itemsize) for _, dtype, shape, strides, *_ in known]
         self._spans_of_known = np.array(spans, np.int64)
-        self._known = list(known)  # with dtypes, so that no other has the address of one
+        self._known = list(known)  # keeps the dtypes alive, whose addresses identify them
         self._table = np.zeros((len(known), _FIXED + 2 * max((len(spec[2]) for spec in known), default=0)), np.int64)
         for row, (dtype_id, _, shape, strides, aligned, writeable) in zip(self._table, known, strict=True):
             numbers = len(shape), dtype_id, 0x0100 * aligned | 0x0400 * writeable, *shape, *strides

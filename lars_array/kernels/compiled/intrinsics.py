@@ -1,4 +1,4 @@
-"""What numba does not offer in Python: addresses, atomics, and half precision as bits."""
+"""Operations that numba lacks: access by address, atomics, and half precision as bits."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["array_at", "at_first", "fetch_add", "kept_on_disk", "load", "prefetc
 
 
 def kept_on_disk(function: Any) -> Any:
-    """Have `function` compiled when it is called with new types, and the result kept for other processes."""
+    """Return `function` compiled for each new combination of types, cached on disk for other processes."""
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # there is no directory that could be written to
+    except RuntimeError:  # no cache directory is writable
         return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def at_first(function: Any, *arguments: Any) -> Any:
-    """Call a compiled function with arguments of new types."""
+    """Call a compiled function with arguments whose types may be new."""
     try:
         return function(*arguments)
-    except OSError:  # it is compiled, but there was no room on the disk to keep it
+    except OSError:  # it was compiled, but writing the cache failed, for instance on a full disk
         return function(*arguments)
 
 
 @intrinsic
 def _pointer(context: Any, address: Any, like: Any) -> Any:
-    """Return the address as a pointer to what `like`, an array, holds."""
+    """Return the address as a pointer to elements of the type of `like`, an array."""
     pointer = types.CPointer(like.dtype)
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -52,7 +52,7 @@ def _element(target: Any, builder: Any, kind: Any, array: Any, index: Any) -> An
 
 @intrinsic
 def prefetch(context: Any, address: Any) -> Any:
-    """Ask for the line of cache at an address, where nothing need be."""
+    """Prefetch the cache line at an address, which need not be valid."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -67,7 +67,7 @@ def prefetch(context: Any, address: Any) -> Any:
 
 @intrinsic
 def fetch_add(context: Any, array: Any, index: Any, amount: Any) -> Any:
-    """Add to ``array[index]``, of int64, at once, and return what was there; what was written before is seen after."""
+    """Add to ``array[index]``, of int64, atomically (acquire and release), and return its previous value."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         element = _element(target, builder, signature.args[0], *arguments[:2])
@@ -78,7 +78,7 @@ def fetch_add(context: Any, array: Any, index: Any, amount: Any) -> Any:
 
 @intrinsic
 def read(context: Any, array: Any, index: Any) -> Any:
-    """Return ``array[index]``, of int64, and with it all that was written before that was."""
+    """Return ``array[index]``, of int64, atomically (acquire): writes before the matching `write` are visible."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.load_atomic(_element(target, builder, signature.args[0], *arguments), "acquire", 8)
@@ -88,7 +88,7 @@ def read(context: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def write(context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Set ``array[index]``, of int64, for those who `read` it."""
+    """Set ``array[index]``, of int64, atomically (release)."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.store_atomic(arguments[2], _element(target, builder, signature.args[0], *arguments[:2]), "release", 8)
@@ -107,14 +107,14 @@ def _bits_as(context: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
-# numba compares the names of these arguments, and takes annotations for a part of them.
+# numba compares these arguments with those of the overloads, and counts annotations as part of them.
 def load(x):  # type: ignore[no-untyped-def]
-    """Return a number as it is computed on. uint16 holds the bits of a float16, int16 those of a bfloat16."""
+    """Return a stored number in its compute type. uint16 holds the bits of a float16, int16 those of a bfloat16."""
     raise NotImplementedError
 
 
 def stored(x, like):  # type: ignore[no-untyped-def]
-    """Return a number as an array holds it of which `like` is an element: the way back from `load`."""
+    """Return a number in its stored form, the type of `like`: the inverse of `load`."""
     raise NotImplementedError
 
 
@@ -136,8 +136,9 @@ def _stored(x, like):  # type: ignore[no-untyped-def]
     return lambda x, like: x
 
 
-# In whole numbers, since processors that don't know float16 call a function for it that numba hasn't. A float32 has 23
-# bits of fraction and adds 127 to its exponent, a float16 10 and 15, a bfloat16 is the upper half of a float32.
+# In integer arithmetic: on processors without float16, LLVM calls a conversion function that numba does not link.
+# A float32 has 23 bits of fraction and an exponent bias of 127, a float16 10 and 15; a bfloat16 is the upper half of a
+# float32.
 
 
 def _from_float16(x):  # type: ignore[no-untyped-def]
@@ -157,7 +158,7 @@ def _to_float16(x, like):  # type: ignore[no-untyped-def]
     magnitude = np.uint32(bits & 0x7FFFFFFF)
     if magnitude >= np.uint32((127 + 16) << 23):  # too large, inf or nan
         half = np.uint32(0x7E00) if magnitude > np.uint32(0xFF << 23) else np.uint32(0x7C00)
-    elif magnitude < np.uint32((127 - 14) << 23):  # subnormal: adding 1/2 rounds to the last bit that there is room for
+    elif magnitude < np.uint32((127 - 14) << 23):  # subnormal: adding 1/2 rounds to the last bit
         rounded = _bits_as(_bits_as(magnitude, np.float32(0)) + np.float32(0.5), np.uint32(0))
         half = np.uint32(rounded - (126 << 23))
     else:

@@ -1,7 +1,7 @@
-"""The compiled step: a list of tasks over a table of layers, which any number of threads work off together.
+"""The compiled step: a list of tasks over a table of layers, processed by any number of threads.
 
-No task waits for one that comes after it in the list, so there is no barrier, and a thread that comes late, or not at
-all, holds up no other. Sums are added piece by piece in a fixed order: who did which piece does not show.
+A task depends only on tasks before it in the list. So there is no barrier, and a thread that starts late, or never,
+delays no other. Partial sums are added in a fixed order: results do not depend on which thread computed them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lars_array.kernels.tape import OPERATIONS
 __all__ = ["DONE", "MEASURE", "OWN", "PIECE", "WHOLE", "WRITE", "coefficients_of", "work"]
 
 PIECE = 1 << 16  # elements of one partial sum
-MEASURE, WRITE = 1, 2  # what a task does; both, where one thread has layers to itself
-WHOLE = -1  # in the place of a task's last piece: all pieces of its layers are its own
-OWN = -2  # in the place of a task's first piece: those that the thread has measured and not yet written
-DONE = -1  # in the place of the number of pieces still to be measured, when a layer's coefficients are there
+MEASURE, WRITE = 1, 2  # stages of a task; both, where one thread processes whole layers
+WHOLE = -1  # as a task's last piece: the task has all pieces of its layers
+OWN = -2  # as a task's first piece: the thread chooses a part, preferably one that it has measured
+DONE = -1  # as the number of pieces still to be measured: the layer's coefficients are ready
 
-# Elements between two requests for memory that is needed soon, and how many bytes that is away. Measured on ResNet-50's
-# layers; 4 KiB, 16 KiB and requests for p and g as well gain less or nothing.
+# Elements between two rounds of prefetching, the distance ahead in bytes, and the bytes of a cache line. Measured on
+# ResNet-50's layers; 4 KiB, 16 KiB and prefetching p and g as well gain less or nothing.
 BLOCK, AHEAD, LINE = 256, 8192, 64
 
 _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _LESS, _LESS_EQUAL, _EQUAL, _WHERE, _SQRT, _ABSOLUTE = range(len(OPERATIONS))
@@ -45,7 +45,7 @@ _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _LESS, _LESS_EQUAL, _EQUAL, _WHERE, _SQRT, 
 _difference = numba.njit(core.difference)
 _difference_without_buffer = numba.njit(core.difference_without_buffer)
 
-# A sum may be taken in as many parts as the processor adds at once; nan and inf remain what they are.
+# Sums may be reordered, so that they are vectorised; nan and inf keep their meaning.
 _SUMMING = {"reassoc", "contract"}
 
 
@@ -79,7 +79,7 @@ def _sum_of_three(p: Any, g: Any, v: Any, gamma: float, w: float, h: float) -> f
 
 @numba.njit
 def _elements(address: int, start: int, stop: int, like: Any) -> Any:
-    """Return elements of what begins at an address, none where that is 0, and None where `like` is."""
+    """Return elements of the array at an address, none if it is 0, and None if `like` is None."""
     if like is None:
         return None
     return array_at(address + start * like.itemsize, stop - start if address != 0 else 0, like)
@@ -102,10 +102,8 @@ def _measure(p: Any, g: Any, v: Any, weights: Any, sums: Any) -> None:
 
 @numba.njit
 def _write(p: Any, g: Any, v: Any, copy: Any, c: Any) -> None:
-    """Write the results of `core.apply` in place, and round the new p to `copy` unless that is None.
-
-    Of branches on None numba keeps one.
-    """
+    """Write the results of `core.apply` in place, and round the new p to `copy` unless that is None."""
+    # numba compiles only one branch of a condition on None.
     kind = v.dtype.type
     m, alpha, beta, kappa, lam, mu = kind(c[0]), kind(c[1]), kind(c[2]), kind(c[3]), kind(c[4]), kind(c[5])
     if v.size == p.size:
@@ -128,12 +126,9 @@ def _write(p: Any, g: Any, v: Any, copy: Any, c: Any) -> None:
 def _write_stretch(
     place: Any, start: int, stop: int, c: Any, p_like: Any, g_like: Any, v_like: Any, copy_like: Any
 ) -> None:
-    """Write the elements from `start` to `stop` of a layer.
-
-    Most of p and g, which were read not long ago, is in a cache, and v is in memory: hardware prefetching, alike for
-    all three, is late for v, which is therefore prefetched here. Where results are rounded to copies, that costs more
-    than it saves.
-    """
+    """Write the elements from `start` to `stop` of a layer."""
+    # p and g were read recently and are mostly in a cache; v is in memory, where hardware prefetching, which treats all
+    # three the same, is too late. So v is prefetched here. With rounded copies that costs more than it saves.
     step = max(stop - start, 1) if copy_like is not None else BLOCK
     for first in range(start, stop, step):
         last = min(first + step, stop)
@@ -147,11 +142,9 @@ def _write_stretch(
 
 @numba.njit
 def _part_to_write(claimed: Any, parts: int, step: int, own: Any, count: int) -> tuple[int, int]:
-    """Return the first piece of a part that nobody else writes, and how many of `own` are left.
-
-    What a thread has measured last is in the cache of its core, from where another core gets it slowly. With nothing
-    left of its own, it takes what another has measured first, and will come to last.
-    """
+    """Return the first piece of a part that no other thread writes, and how many of `own` are left."""
+    # The part that a thread measured last is in its core's cache, which other cores read slowly. A thread without parts
+    # of its own takes from the front, where the parts are that their own threads write last.
     while count > 0:
         count -= 1
         if fetch_add(claimed, own[count], 1) == 0:
@@ -164,7 +157,7 @@ def _part_to_write(claimed: Any, parts: int, step: int, own: Any, count: int) ->
 
 @numba.njit(error_model="numpy")
 def _play(operations: Any, registers: Any, place: int) -> None:
-    """Carry out the operations of a tape. Their results go into the registers from `place` on."""
+    """Execute the operations of a tape, with results in the registers from `place` on."""
     for k in range(len(operations)):
         code = operations[k, 0]
         a, b = registers[operations[k, 1]], registers[operations[k, 2]]
@@ -195,11 +188,11 @@ def _play(operations: Any, registers: Any, place: int) -> None:
 def _coefficients(
     sums: Any, given: Any, previous_lr: float, operations: Any, constants: Any, outputs: Any, registers: Any, c: Any
 ) -> None:
-    """Compute `core.coefficients` for one layer, by its tape."""
+    """Compute `core.coefficients` for one layer, from its tape."""
     registers[:3] = sums
     place = 3 + len(given)
     registers[3:place] = given
-    registers[place - 1] = previous_lr  # the last of the inputs, and the only one that each layer has its own of
+    registers[place - 1] = previous_lr  # the last input, which each layer has of its own
     registers[place : place + len(constants)] = constants
     _play(operations, registers, place + len(constants))
     for i in range(len(outputs)):
@@ -228,15 +221,13 @@ def coefficients_of(
 
 
 def _checksum() -> int:
-    """Return a number that changes with any of the code that `work` is made of.
-
-    numba takes what is on disk for current if this file is as old and as long as it was, and the closure of the
-    function holds what it did.
-    """
+    """Return a number that changes with the source code that `work` is compiled from."""
+    # numba reuses a cached function if this file has the same age and size and the function's closure the same values:
+    # the number is in the closure.
     sources: tuple[Any, ...] = (sys.modules[__name__], intrinsics, core.difference, core.difference_without_buffer)
     try:
         return zlib.crc32("".join(map(inspect.getsource, sources)).encode())
-    except OSError:  # without its sources a program is not changed, and nothing kept on disk
+    except OSError:  # without source files numba caches nothing
         return 0
 
 
@@ -269,19 +260,19 @@ def _make_work(checksum: int) -> Any:
         """Process tasks until none is left. Everything is written by all threads unless said otherwise.
 
         tasks (tasks, 5)        read: see `lars_array.kernels.compiled.tasks`
-        cursor (1,)             how many tasks are taken
-        left (shared,)          of a shared layer, the pieces not yet measured; `DONE` when C may be read
-        claimed (pieces,)       of shared layers, at first zero: not if a thread writes the part that begins there
-        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of the copy that the new p is rounded to
+        cursor (1,)             number of tasks taken
+        left (shared,)          pieces of a shared layer not yet measured; `DONE` when its row of C may be read
+        claimed (pieces,)       of shared layers, at first zero: nonzero once a thread writes the part beginning there
+        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of the copy to which the new p is rounded
         sizes (rows,)           read: elements; the largest first, so that shared layers are the first of all
-        offsets (shared,)       read: where in `partial` a shared layer begins
+        offsets (shared,)       read: index in `partial` of a shared layer's first piece
         layers (rows,)          read: the layer of each row, the index into hyper_row, previous_lr, S and C
         partial (pieces, 3)     sums of pieces of shared layers, at first zero
         hyper_row (layers,)     read: index into weights, hyper, extents and outputs
         weights (inputs, 3)     read: gamma, w and h of the third sum
         previous_lr (layers,)   read: the last input of tapes
         hyper (inputs, fields)  read: gamma and hyper-parameters, the inputs of tapes
-        extents (inputs, 4)     read: where operations and constants of a tape begin and end; none: C is given
+        extents (inputs, 4)     read: ranges of the operations and constants of a tape; empty if C is an input
         operations, constants   read: those of all tapes
         outputs (inputs, 6)     read: the registers of the coefficients
         S (layers, 3)           sums, at first zero
@@ -339,7 +330,7 @@ def _make_work(checksum: int) -> Any:
                 if what & WRITE:
                     while shared and read(left, row) != DONE:
                         pass
-                    # In one go, and not from the end, which was measured last: processors look ahead along addresses.
+                    # Forwards, although the end was measured last: hardware prefetching follows rising addresses.
                     start, stop = first * PIECE, min(last * PIECE, sizes[row])
                     _write_stretch(places[row], start, stop, C[layer], p_like, g_like, v_like, copy_like)
 

@@ -1,0 +1,219 @@
+"""Tensors as arrays of NumPy or CuPy on the same memory, their layouts, and the checks that each has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lars_array import _arrays
+from lars_array._arrays import COMPUTE, ArraySpecs, array_at, dtype_name, span
+
+__all__ = [
+    "TensorSpecs",
+    "borrow",
+    "check_gradient",
+    "check_tensor",
+    "compute_dtype",
+    "is_lazy",
+    "library_of",
+    "resolved",
+    "tensor_of",
+    "torch_stream",
+    "view",
+]
+
+
+def compute_dtype(p: torch.Tensor) -> torch.dtype:
+    """Return the type that a parameter is computed in, which its momentum buffer has."""
+    kind: torch.dtype = getattr(torch, COMPUTE[dtype_name(p.dtype)])
+    return kind
+
+
+# --------------------------------------------------------------------------------------------------------- libraries
+
+
+def library_of(device: torch.device, tensors: Sequence[torch.Tensor]) -> str:
+    """Return whose arrays tensors on `device` become: "numpy", "cupy", or "torch" where they stay tensors."""
+    if any(p.dtype == torch.bfloat16 for p in tensors) and not has_bfloat16():
+        return "torch"
+    return _library_for(device)
+
+
+@cache
+def _library_for(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "numpy"
+    if device.type == "cuda" and torch.version.cuda is not None:
+        try:
+            import cupy
+
+            return "cupy" if cupy.cuda.is_available() else "torch"
+        except ImportError:
+            pass
+    return "torch"
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Return whether ml_dtypes is installed, which adds bfloat16 to NumPy."""
+    try:
+        import ml_dtypes  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@contextmanager
+def torch_stream(device: torch.device) -> Iterator[None]:
+    """Make `device` the current one, and torch's current stream on it CuPy's as well."""
+    import cupy
+
+    with torch.cuda.device(device), cupy.cuda.Device(device.index):
+        stream = torch.cuda.current_stream(device)
+        if hasattr(cupy.cuda.Stream, "from_external"):  # since CuPy 14, which warns of the other way
+            current = cupy.cuda.Stream.from_external(stream)
+        else:
+            current = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
+        with current:
+            yield
+
+
+# ------------------------------------------------------------------------------------------------------------- views
+
+
+def view(tensor: torch.Tensor) -> Any:
+    """Return an array on the memory of a tensor; both keep it alive.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        On a CPU, or on a CUDA device that is the current one.
+
+    Returns
+    -------
+    array
+        Of NumPy or CuPy, of the tensor's shape, strides and dtype.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # NumPy reads its bits, since it has no such type
+        import ml_dtypes
+
+        return _exported(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return _exported(tensor)
+
+
+def _exported(tensor: torch.Tensor) -> Any:
+    if tensor.device.type == "cpu":
+        return np.from_dlpack(tensor)  # not numpy(), after which torch can't free the storage of a living tensor
+    import cupy
+
+    return cupy.from_dlpack(tensor)
+
+
+def borrow(tensor: torch.Tensor) -> Any:
+    """Return a view that does not keep memory alive: its elements may only be read while the tensor is there.
+
+    torch frees gradients between steps, and a view may be kept for its type and layout only.
+    """
+    array = view(tensor)
+    if isinstance(array, np.ndarray):
+        return array_at(tensor.data_ptr(), array.shape, array.dtype, array.strides)
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, None, array.device.id)
+    return cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory, 0), array.strides)
+
+
+def tensor_of(array: Any) -> torch.Tensor:
+    """Return a tensor on the memory of an array."""
+    if isinstance(array, torch.Tensor):
+        return array
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.utils.dlpack.from_dlpack(array)
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is lazily conjugated or negated: its numbers are not those in its memory."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def resolved(grads: Sequence[Any]) -> list[Any]:
+    """Return gradients, those that are lazy as new tensors."""
+    return [g.resolve_conj().resolve_neg() if g is not None and is_lazy(g) else g for g in grads]
+
+
+class TensorSpecs(ArraySpecs):
+    """Types and layouts of tensors; see `lars_array._arrays.ArraySpecs`.
+
+    A step compares those of all parameters and gradients, and each attribute of a tensor takes some 50 ns: what follows
+    from others is not compared. Of real tensors, only the imaginary part of others, never contiguous, can be lazy.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._are_contiguous = all(map(torch.Tensor.is_contiguous, tensors))
+        self._can_be_lazy = [
+            i for i, x in enumerate(tensors) if x.is_complex() or x.numel() < 2 or not x.is_contiguous()
+        ]
+        super().__init__(tensors)
+
+    def addresses(self, arrays: Sequence[Any]) -> Any:
+        """See `ArraySpecs.addresses`."""
+        try:
+            return super().addresses(arrays)
+        except RuntimeError:  # sparse tensors have no address
+            return None
+
+    def read(self, arrays: Sequence[Any]) -> list[list[Any]]:
+        """See `ArraySpecs.read`."""
+        layout: Any = torch.Tensor.is_contiguous if self._are_contiguous else torch.Tensor.stride
+        lazy = [is_lazy(arrays[i]) for i in self._can_be_lazy]
+        return [[x.dtype for x in arrays], [x.shape for x in arrays], list(map(layout, arrays)), lazy]
+
+    def _addresses(self, arrays: Sequence[Any]) -> Any:
+        return np.fromiter(map(torch.Tensor.data_ptr, arrays), np.int64, len(arrays))
+
+    def _spans(self, arrays: Sequence[Any]) -> Any:
+        sizes = [x.element_size() for x in arrays]
+        strides = [[size * stride for stride in x.stride()] for size, x in zip(sizes, arrays, strict=True)]
+        return np.array([span(x.shape, *own) for x, *own in zip(arrays, strides, sizes, strict=True)], np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check_tensor(name: str, p: torch.Tensor) -> None:
+    """Refuse a parameter without memory of its own to be written to, or whose norm is not known to this process.
+
+    Raises
+    ------
+    TypeError
+        For a sparse tensor, one of a subclass that is not plain memory, such as a DTensor, or another element type.
+    ValueError
+        If its storage was freed.
+    """
+    _check_is_memory(f"parameter {name!r}", p)
+    if is_lazy(p):
+        raise TypeError(f"parameter {name!r} must not be a lazily conjugated or negated view")
+    if p.numel() and not p.data_ptr() and p.device.type != "meta":
+        raise ValueError(f"parameter {name!r} must have memory; its storage was freed")
+    _arrays.check_parameter(name, p)
+
+
+def check_gradient(name: str, g: torch.Tensor, p: torch.Tensor) -> None:
+    """Refuse a gradient that does not fit its parameter."""
+    _check_is_memory(f"the gradient of {name!r}", g)
+    _arrays.check_gradient(name, g, p)
+
+
+def _check_is_memory(name: str, tensor: torch.Tensor) -> None:
+    kind = type(tensor)
+    if is_traceable_wrapper_subclass(tensor) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, LARS needs its norm; got one of {tensor.layout}")

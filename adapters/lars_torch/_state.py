@@ -1,0 +1,243 @@
+"""Steps of the parameters of one device, on the tensors that the optimizer's state holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import is_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lars_array._arrays import is_half
+from lars_array._stepper import KEPT, ParamState, Stepper
+from lars_array.hyperparams import Hyperparams
+from lars_array.state.memory import check_writable
+from lars_torch import _arrays
+from lars_torch._arrays import (
+    TensorSpecs,
+    check_tensor,
+    compute_dtype,
+    is_lazy,
+    library_of,
+    resolved,
+    tensor_of,
+    torch_stream,
+)
+from lars_torch._hyperparams import numbers_of
+
+__all__ = ["NamedParam", "OutdatedError", "TensorState"]
+
+_NOTHING: Mapping[str, Any] = {}
+
+
+class NamedParam(NamedTuple):
+    """A parameter of the optimizer, the number of its group, and its name for messages."""
+
+    param: torch.Tensor
+    group: int
+    name: str
+
+
+class OutdatedError(Exception):
+    """A parameter has other memory, and perhaps lies on another device, or a gradient must be resolved."""
+
+
+class TensorState(ParamState):
+    """Parameters of one device, what the optimizer's state holds for them, and the stepper that updates both.
+
+    The lists hold tensors and are read anew for each step.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the parameters lie.
+    members : mapping of int to NamedParam
+        By position among all parameters, in the order of the groups.
+    groups : sequence of mappings
+        All parameter groups.
+    previous_lr : mapping of Tensor to float
+        The learning rate of the last step of parameters that have taken one.
+    layer_of : callable
+        As for `lars_array.LARS`.
+    kernel : str, optional
+        As for `lars_array.LARS`.
+
+    Attributes
+    ----------
+    owners : list of Tensor
+        The parameters as the optimizer has them; `params` holds the memory that a compiled graph has in their place.
+    skipped : int
+        How many steps were skipped.
+    result : StepResult or None
+        Of the last step.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        members: Mapping[int, NamedParam],
+        groups: Sequence[Mapping[str, Any]],
+        previous_lr: Mapping[torch.Tensor, float],
+        layer_of: Callable[[str], Hashable],
+        kernel: str | None,
+    ) -> None:
+        super().__init__(layer_of)
+        self.owners, group_of, self.names = map(list, zip(*members.values(), strict=True))
+        self.group_of = np.array(group_of, np.int32)
+        self.layer_axes = [groups[k]["layer_axes"] for k in group_of]
+        self.previous_lr = np.array([previous_lr.get(p, 0.0) for p in self.owners])
+        self.skipped = 0
+        self.result: Any = None
+        self._device, self._library = device, library_of(device, self.owners)
+        self._index = list(members)
+        self._has_complex = any(map(torch.is_complex, self.owners))
+        self._has_halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.owners)
+        self._layouts: list[Any] = []  # of parameters that were checked
+        self._known_buffers: list[Any] = []
+        self._hyperparams, self._stepper = Hyperparams(), Stepper(kernel)
+        self.masters = [None] * len(self.owners)
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def read(self, state: Any, memory: Sequence[torch.Tensor], grads: Sequence[Any]) -> list[Any] | None:
+        """Read the tensors of a step; return the gradients, None if there is none.
+
+        Parameters
+        ----------
+        state : mapping
+            The optimizer's, to which new momentum buffers and masters are added.
+        memory, grads : sequences
+            Tensors to be stepped, and their gradients or None, of all parameters of the optimizer.
+        """
+        if len(self._index) < len(memory):
+            memory, grads = ([x[i] for i in self._index] for x in (memory, grads))
+        self._state, self.params = state, list(memory)
+        if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
+            owns = list(state.values())  # faster than to ask for each
+        else:
+            owns = [state.get(p, _NOTHING) for p in self.owners]
+        self.buffers = [own.get("momentum_buffer") for own in owns]
+        if self._has_halves:
+            self.masters = [own.get("master") for own in owns]
+        if all(g is None for g in grads):
+            return None
+        return resolved(grads) if self._has_complex else list(grads)
+
+    def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
+        """Return complete and checked hyper-parameters: the same object as long as nothing in it has changed."""
+        found = [numbers_of(group, self._device, grad_scale) for group in groups]
+        if self._library == "cupy":
+            with self.context():
+                for own in found:
+                    own |= {name: self.view(x) for name, x in own.items() if isinstance(x, torch.Tensor)}
+        return self._hyperparams.read(found, 0)
+
+    def bind(self, grads: Sequence[Any], groups: Any) -> None:
+        """Do all checks of a step."""
+        with self.context():
+            self._stepper.bind(self, grads, groups)
+
+    def step(self, grads: Sequence[Any], groups: Any, found_inf: Any) -> list[torch.Tensor]:
+        """Take a step with gradients from `read`, and return the tensors that were written to."""
+        with self.context():
+            if found_inf is not None:
+                on_cpu = self._device.type == "cpu"
+                found_inf = found_inf.item() if on_cpu else self.view(found_inf.reshape(()))
+            result = self._stepper.step(self, grads, groups, found_inf)
+        if result is None:
+            self.skipped += 1
+            return []
+        self.result = result
+        written = [*self.owners, *self.buffers, *self.masters]
+        if any(g is None for g in grads):
+            written = [x for x, g in zip(written, [*grads, *grads, *grads], strict=True) if g is not None]
+        return [x for x in written if x is not None]
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Update the count of skipped steps from the device, and raise if it has rejected one."""
+        if self.device is None:
+            return
+        with self.context():
+            before, now, _ = self.device.poll(wait=wait)
+        self.skipped += now.skipped - before.skipped
+        if now.rejected > before.rejected:
+            raise now.error(self.row_names())
+
+    def last_rates(self) -> Any:
+        """See `ParamState.last_rates`."""
+        with self.context():
+            return super().last_rates()
+
+    def unmoved(self) -> list[torch.Tensor]:
+        """Return the parameters whose own memory is what was checked."""
+        return [p for p, known in zip(self.owners, self._layouts) if _layout(p) == known]
+
+    def context(self) -> AbstractContextManager[None]:
+        """Have CuPy work on torch's device and stream."""
+        return torch_stream(self._device) if self._library == "cupy" else nullcontext()
+
+    # ---------------------------------------------------------------------------------------- called by the stepper
+
+    def prepare(self) -> None:
+        """Check parameters, and cast momentum buffers to the type that is computed in."""
+        if not self._layouts:
+            self._check()
+        elif list(map(_layout, self.params)) != self._layouts:
+            raise OutdatedError
+        for i, (p, v) in enumerate(zip(self.params, self.buffers, strict=True)):
+            kind = compute_dtype(p)
+            if v is not None and v.dtype != kind and v.is_complex() == kind.is_complex:
+                self._state[self.owners[i]]["momentum_buffer"] = self.buffers[i] = v.to(kind)
+        if self.device is not None and not all(map(is_, self.buffers, self._known_buffers)):
+            self.previous_lr, self.device = self.last_rates(), None
+        self._known_buffers = self.buffers
+
+    def _check(self) -> None:
+        for name, p in zip(self.names, self.params, strict=True):
+            check_tensor(name, p)
+        with self.context():
+            for name, p in zip(self.names, self.params, strict=True):
+                check_writable(name, self.view(p))
+        self._layouts = list(map(_layout, self.params))
+        for p in self.owners:
+            if not is_half(p):
+                self._state.get(p, {}).pop("master", None)
+
+    def keep(self, buffers: Mapping[int, Any], masters: Mapping[int, Any], dropped: Sequence[int]) -> None:
+        """Put new momentum buffers and masters into the optimizer's state, and drop masters."""
+        buffers, masters = ({i: tensor_of(x) for i, x in new.items()} for new in (buffers, masters))
+        for key, new in zip(KEPT, (buffers, masters), strict=True):
+            for i, tensor in new.items():
+                self._state[self.owners[i]][key] = tensor
+        for i in dropped:
+            self._state[self.owners[i]].pop("master", None)
+        super().keep(buffers, masters, dropped)
+        self._known_buffers = self.buffers
+
+    def view(self, array: torch.Tensor) -> Any:
+        """Return a tensor as an array on the same memory."""
+        return array.detach() if self._library == "torch" else _arrays.view(array)
+
+    def view_all(self, arrays: Sequence[Any]) -> list[Any]:
+        """Return tensors as arrays on the same memory, None for None."""
+        return [None if x is None else self.view(x) for x in arrays]
+
+    def specs(self, arrays: Sequence[Any], specs_of: Any) -> TensorSpecs:
+        """Return the types and layouts of tensors."""
+        return TensorSpecs(arrays)
+
+    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+        """Return where momentum buffers or masters lie, 0 for None."""
+        return [0 if x is None else x.data_ptr() for x in arrays]
+
+    def check_gradient(self, name: str, g: Any, p: Any) -> None:
+        """Raise unless a gradient fits its parameter."""
+        _arrays.check_gradient(name, g, p)
+        if is_lazy(g):
+            raise OutdatedError
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
