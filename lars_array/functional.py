@@ -187,8 +187,8 @@ def update(
     layer_of : mapping or callable, optional
         As for `LARS`.
     **hyper
-        The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), also traced ones. `lr` may be a
-        function of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
+        The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), also traced ones. each may be
+        a function of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
 
     Returns
     -------
