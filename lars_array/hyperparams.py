@@ -222,7 +222,8 @@ def at_step(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 
 def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
     """Return the options with schedules evaluated at `step`."""
-    return {name: x(step) if name in NUMBERS and callable(x) else x for name, x in options.items()}
+    functions = {name: options[name] for name in NUMBERS if callable(options.get(name))}
+    return {**options, **{name: function(step) for name, function in functions.items()}}
 
 
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
