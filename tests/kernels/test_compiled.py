@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import compileall
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -340,6 +341,11 @@ print(type(optimizer._stepper._program._kernel).__module__.split(".")[2], *p.tol
 """
 
 
+@functools.cache
+def usual_output() -> list[str]:
+    return output(STEP)
+
+
 def output(code: str, where: Path | None = None, **environment: str) -> list[str]:
     command, given = [sys.executable, "-W", "error", "-c", code], os.environ | environment
     done = subprocess.run(command, cwd=where, env=given, capture_output=True, text=True, check=True, timeout=120)
@@ -360,7 +366,7 @@ def test_without_numba_the_blocked_kernel_is_taken() -> None:
 
 def test_with_numba_switched_off_the_blocked_kernel_is_taken() -> None:
     assert output(STEP, NUMBA_DISABLE_JIT="1")[0] == "blocked"
-    assert output(STEP)[0] == "compiled"
+    assert usual_output()[0] == "compiled"
 
 
 def test_where_nothing_can_be_kept_on_disk_it_is_compiled_again(tmp_path: Path) -> None:
@@ -371,7 +377,7 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_again(tmp_path: Path) 
         "c.IndexDataCacheFile.save = save\n"
     )
     for trouble in (nowhere, full):
-        assert output(trouble + STEP, NUMBA_CACHE_DIR=str(tmp_path)) == output(STEP)
+        assert output(trouble + STEP, NUMBA_CACHE_DIR=str(tmp_path)) == usual_output()
         assert not list(tmp_path.rglob("*.nb?"))
 
 
@@ -381,7 +387,7 @@ def test_without_source_files_it_is_compiled_all_the_same(tmp_path: Path) -> Non
     compileall.compile_dir(tmp_path, legacy=True, quiet=1)
     for source in tmp_path.rglob("*.py"):
         source.unlink()
-    assert output(STEP, tmp_path, PYTHONPATH=str(tmp_path)) == output(STEP)
+    assert output(STEP, tmp_path, PYTHONPATH=str(tmp_path)) == usual_output()
 
 
 def test_what_is_kept_on_disk_is_not_used_when_the_equations_change(tmp_path: Path) -> None:
