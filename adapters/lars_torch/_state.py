@@ -150,10 +150,10 @@ class TensorState(ParamState):
             self.skipped += 1
             return []
         self.result = result
-        written = [*self.owners, *self.buffers, *self.masters]
-        if any(g is None for g in grads):
-            written = [x for x, g in zip(written, [*grads, *grads, *grads], strict=True) if g is not None]
-        return [x for x in written if x is not None]
+        lists = [self.owners, self.buffers, *([self.masters] if self._has_halves else [])]
+        if [g for g in grads if g is None]:
+            lists = [[x for x, g in zip(own, grads, strict=True) if g is not None] for own in lists]
+        return [x for own in lists for x in own if x is not None]
 
     def poll(self, *, wait: bool = False) -> None:
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
@@ -230,6 +230,8 @@ class TensorState(ParamState):
 
     def addresses(self, arrays: Sequence[Any]) -> list[int]:
         """Return where momentum buffers or masters lie, 0 for None."""
+        if not [x for x in arrays if x is None]:
+            return list(map(torch.Tensor.data_ptr, arrays))  # faster
         return [0 if x is None else x.data_ptr() for x in arrays]
 
     def check_gradient(self, name: str, g: Any, p: Any) -> None:
