@@ -15,7 +15,7 @@ demo: .venv/demo.installed ## Train a small network with LARS and with SGD
 	.venv/bin/python -m lars_array demo $(ARGS)
 
 test: .venv/test.installed .venv/timm.installed ## Run the tests and the examples in the documentation
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: .venv/lint.installed ## Check the style
 	.venv/bin/python -m ruff check $(ARGS)

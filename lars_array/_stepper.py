@@ -144,82 +144,89 @@ class StepProgram:
 
     def __init__(self, state: ParamState, grads: Sequence[Any], groups: Groups, kernel_type: Any) -> None:
         self._absent = [i for i, g in enumerate(grads) if g is None]
-        self._index: Sequence[int] = range(len(grads))
-        self._names, params = state.names, state.view_all(state.params)
-        own, own_grads, self._group_of = params, list(grads), state.group_of
-        if self._absent:
-            self._index = index = [i for i, g in enumerate(grads) if g is not None]
-            self._names, own, own_grads = ([x[i] for i in index] for x in (state.names, params, grads))
-            self._group_of = state.group_of[index]
-        for i, name, g in zip(self._index, self._names, own_grads, strict=True):
-            state.check_gradient(name, g, state.params[i])
-            if isinstance(params[i], np.ndarray) and not params[i].flags.writeable:
-                check_writable(name, params[i])
-        self.xp = xp = array_namespace(own[0])
+        self._index: Any = [i for i, g in enumerate(grads) if g is not None] if self._absent else slice(None)
+        self._names, self._group_of = self._own(state.names), state.group_of[self._index]
+        self._position = np.arange(len(grads), dtype=np.int32)[self._index]  # of each parameter that takes part
+        own_grads = self._own(grads)
+        for name, g, p in zip(self._names, own_grads, self._own(state.params), strict=True):
+            state.check_gradient(name, g, p)
+        params = state.view_all(state.params)
+        own = self._own(params)
+        for name, p in zip(self._names, own, strict=True):
+            if isinstance(p, np.ndarray) and not p.flags.writeable:
+                check_writable(name, p)
+        self.xp = array_namespace(own[0])
         self._keeps = _keeps(groups)
-        buffers, masters, self._new = self._kept(state, own)
-        self._to_fill = [(params[i], master) for i, master in self._new[1].items()]
-        kept = zip(self._index, masters, strict=True)
-        self._dropped = [i for i, x in kept if x is None and state.masters[i] is not None]
+        buffers, masters = self._keep(state, params)
         specs_of = getattr(kernel_type, "specs", None)
         self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
         self._note_lists(state)
         self._ranges = MemoryRanges(state.names, params, *self._all_kept(state))
-
-        rows, self._row_names = None, self._names
-        self._joined: Sequence[Sequence[int]] = ()
-        arrays = KernelArrays(own, state.view_all(own_grads), buffers, masters)
-        owner, self._offsets = np.arange(len(own), dtype=np.int32), None
-        if state.has_layers:
-            labels = labels_of(state.layer_of, state.names)
-            axes = [state.layer_axes[i] for i in self._index]
-            rows = LayerRows.of(self._names, own, axes, [labels[i] for i in self._index])
-            self._joined, self._row_names, owner = rows.joined, rows.names(self._names), np.array(rows.owner, np.int32)
-            self._offsets = _row_offsets(rows, arrays.grads)
-            arrays = KernelArrays(*map(rows.views, arrays))
-        self._rows, self._owner = rows, owner
-        self._kernel = make_kernel(kernel_type, arrays, xp)
-        self._row_param = owner if not self._absent else np.array(self._index, np.int32)[owner]
-        self._row_group = self._group_of[owner]
-        self._used_groups = np.unique(self._group_of).tolist()
-        # Of the hyper-parameters each group has two rows, without and with a momentum buffer: now, and after a step.
-        first = np.array([state.buffers[i] is None for i in self._index], bool)
-        keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
-        self._hyper_row, self._next_row = (2 * self._row_group + x[owner] for x in (first, first & ~keeps))
-        # Not the gradients, which the owner of a model frees after each step.
-        self._trained, dtypes = arrays.trained, [g.dtype for g in arrays.grads]
-        self._limit = max_finite(self._trained, like=self._trained[0], xp=xp)
-        self._square_limit = max_square_sum(self._trained, dtypes, like=self._trained[0], xp=xp)
-        self._least_limit = min(float(xp.finfo(kind).max) for kind in {real_dtype(p, xp) for p in own})
+        # Gradients serve for their types and layouts. They are not kept: the owner of a model frees them after a step.
+        self._make_kernel(state, kernel_type, KernelArrays(own, state.view_all(own_grads), buffers, masters))
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
 
-    def _kept(self, state: ParamState, own: Sequence[Any]) -> tuple[list[Any], list[Any], Any]:
-        """Return the buffers and masters of a step, and those of them that are new, by position in the state."""
+    def _own(self, x: Any) -> Any:
+        """Return the entries of a list for the parameters that take part."""
+        return [x[i] for i in self._index] if self._absent else x
+
+    def _keep(self, state: ParamState, params: Sequence[Any]) -> list[list[Any]]:
+        """Return the momentum buffers and masters of a step, and note those that are new or dropped, by position."""
         found: list[list[Any]] = []
-        new: list[dict[int, Any]] = []
-        group_of = self._group_of.tolist()
+        self._new: list[dict[int, Any]] = []
+        positions, group_of = self._position.tolist(), self._group_of.tolist()
         for kind, arrays, check in ((0, state.buffers, check_buffer), (1, state.masters, check_master)):
-            used: list[Any] = [None] * len(own)
+            used: dict[int, Any] = {}
             missing = []
-            for k, (i, name, p) in enumerate(zip(self._index, self._names, own, strict=True)):
-                wanted = self._keeps[group_of[k]][kind] and (kind == 0 or is_half(p))
+            for i, k, name in zip(positions, group_of, self._names, strict=True):
+                wanted = self._keeps[k][kind] and (kind == 0 or is_half(params[i]))
                 if arrays[i] is not None:
                     x = state.view(arrays[i])
-                    check(name, x, p)  # the owner may have resized p
-                    used[k] = x if wanted else None
+                    check(name, x, params[i])  # the owner may have resized the parameter
+                    if wanted:
+                        used[i] = x
                 elif wanted:
-                    missing.append(k)
-            made = dict(zip(missing, allocate_buffers([own[k] for k in missing]), strict=True))
-            new.append({self._index[k]: x for k, x in made.items()})
-            found.append([made.get(k, x) for k, x in enumerate(used)])
-        return *found, new  # type: ignore[return-value]
+                    missing.append(i)
+            new = dict(zip(missing, allocate_buffers([params[i] for i in missing]), strict=True))
+            self._new.append(new)
+            found.append([new.get(i, used.get(i)) for i in positions])
+        self._to_fill = [(params[i], master) for i, master in self._new[1].items()]
+        masters = zip(positions, found[1], strict=True)
+        self._dropped = [i for i, x in masters if x is None and state.masters[i] is not None]
+        return found
 
     def _all_kept(self, state: ParamState) -> list[list[Any]]:
         """Return the buffers and masters of all parameters as this program leaves them."""
         kept = [state.view_all(arrays) for arrays in (state.buffers, state.masters)]
         return [[new.get(i, x) for i, x in enumerate(x)] if new else x for x, new in zip(kept, self._new, strict=True)]
+
+    def _make_kernel(self, state: ParamState, kernel_type: Any, arrays: KernelArrays) -> None:
+        """Cut arrays into rows, and make the kernel and all that is known of each row."""
+        count = len(arrays.params)
+        self._rows: LayerRows | None = None
+        self._row_names, self._offsets = self._names, None
+        self._joined: Sequence[Sequence[int]] = []
+        self._owner = np.arange(count, dtype=np.int32)
+        if state.has_layers:
+            labels = self._own(labels_of(state.layer_of, state.names))
+            self._rows = rows = LayerRows.of(self._names, arrays.params, self._own(state.layer_axes), labels)
+            self._row_names, self._joined, self._owner = rows.names(self._names), rows.joined, np.array(rows.owner)
+            self._offsets = _row_offsets(rows, arrays.grads)
+            arrays = KernelArrays(*map(rows.views, arrays))
+        self._kernel = make_kernel(kernel_type, arrays, self.xp)
+        self._row_param, self._row_group = self._position[self._owner], self._group_of[self._owner]
+        self._used_groups = np.unique(self._group_of).tolist()
+        # Of the hyper-parameters each group has two rows, without and with a momentum buffer: now, and after a step.
+        first = np.array([v is None for v in self._own(state.buffers)], bool)
+        keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
+        self._hyper_row, self._next_row = (2 * self._row_group + x[self._owner] for x in (first, first & ~keeps))
+        self._trained = trained = arrays.trained
+        dtypes = [g.dtype for g in arrays.grads]
+        self._limit = max_finite(trained, like=trained[0], xp=self.xp)
+        self._square_limit = max_square_sum(trained, dtypes, like=trained[0], xp=self.xp)
+        self._least_limit = min(float(self.xp.finfo(x).max) for x in {real_dtype(p, self.xp) for p in trained})
 
     # ----------------------------------------------------------------------------------------------- arrays of a step
 
@@ -246,11 +253,9 @@ class StepProgram:
                 return None
         if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
             return None
-        own: Any = grads
-        if self._absent:
-            own = [grads[i] for i in self._index]
-            if len(own) + sum(g is None for g in grads) < len(grads):
-                return None
+        if any(grads[i] is not None for i in self._absent):
+            return None
+        own = self._own(grads)
         begins = self._grad_specs.addresses(own)
         if begins is None:
             return None
@@ -270,7 +275,7 @@ class StepProgram:
 
     def _refuse_changed(self, state: ParamState) -> None:
         """Raise for a parameter of this program that its owner has changed; others may change while they sit out."""
-        for i in self._index:
+        for i in self._position.tolist():
             name, p = state.names[i], state.params[i]
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)
@@ -360,7 +365,7 @@ class StepProgram:
         if any(self._new) or self._dropped:
             buffers, masters = self._new
             state.keep(buffers, masters, self._dropped)
-            self._new, self._dropped, self._to_fill = ({}, {}), [], []
+            self._new, self._dropped, self._to_fill = [{}, {}], [], []
             self._note_lists(state)
 
     # ----------------------------------------------------------------------------------------------------- on a device
@@ -373,7 +378,7 @@ class StepProgram:
             state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
         if self._device_rows is None:
             keeps = [self._keeps[k][0] for k in self._row_group.tolist()]
-            param, place = self._row_param.tolist(), state.row_numbers(self._index)
+            param, place = self._row_param.tolist(), state.row_numbers(self._position.tolist())
             lists = self._row_names, self._row_group.tolist(), param, place, keeps
             self._device_rows = DeviceRows(*lists, self._joined, state.group_of, self._limit, self._square_limit, like)
         device, rows = state.device, self._device_rows

@@ -19,7 +19,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from lars_array._arrays import accumulation_dtype, asarray, compute_dtype, of_dtype, real_parts
-from lars_array.layers import LayerRows, LayerSlices
+from lars_array.layers import LayerRows
 
 __all__ = [
     "BOOLEANS",
@@ -64,7 +64,7 @@ def sums(
     operand: Operand | None = None,
     *,
     xp: Namespace,
-    slices: Sequence[LayerSlices] | None = None,
+    leads: Sequence[tuple[int, ...]] | None = None,
 ) -> Array:
     r"""First stage: three sums of squares per layer.
 
@@ -76,8 +76,8 @@ def sums(
         The weights of the third sum; h may be None. Without them the third sum repeats the second.
     xp : Array API namespace
         Namespace of the arrays.
-    slices : sequence of LayerSlices, optional
-        The layers of each parameter; None: every parameter is one layer.
+    leads : sequence of tuple of int, optional
+        For an entry other than (), the slices along these leading axes are layers with a row each.
 
     Returns
     -------
@@ -89,8 +89,7 @@ def sums(
     wide = accumulation_dtype(xp)
     tables: list[Array] = []
     row = 0
-    leads = [()] * len(params) if slices is None else [own.lead for own in slices]
-    for p, g, v, lead in zip(params, grads, buffers, leads, strict=True):
+    for p, g, v, lead in zip(params, grads, buffers, leads or [()] * len(params), strict=True):
         rows = row if not lead else slice(row, row + prod(lead))
         p_parts, g_parts = real_parts(p, wide, xp), real_parts(g, wide, xp)
         d_parts = g_parts
@@ -101,9 +100,9 @@ def sums(
                 v_parts = real_parts(v, wide, xp)
                 d_parts = [d_part + h * v_part for d_part, v_part in zip(d_parts, v_parts)]
         squares = [sum(_sum_of_squares(part, lead, xp) for part in parts) for parts in (p_parts, g_parts, d_parts)]
-        tables.append(xp.reshape(xp.stack(squares, axis=-1), (-1, 3)) if slices else xp.stack(squares))
+        tables.append(xp.reshape(xp.stack(squares, axis=-1), (-1, 3)) if leads else xp.stack(squares))
         row += prod(lead)
-    return xp.concat(tables, axis=0) if slices else xp.stack(tables)
+    return xp.concat(tables, axis=0) if leads else xp.stack(tables)
 
 
 def _over_slices(x: Array, lead: tuple[int, ...], ndim: int, xp: Namespace) -> Array:
@@ -614,10 +613,10 @@ def step(
     tuple (results, buffers, StageOutputs)
         The two results of `third` for each parameter; sums and coefficients.
     """
-    slices = rows.slices if rows.is_stacked else None
+    leads = [own.lead for own in rows.slices] if rows.is_stacked else None
 
     def measure(operand: Operand | None) -> Array:
-        S = sums(params, grads, buffers, operand, xp=xp, slices=slices)
+        S = sums(params, grads, buffers, operand, xp=xp, leads=leads)
         return S if reduce is None else reduce(S)
 
     outputs = plan(inputs, measure, xp=xp, joined=rows.joined)

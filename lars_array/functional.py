@@ -24,11 +24,13 @@ from lars_array.state.inputs import Layout, gradient_order, match_gradients, rea
 
 __all__ = ["State", "init", "lars_step", "update"]
 
+Array = Any
+
 
 def lars_step(
-    p: Any,
-    g: Any,
-    v: Any | None = None,
+    p: Array,
+    g: Array,
+    v: Array | None = None,
     *,
     lr: Any,
     momentum: Any = 0,
@@ -40,7 +42,7 @@ def lars_step(
     previous_lr: Any = None,
     nonfinite: str = "propagate",
     **options: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Array, Array | None]:
     """Take one step of one layer, as a pure function of arrays of any Array API namespace, also under ``jax.jit``.
 
     Parameters
@@ -185,8 +187,8 @@ def update(
     layer_of : mapping or callable, optional
         As for `LARS`.
     **hyper
-        The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), also traced ones. `lr` may be a
-        function of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
+        The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), also traced ones. each may be
+        a function of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
 
     Returns
     -------

@@ -71,6 +71,9 @@ def defaults_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in ("lr", *DEFAULTS) if name in arguments}
 
 
+# Those that are numbers, each of which may be a function of the step.
+NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps", "rescale_grad", "max_grad_norm")
+
 # The fields of `Hyper` that come from a group's hyper-parameters; the last two are state.
 GROUP_FIELDS = Hyper._fields[:-2]
 
@@ -95,10 +98,7 @@ def check(group: Mapping[str, Any]) -> None:
     TypeError
         For a value of the wrong type.
     """
-    numbers = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")}
-    numbers |= {name: group[name] for name in ("trust_coefficient", "eps", "rescale_grad")}
-    if group["max_grad_norm"] is not None:
-        numbers["max_grad_norm"] = group["max_grad_norm"]
+    numbers = {name: group[name] for name in NUMBERS if name != "max_grad_norm" or group[name] is not None}
     for name, value in numbers.items():
         _check_number(name, value)
     known = {name: number for name, value in numbers.items() if (number := _known(value)) is not None}
@@ -196,12 +196,12 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def at_step(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
-    """Return complete and checked hyper-parameters, with the learning rate of a schedule at `step`.
+    """Return complete and checked hyper-parameters, with the values of schedules at `step`.
 
     Parameters
     ----------
     options : mapping
-        A value for `lr`, which may be a function of the step, and for any of `DEFAULTS`.
+        A value for `lr` and for any of `DEFAULTS`; numbers may be functions of the step.
     step : int or integer array of shape ()
         Number of steps taken before.
 
@@ -222,10 +222,8 @@ def at_step(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 
 def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
     """Return the options with schedules evaluated at `step`."""
-    group = dict(options)
-    if callable(group.get("lr")):
-        group["lr"] = group["lr"](step)
-    return group
+    functions = {name: options[name] for name in NUMBERS if callable(options.get(name))}
+    return {**options, **{name: function(step) for name, function in functions.items()}}
 
 
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:

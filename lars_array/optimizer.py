@@ -40,7 +40,8 @@ class LARS:
         argument below except `layer_of` and `kernel` can be overridden. Parameters without a name are named by their
         position.
     lr : float or callable
-        Learning rate, or a function of the step, counted from 0, such as those of `lars_array.schedules`.
+        Learning rate, or a function of the step, counted from 0, such as those of `lars_array.schedules`. Every other
+        number below may be a function of the step, too.
     momentum : float
         :math:`\mu`, 0 by default.
     dampening : float

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ _QUIET = [HealthCheck.function_scoped_fixture]
 settings.register_profile("default", deadline=None, suppress_health_check=_QUIET)
 settings.register_profile("ci", deadline=None, suppress_health_check=_QUIET, derandomize=True, database=None)
 settings.load_profile("ci" if "CI" in os.environ else "default")
+
+# Workers of pytest-xdist share the cores: without a limit torch starts a thread for every core in each of them.
+# LARS_ARRAY_THREADS keeps its default; tests of thread counts set it.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 # Else JAX takes most of a GPU's memory when it first looks at it, and CuPy and torch are to work there too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -42,6 +48,12 @@ def xp(request: pytest.FixtureRequest) -> Iterator[Any]:
         limits = importlib.import_module("jax").enable_x64(True)
     with limits:
         yield namespace
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the objects of imported modules from later garbage collections, which torch and JAX make slow."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

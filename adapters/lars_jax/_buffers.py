@@ -77,6 +77,8 @@ class DonatedBuffers:
 
     Attributes
     ----------
+    donates : bool
+        As given.
     arrays : list of arrays
         The parameters as kernels take them; another list where the memory has moved.
     specs : GradientSpecs
@@ -84,7 +86,7 @@ class DonatedBuffers:
     """
 
     def __init__(self, device: Any, names: Sequence[str], leaves: Sequence[Any], donates: bool) -> None:
-        self._device, self._names, self._donates = device, list(names), donates
+        self._device, self._names, self.donates = device, list(names), donates
         self._token = jax.device_put(np.zeros((), np.uint32), device)
         self.specs = GradientSpecs([])
         with self.context():
@@ -109,6 +111,7 @@ class DonatedBuffers:
         addresses = [x.unsafe_buffer_pointer() for x in self._own]
         if addresses != self._addresses:
             self._addresses, self.arrays = addresses, [self.view(x, write=True) for x in self._own]
+            self._occupied = {at for at, x in zip(addresses, self._own) if x.size}
 
     def check(self, what: str, array: Any) -> None:
         """Raise unless a value is an array on the device, with values; `what` is its name in messages."""
@@ -121,7 +124,7 @@ class DonatedBuffers:
         """Return the gradients of a step as the stepper takes them, checked; None for None."""
         if self._is_wide and not jax.config.jax_enable_x64:
             raise TypeError("parameters of 64 bits can be stepped only where jax_enable_x64 is set, as it was for them")
-        deleted = [x.is_deleted() for x in self._own] if self._donates else []
+        deleted = [x.is_deleted() for x in self._own] if self.donates else []
         if True in deleted:
             raise ValueError(
                 f"parameter {self._names[deleted.index(True)]!r} was deleted: with donate=True what a step returns are "
@@ -148,14 +151,13 @@ class DonatedBuffers:
     def acquire(self) -> None:
         """Have JAX finish with the memory; it may be written to until `release`."""
         pending = self._pending()
-        if not self._donates:
+        if not self.donates:
             self._token = barrier(self._token, pending)
             return self._sync()
         # Gradients may be the parameters themselves, also those without elements.
         found = self.specs.found
         read = [x.unsafe_buffer_pointer() for x in self._used] if found is None else found.tolist()
-        occupied = {at for at, x in zip(self._addresses, self._own) if x.size}
-        is_apart = occupied.isdisjoint(read) and set(map(id, self._own)).isdisjoint(map(id, self._used))
+        is_apart = self._occupied.isdisjoint(read) and set(map(id, self._own)).isdisjoint(map(id, self._used))
         before, old = self.arrays, self._own
         self._token, self._own = (donate if is_apart else copy)(self._token, old, pending)
         self._sync()
@@ -165,7 +167,7 @@ class DonatedBuffers:
     def release(self) -> list[Any]:
         """Return the parameters as they are now, JAX arrays."""
         used = self._fences()
-        if not self._donates:
+        if not self.donates:
             self._token, found = copy(self._token, self._own, used)
         else:
             if used:
@@ -188,7 +190,7 @@ class DonatedBuffers:
 
     def __reduce__(self) -> tuple[Any, ...]:
         leaves = [np.array(x) for x in self._own]
-        return _restored, (type(self), self._device.local_hardware_id, self._names, leaves, self._donates)
+        return _restored, (type(self), self._device.local_hardware_id, self._names, leaves, self.donates)
 
     # Memory of other devices overrides what follows.
 

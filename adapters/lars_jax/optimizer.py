@@ -123,7 +123,7 @@ class LARS:
         self._param_groups = [
             complete(groups[k]) | {"names": [names[i] for i in index if group_of[i] == k]} for k in present
         ]
-        self._hyperparams, self._stepper, self._donate = Hyperparams(), Stepper(kernel), donate
+        self._hyperparams, self._stepper = Hyperparams(), Stepper(kernel)
         self._steps, self._skipped_steps = 0, 0
         self._last: Any = None  # the `StepResult` of the last step
         for group in self._param_groups:
@@ -135,10 +135,9 @@ class LARS:
             self._state = _State(self._memory, own_names, group_of, [self._axes[k] for k in group_of], layer_of)
             self._stepper.choose_kernel(self._state.params)
             self._release()
-        if donate:
-            for leaf in given:
-                if isinstance(leaf, jax.Array) and not leaf.is_deleted():
-                    leaf.delete()
+        for leaf in given if donate else ():
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
 
     @property
     def params(self) -> Any:
@@ -190,7 +189,8 @@ class LARS:
         result: Any = None
         with self._memory.context():
             self._poll_device()
-            self._acquire()
+            self._memory.acquire()
+            self._state.params = self._memory.arrays  # another list if they have moved
             try:
                 options, found = self._memory.numbers(self._param_groups, self._steps, found_inf)
                 groups = self._hyperparams.read(options, self._steps)
@@ -198,7 +198,7 @@ class LARS:
                 result = self._stepper.step(self._state, gradients, groups, found)
             finally:
                 # Copies that were returned before are still right, but may have been donated.
-                if self._donate or result is not None or any(x.is_deleted() for x in self._released):
+                if self._memory.donates or result is not None or any(x.is_deleted() for x in self._released):
                     self._release()
         if result is None:
             self._skipped_steps += 1
@@ -303,11 +303,6 @@ class LARS:
             options = ", ".join(f"{key}={x!r}" for key, x in changed.items())
             lines.append(f"  group {number}: {len(group['names'])} parameters, {options}")
         return "\n".join(["lars_jax.LARS(", *lines, ")"])
-
-    def _acquire(self) -> None:
-        """Have nobody else see the parameters, which may have moved."""
-        self._memory.acquire()
-        self._state.params = self._memory.arrays
 
     def _release(self) -> None:
         """Let `params` be the parameters as they are now."""

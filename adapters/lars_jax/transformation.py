@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -172,17 +173,9 @@ def lars(
         first, previous_lr = state.first[of_rows], state.previous_lr[of_rows]
         inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, like=ps[0], xp=jnp)
         axes = mapped_axes(axis_name, params)
-        axes_of_rows = [axes[i] for i in rows.spread(index)]
-        differences, new_vs, outputs = core.step(
-            ps,
-            gs,
-            vs,
-            inputs,
-            rows,
-            xp=jnp,
-            reduce=lambda S: sum_over_devices(S, axes_of_rows),
-            third=core.displacement,
-        )
+        reduce = partial(sum_over_devices, axes=[axes[i] for i in rows.spread(index)])
+        stages: dict[str, Any] = {"xp": jnp, "reduce": reduce, "third": core.displacement}
+        differences, new_vs, outputs = core.step(ps, gs, vs, inputs, rows, **stages)
         taken = None
         if nonfinite == "skip":
             dtypes = rows.spread([g.dtype for g in gs])

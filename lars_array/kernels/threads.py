@@ -1,7 +1,7 @@
 """A pool of threads, and how a step is divided among them.
 
 `concurrent.futures` would save most of this file at half a percent of a step, but its locks are released by Python
-code, which an interrupt can skip: Ctrl+C at a bad moment, and the next step waits forever. Here locks are released in C.
+code, which an interrupt can skip: Ctrl+C at a bad moment, and the next step waits forever. These are released in C.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def test_compiled_code_reads_such_a_gradient_where_it_lies(monkeypatch: pytest.M
     monkeypatch.setattr(lars_array.state.store, "check_gradient", None)  # which would look at one after the other
     optimizer.step(gradients)
     assert [set(todo[:, 0]) for todo, *_ in calls] == [{MEASURE | WRITE}] * 2
-    assert sorted(places[:, 1].tolist() for _, _, _, _, places, *_ in calls) == sorted(
+    assert sorted(places[:, 1].tolist() for _, _, (places, *_), *_ in calls) == sorted(
         [g.__array_interface__["data"][0] for g in of_type] for of_type in (gradients[::-2], gradients[1:2])
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_array import LARS, RULES, Rule
+from lars_array import LARS, RULES, Rule, init, update
 from lars_array.core import momentum_form
 from lars_array.hyperparams import Hyperparams, complete
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
@@ -285,3 +285,59 @@ def test_a_copy_remembers_nothing_wrong(twin: Any) -> None:
     plain.step(GRADIENTS)
     plain.step(GRADIENTS)
     assert_same(other.param_groups[0]["params"], here)
+
+
+NUMBERS: dict[str, Any] = {
+    "lr": 0.25,
+    "momentum": 0.5,
+    "dampening": 0.5,
+    "weight_decay": 0.1,
+    "trust_coefficient": 0.01,
+    "eps": 1.0,
+    "rescale_grad": 0.5,
+    "max_grad_norm": 0.1,
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_may_be_a_function_of_the_step(name: str, kernel: str) -> None:
+    values = [NUMBERS[name] * (step + 1) for step in range(3)]
+    params = [p.copy() for p in START]
+    optimizer = LARS(params, **OPTIONS | {name: values.__getitem__}, kernel=kernel)
+    for _ in values:
+        optimizer.step(GRADIENTS)
+    assert_same(params, steps(kernel, *({name: value} for value in values)))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_function_of_the_step_in_pure_steps(name: str) -> None:
+    values = [NUMBERS[name] * (step + 1) for step in range(3)]
+    ours = theirs = [p.copy() for p in START]
+    mine, state = init(ours), init(theirs)
+    for value in values:
+        ours, mine = update(ours, GRADIENTS, mine, **OPTIONS | {name: lambda step: values[int(step)]})
+        theirs, state = update(theirs, GRADIENTS, state, **OPTIONS | {name: value})
+    assert_same(ours, theirs)
+
+
+def test_a_function_of_the_step_is_checked_at_each_step() -> None:
+    optimizer = LARS([START[0].copy()], **OPTIONS | {"weight_decay": lambda step: 0.1 - 0.1 * step})
+    optimizer.step(GRADIENTS[:1])
+    optimizer.step(GRADIENTS[:1])
+    with pytest.raises(ValueError, match=r"^Invalid weight_decay value: -0\.1"):
+        optimizer.step(GRADIENTS[:1])
+    assert optimizer.steps == 2
+    with pytest.raises(TypeError, match=r"^adapt must be True or False; got <function"):
+        LARS([START[0].copy()], lr=1.0, adapt=lambda step: True)
+
+
+def test_momentum_that_starts_at_zero() -> None:
+    params, here = ([p.copy() for p in START] for _ in range(2))
+    optimizer = LARS(params, **OPTIONS | {"momentum": lambda step: 0.0 if step == 0 else 0.9})
+    plain = LARS(here, **OPTIONS | {"momentum": 0.0})
+    for step in range(3):
+        optimizer.step(GRADIENTS)
+        plain.param_groups[0]["momentum"] = 0.0 if step == 0 else 0.9
+        plain.step(GRADIENTS)
+    assert_same(params, here)

@@ -151,7 +151,7 @@ def test_the_rounded_copy_costs_no_pass_over_memory(options: dict[str, Any], mon
     optimizer.step(gradients)
     done = [np.bitwise_or.reduce(todo[:, 0]) for todo, *_ in calls]
     assert done == ([MEASURE | WRITE] if options else [MEASURE, WRITE])
-    for _, _, _, _, places, *_ in calls:
+    for _, _, (places, *_), *_ in calls:
         state = optimizer._state
         for column, arrays in [(0, state.masters), (1, gradients), (2, state.buffers), (3, params)]:
             assert places[:, column].tolist() == [x.__array_interface__["data"][0] for x in arrays]

@@ -40,7 +40,7 @@ def _described(name: str, x: Any) -> dict[str, str]:
         own = [cls for cls in x.__mro__ if cls.__module__.partition(".")[0] in MODULES]
         for member in sorted({key for cls in own for key in vars(cls) if not key.startswith("_")}):
             value = inspect.getattr_static(x, member)
-            if member in getattr(x, "_fields", ()):
+            if member in (*getattr(x, "_fields", ()), *getattr(x, "__dataclass_fields__", ())):
                 continue  # it is in the signature
             if isinstance(value, property):
                 found[f"{name}.{member}"] = f"property {_signature(value.fget)}"

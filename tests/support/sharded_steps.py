@@ -59,9 +59,9 @@ def names_in(spec: Any) -> tuple[str, ...]:
 def run(mesh: Any, specs: Any, options: dict[str, Any], *, mapped: bool = False) -> dict[str, Any]:
     """Take three steps sharded, and unsharded."""
     params, plain = draw(0), lars(0.1, weight_decay=0.1, **options)
-    theirs, their_state = params, plain.init(params)
+    theirs, their_state, unsharded = params, plain.init(params), jax.jit(step_of(plain))
     for t in range(3):
-        theirs, their_state = jax.jit(step_of(plain))(theirs, their_state, draw(1 + t))
+        theirs, their_state = unsharded(theirs, their_state, draw(1 + t))
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     everywhere = NamedSharding(mesh, P())
     of_state = LarsState(everywhere, shardings, everywhere, everywhere)

@@ -27,7 +27,7 @@ class Kernel:
 
     def __init__(self, arrays: KernelArrays, xp: Any = np) -> None:
         self._count = len(arrays.params)
-        self._hyper_row, self._no_sums = np.zeros(self._count, np.int32), np.empty((self._count, 0))
+        self._none = np.empty((self._count, 0))  # in the place of S or C where they are not used
         known: dict[Any, int] = {}
         types = ((p.dtype, master is not None, g.dtype) for p, g, _, master in zip(*arrays, strict=True))
         numbers = np.fromiter((known.setdefault(kinds, len(known)) for kinds in types), np.int32, self._count)
@@ -51,15 +51,12 @@ class Kernel:
     def sums(self, grads: Gradients, operand: Any = None) -> Any:
         """Return `core.sums`."""
         S = np.zeros((self._count, 3))
-        row, weights = self._hyper_row, _table().weights_of(None, 1)
-        if operand is not None:
-            row, weights = np.arange(self._count, dtype=np.int32), _table().weights_of(operand, self._count)
-        self._run("measure", grads, row, weights, S, np.empty((self._count, 0)))
+        self._run("measure", grads, _table().inputs_for_sums(operand, self._count), S, self._none)
         return S
 
     def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
         """Write the results of `core.apply` in place."""
-        self._run("write", grads, self._hyper_row, _table().weights_of(None, 1), self._no_sums, np.ascontiguousarray(C))
+        self._run("write", grads, _table().inputs_for_sums(None, self._count), self._none, np.ascontiguousarray(C))
 
     def prepare(self, inputs: RuleInputs) -> Any:
         """Return the rules and hyper-parameters as compiled code takes them; None if a rule can't be recorded."""
@@ -93,30 +90,28 @@ class Kernel:
         tuple (S, C, gamma)
             Sums and coefficients, and the gradient factor of each row of `inputs`.
         """
-        hyper, programs = prepared
+        hyper, tapes = prepared
         S, C = np.zeros((self._count, 3)), np.empty((self._count, 6))
         clips, rows = inputs.clips, len(inputs.rules)
         if clips:  # by a factor that depends on the sums over all layers
-            row = self._hyper_row
-            self._run("measure", grads, row, _table().weights_of(None, 1), S, self._no_sums)
+            S = self.sums(grads)
             totals = [np.bincount(hyper_row, column, rows) for column in S.T]
             inputs = clip_gradients(inputs, np.stack(totals, axis=1), xp=np)
             hyper = _table().hyper_of(inputs)
+        arrays = hyper_row, _table().weights_of(inputs.operand, rows), previous_lr, hyper
         if clips and inputs.operand is None:
-            _table().coefficients(S, hyper_row, previous_lr, hyper, programs, C)
+            _table().coefficients(S, arrays, tapes, C)
         else:
             S[...] = 0
-            weights = _table().weights_of(inputs.operand, rows)
-            what = "both" if write and not clips else "measure"
-            self._run(what, grads, hyper_row, weights, S, C, previous_lr, hyper, programs)
+            self._run("both" if write and not clips else "measure", grads, arrays, S, C, tapes)
         if clips and write:
             self.apply(grads, C)
         return S, C, inputs.gamma
 
     def _run(self, what: str, grads: Gradients, *by_layer: Any) -> None:
         calls = [table.call(what, grads, *by_layer) for table in self._tables]
-        for call in calls:  # nothing that could fail is left to be done
-            call.run()
+        for call in calls:
+            call()
 
 
 def _table() -> Any:

@@ -200,18 +200,10 @@ def _coefficients(
 
 
 @kept_on_disk
-def coefficients_of(
-    S: Any,
-    hyper_row: Any,
-    previous_lr: Any,
-    hyper: Any,
-    extents: Any,
-    operations: Any,
-    constants: Any,
-    outputs: Any,
-    C: Any,
-) -> None:
+def coefficients_of(S: Any, inputs: Any, tapes: Any, C: Any) -> None:
     """Write the coefficients of all layers; the arguments are those of `work`."""
+    hyper_row, _, previous_lr, hyper = inputs
+    extents, operations, constants, outputs = tapes
     registers = np.empty(3 + hyper.shape[1] + len(constants) + len(operations))
     for layer in range(len(S)):
         row = hyper_row[layer]
@@ -232,56 +224,46 @@ def _checksum() -> int:
 
 
 def _make_work(checksum: int) -> Any:
-    def work(
-        tasks: Any,
-        cursor: Any,
-        left: Any,
-        claimed: Any,
-        places: Any,
-        sizes: Any,
-        offsets: Any,
-        layers: Any,
-        partial: Any,
-        hyper_row: Any,
-        weights: Any,
-        previous_lr: Any,
-        hyper: Any,
-        extents: Any,
-        operations: Any,
-        constants: Any,
-        outputs: Any,
-        S: Any,
-        C: Any,
-        p_like: Any,
-        g_like: Any,
-        v_like: Any,
-        copy_like: Any,
-    ) -> int:
+    def work(tasks: Any, progress: Any, table: Any, inputs: Any, tapes: Any, S: Any, C: Any, likes: Any) -> int:
         """Process tasks until none is left. Everything is written by all threads unless said otherwise.
 
         tasks (tasks, 5)        read: see `lars_array.kernels.compiled.tasks`
-        cursor (1,)             number of tasks taken
-        left (shared,)          pieces of a shared layer not yet measured; `DONE` when its row of C may be read
-        claimed (pieces,)       of shared layers, at first zero: nonzero once a thread writes the part beginning there
-        places (rows, 3 or 4)   read: addresses of p, g, v or 0, and of the copy to which the new p is rounded
-        sizes (rows,)           read: elements; the largest first, so that shared layers are the first of all
-        offsets (shared,)       read: index in `partial` of a shared layer's first piece
-        layers (rows,)          read: the layer of each row, the index into hyper_row, previous_lr, S and C
+
+        progress, of this call:
+        cursor (1,)             how many tasks are taken
+        left (shared,)          of a shared layer, the pieces not yet measured; `DONE` when C may be read
+        claimed (pieces,)       of shared layers, at first zero: not if a thread writes the part that begins there
         partial (pieces, 3)     sums of pieces of shared layers, at first zero
-        hyper_row (layers,)     read: index into weights, hyper, extents and outputs
-        weights (inputs, 3)     read: gamma, w and h of the third sum
-        previous_lr (layers,)   read: the last input of tapes
-        hyper (inputs, fields)  read: gamma and hyper-parameters, the inputs of tapes
-        extents (inputs, 4)     read: ranges of the operations and constants of a tape; empty if C is an input
-        operations, constants   read: those of all tapes
-        outputs (inputs, 6)     read: the registers of the coefficients
+
+        table, read:
+        places (rows, 3 or 4)   addresses of p, g, v or 0, and of the copy that the new p is rounded to
+        sizes (rows,)           elements; the largest first, so that shared layers are the first of all
+        offsets (shared,)       where in `partial` a shared layer begins
+        layers (rows,)          the layer of each row, the index into hyper_row, previous_lr, S and C
+
+        inputs, read:
+        hyper_row (layers,)     index into weights, hyper, extents and outputs
+        weights (inputs, 3)     gamma, w and h of the third sum
+        previous_lr (layers,)   the last input of tapes
+        hyper (inputs, fields)  gamma and hyper-parameters, the inputs of tapes
+
+        tapes, read:
+        extents (inputs, 4)     where operations and constants of a tape begin and end; none: C is given
+        operations, constants   those of all tapes
+        outputs (inputs, 6)     the registers of the coefficients
+
         S (layers, 3)           sums, at first zero
         C (layers, 6)           coefficients
-        p_like, …, copy_like    of shape (0,), for their types; the last one is None without copies
+        likes                   arrays of shape (0,) of the types of p, g, v and copies, None without copies
 
         The thread that brings `left` of a layer to zero adds its partial sums, writes S and C, and then `DONE`: others
         see it, and with it all that was written before.
         """
+        cursor, left, claimed, partial = progress
+        places, sizes, offsets, layers = table
+        hyper_row, weights, previous_lr, hyper = inputs
+        extents, operations, constants, outputs = tapes
+        p_like, g_like, v_like, copy_like = likes
         registers = np.empty(3 + hyper.shape[1] + len(constants) + len(operations))
         own, own_row, own_parts = np.empty(len(claimed), np.int64), -1, 0
         while True:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -18,42 +18,18 @@ from lars_array.kernels.compiled.tasks import ROOM_FROM, tasks
 from lars_array.kernels.tape import Tape
 from lars_array.kernels.threads import run_on_threads, thread_count
 
-__all__ = ["Table", "TableCall", "coefficients", "hyper_of", "programs", "weights_of"]
+__all__ = ["Table", "coefficients", "hyper_of", "inputs_for_sums", "programs", "weights_of"]
 
 SHARE = 1 << 17  # elements that make up for waking another thread
 
 _WHAT = {"measure": MEASURE, "write": WRITE, "both": MEASURE | WRITE}
 
-# Without coefficients to be computed.
-_NO_RATES, _NO_HYPER = np.empty(0), np.empty((1, 0))
-_NO_PROGRAMS = np.empty((0, 4), np.int64), np.empty((0, 4), np.int64), np.empty(0), np.empty((0, 6), np.int64)
+# Inputs and tapes of a call that computes no coefficients.
+_NO_HYPER = np.empty(0), np.empty((1, 0))
+_NO_TAPES = np.empty((0, 4), np.int64), np.empty((0, 4), np.int64), np.empty(0), np.empty((0, 6), np.int64)
 
 # The integers that hold the bits of half precision.
 _BITS = {"float16": np.uint16, "bfloat16": np.int16}
-
-
-class TableCall(NamedTuple):
-    """A call of `work` on a table with all its arguments: nothing that could fail is left to be done."""
-
-    arguments: tuple[Any, ...]
-    threads: int
-    held: Any  # the arrays whose addresses are in the arguments
-
-    def run(self) -> None:
-        """Make the call on each of several threads."""
-        run_on_threads(self._work, self.threads)
-
-    def _work(self) -> None:
-        work(*self.arguments)
-
-
-class DtypeSignature(NamedTuple):
-    """The types that `work` is compiled for: trained array, gradient, buffer, and rounded copy or None."""
-
-    p: Any
-    g: Any
-    v: Any
-    copy: Any
 
 
 class Table:
@@ -74,9 +50,8 @@ class Table:
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         copy_type = None if copy is None else _stored_as(copy.dtype)
-        types = DtypeSignature(_stored_as(one.dtype), _stored_as(own.grads[0].dtype), real_dtype(one, np), copy_type)
-        self._likes = _likes(types)
-        _compile_for(types)  # now, before anything is written
+        types = _stored_as(one.dtype), _stored_as(own.grads[0].dtype), real_dtype(one, np), copy_type
+        self._likes = _likes(*types)  # compiled now, before anything is written
         sizes = np.fromiter((width * p.size for p in trained), np.int64, len(layers))
         order = np.argsort(-sizes, kind="stable")
         self.layers, self.sizes = np.array(layers, np.int32)[order], sizes[order]
@@ -91,26 +66,17 @@ class Table:
         self._tasks: dict[tuple[str, int], Any] = {}
 
     def call(
-        self,
-        what: str,
-        grads: Gradients,
-        hyper_row: Any,
-        weights: Any,
-        S: Any,
-        C: Any,
-        previous_lr: Any = _NO_RATES,
-        hyper: Any = _NO_HYPER,
-        programs: Any = _NO_PROGRAMS,
-    ) -> TableCall:
-        """Return a call of `work` for this table's layers.
+        self, what: str, grads: Gradients, inputs: Any, S: Any, C: Any, tapes: Any = _NO_TAPES
+    ) -> Callable[[], None]:
+        """Return a call of `work` for this table's layers on several threads: nothing that could fail is left to do.
 
         Parameters
         ----------
         what : {"measure", "write", "both"}
-            The first stage and, if there are programs, the second; the third; or all of them.
+            The first stage and, if there are tapes, the second; the third; or all of them.
         grads : Gradients
             Of all layers of the step, as all arguments are.
-        hyper_row, weights, previous_lr, hyper, programs, S, C : arrays
+        inputs, S, C, tapes : arrays and tuples of arrays
             See `lars_array.kernels.compiled.loops`.
         """
         threads = max(1, min(thread_count(), self.threads_worth))
@@ -118,36 +84,34 @@ class Table:
         if (what, threads) not in self._tasks:
             self._tasks[what, threads] = tasks(self.sizes, task, threads)
         self.places[:, 1] = grads.addresses.take(self.layers)
-        arguments = (
-            self._tasks[what, threads],
-            np.zeros(1, np.int64),
-            np.full_like(self.left, DONE) if task == WRITE else self.left.copy(),
-            np.zeros(self.shared_pieces, np.int64),
-            self.places,
-            self.sizes,
-            self.offsets,
-            self.layers,
-            np.zeros((self.shared_pieces, 3)),
-            hyper_row,
-            weights,
-            previous_lr,
-            hyper,
-            *programs,
-            S,
-            C,
-            *self._likes,
-        )
-        return TableCall(arguments, threads, (self._held, grads))
+        left = np.full_like(self.left, DONE) if task == WRITE else self.left.copy()
+        claimed, partial_sums = np.zeros(self.shared_pieces, np.int64), np.zeros((self.shared_pieces, 3))
+        progress = np.zeros(1, np.int64), left, claimed, partial_sums
+        table = self.places, self.sizes, self.offsets, self.layers
+        arguments = self._tasks[what, threads], progress, table, inputs, tapes, S, C, self._likes
+        return partial(run_on_threads, partial(_work, arguments, (self._held, grads)), threads)
 
 
-def coefficients(S: Any, hyper_row: Any, previous_lr: Any, hyper: Any, programs: Any, C: Any) -> None:
+def _work(arguments: tuple[Any, ...], held: Any) -> None:
+    """Call `work`; `held` keeps the arrays alive whose addresses are in the arguments."""
+    work(*arguments)
+
+
+def coefficients(S: Any, inputs: Any, tapes: Any, C: Any) -> None:
     """Write `core.coefficients` to C."""
-    at_first(coefficients_of, S, hyper_row, previous_lr, hyper, *programs, C)
+    at_first(coefficients_of, S, inputs, tapes, C)
 
 
 def hyper_of(inputs: RuleInputs) -> Any:
     """Return the inputs of tapes, of shape (rows, fields)."""
     return np.array(np.array([inputs.gamma, *inputs.hyper]).T, order="C")
+
+
+def inputs_for_sums(operand: Any, layers: int) -> Any:
+    """Return the inputs of a call that only takes sums or writes; without an operand the third sum is the second."""
+    if operand is None:
+        return np.zeros(layers, np.int32), weights_of(None, 1), *_NO_HYPER
+    return np.arange(layers, dtype=np.int32), weights_of(operand, layers), *_NO_HYPER
 
 
 def weights_of(operand: Any, rows: int) -> Any:
@@ -174,19 +138,17 @@ def _addresses(arrays: Sequence[Any]) -> Any:
 
 
 @cache
-def _compile_for(types: DtypeSignature) -> None:
-    """Have `work` compiled for these types, by a call on an empty table."""
-    none, nowhere, nothing = np.empty(0, np.int64), np.empty(0, np.int32), np.empty((0, 3))
-    arguments = (np.empty((0, 5), np.int64), np.zeros(1, np.int64), none, none, np.empty((0, 3), np.int64))
-    by_row = (_no_weights(1), _NO_RATES, _NO_HYPER, *_NO_PROGRAMS)
-    by_table = none, none, nowhere, nothing, nowhere
-    at_first(work, *arguments, *by_table, *by_row, nothing, np.empty((0, 6)), *_likes(types))
-
-
-@cache
-def _likes(types: DtypeSignature) -> tuple[Any, ...]:
-    """Return the last arguments of `work` for these types."""
-    return tuple(None if kind is None else np.empty(0, kind) for kind in types)
+def _likes(*types: Any) -> tuple[Any, ...]:
+    """Return empty arrays of these types, None for None, once `work` is compiled for them."""
+    likes = tuple(None if kind is None else np.empty(0, kind) for kind in types)
+    none, nowhere = np.empty(0, np.int64), np.empty(0, np.int32)
+    progress = np.zeros(1, np.int64), none, none, np.empty((0, 3))
+    table = np.empty((0, 3), np.int64), none, none, nowhere
+    inputs = nowhere, _no_weights(1), *_NO_HYPER
+    at_first(
+        work, np.empty((0, 5), np.int64), progress, table, inputs, _NO_TAPES, np.empty((0, 3)), np.empty((0, 6)), likes
+    )
+    return likes
 
 
 def _stored_as(dtype: Any) -> Any:

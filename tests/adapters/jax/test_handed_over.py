@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lars_array
 from lars_jax import LARS, lars
 
 layouts = pytest.importorskip("jax.experimental.layout")
@@ -81,3 +82,28 @@ def test_state_of_32_bits_stays_so_where_64_are_allowed() -> None:
             warnings.simplefilter("error")
             _, new = transformation.update(params, state, params)
     assert new.previous_lr.dtype == state.previous_lr.dtype
+
+
+@DONATE
+def test_gradients_may_change_their_library_and_some_may_be_missing(donate: bool) -> None:
+    rng = np.random.default_rng(0)
+    first, g = ([rng.normal(size=5).astype(np.float32) for _ in range(2)] for _ in range(2))
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    optimizer, reference = LARS(first, donate=donate, **options), lars_array.LARS([p.copy() for p in first], **options)
+    of_jax = list(map(jnp.asarray, g))
+    given = [of_jax, g, [of_jax[0], g[1]], [None, of_jax[1]], [of_jax[0], None], [None, g[1]], [None, None], of_jax]
+    for grads in given:
+        found = optimizer.step(grads)
+        reference.step([None if x is None else np.array(x) for x in grads])
+    expected = reference.param_groups[0]["params"]
+    assert [np.asarray(p).tobytes() for p in found] == [p.tobytes() for p in expected]
+    assert optimizer.steps == reference.steps == len(given)
+    assert repr(optimizer) == f"lars_jax.{reference!r}"
+
+
+def test_gradients_may_lie_where_the_parameters_do() -> None:
+    optimizer, plain = (LARS({"w": jnp.arange(4.0)}, lr=0.5, donate=donate) for donate in (True, False))
+    for _ in range(2):
+        other = optimizer.params["w"].addressable_data(0)  # another array on the same memory
+        found, expected = optimizer.step({"w": other}), plain.step({"w": jnp.array(plain.params["w"])})
+        assert found["w"].tolist() == expected["w"].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,9 @@ def strict() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- beside the original
 
 
-def network() -> tuple[dict[str, Any], Any]:
-    """Return the parameters of a small network and its loss."""
+@functools.cache
+def network(wide: bool) -> tuple[dict[str, Any], Any]:
+    """Return the parameters of a small network, and a function for its loss and gradients that is compiled once."""
     rng = np.random.default_rng(0)
     sizes = [(8, 16), (16, 16), (16, 3)]
     params = {
@@ -33,6 +35,7 @@ def network() -> tuple[dict[str, Any], Any]:
         for k, size in enumerate(sizes)
     }
     x, y = jnp.asarray(rng.normal(size=(64, 8))), jnp.asarray(rng.integers(0, 3, 64))
+    assert x.dtype == (jnp.float64 if wide else jnp.float32)
 
     def loss(params: Any) -> Any:
         h = x
@@ -42,7 +45,7 @@ def network() -> tuple[dict[str, Any], Any]:
             h = jnp.tanh(h) if k < len(sizes) - 1 else h
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(h, y))
 
-    return params, loss
+    return params, jax.jit(jax.value_and_grad(loss))
 
 
 def not_biases(params: Any) -> Any:
@@ -50,18 +53,18 @@ def not_biases(params: Any) -> Any:
 
 
 def train(solver: Any, steps: int = 50) -> tuple[Any, list[float]]:
-    params, loss = network()
+    params, loss_and_gradients = network(jax.config.jax_enable_x64)
     state = solver.init(params)
 
     @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        value, grads = jax.value_and_grad(loss)(params)
+    def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = solver.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state
 
     losses = []
     for _ in range(steps):
-        params, state, value = step(params, state)
+        value, grads = loss_and_gradients(params)
+        params, state = step(params, state, grads)
         losses.append(float(value))
     return params, losses
 
