@@ -21,6 +21,7 @@ __all__ = [
     "Hyperparams",
     "at_step",
     "check",
+    "check_layer_axes",
     "complete",
     "defaults_from",
     "inputs_of",
@@ -234,6 +235,14 @@ def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 def _can_be_read(x: Any) -> bool:
     return getattr(x, "shape", None) == () and not (is_array(x) and is_on_accelerator(x))
+
+
+def check_layer_axes(groups: Sequence[Mapping[str, Any]], known: Sequence[int]) -> None:
+    """Raise ValueError if a group has other `layer_axes` than when its parameters were added."""
+    for number, (group, axes) in enumerate(zip(groups, known)):
+        if group["layer_axes"] != axes:
+            rule = f"layer_axes of parameter group {number} must stay what it was, {axes!r}"
+            raise ValueError(f"{rule}; got {group['layer_axes']!r}")
 
 
 def needs_buffer(group: Mapping[str, Any]) -> bool:

@@ -12,7 +12,16 @@ from array_api_compat import array_namespace
 from lars_array._arrays import device_context
 from lars_array._stepper import Stepper
 from lars_array.core import Rule
-from lars_array.hyperparams import DEFAULTS, Hyperparams, complete, defaults_from, options_of, readable, required
+from lars_array.hyperparams import (
+    DEFAULTS,
+    Hyperparams,
+    check_layer_axes,
+    complete,
+    defaults_from,
+    options_of,
+    readable,
+    required,
+)
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import read_checkpoint
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
@@ -229,7 +238,7 @@ class LARS:
         if set(map(type, gradients)) != {np.ndarray}:
             gradients = list(map(_detached, gradients))
         groups = self._hyperparams.read(self.param_groups, self.steps)
-        self._check_axes()
+        check_layer_axes(groups, self._layer_axes)
         result = self._stepper.step(self._state, gradients, groups, found_inf)
         if result is None:
             self.skipped_steps += 1
@@ -384,22 +393,13 @@ class LARS:
         self._layer_axes += axes
         self._order = gradient_order(state.names)
 
-    def _check_axes(self) -> None:
-        for number, (group, known) in enumerate(zip(self.param_groups, self._layer_axes)):
-            if group["layer_axes"] != known:
-                rule = f"layer_axes of parameter group {number} must stay what it was, {known!r}"
-                raise ValueError(f"{rule}; got {group['layer_axes']!r}")
-
     def _poll_device(self, *, wait: bool = False) -> None:
         """Update the step counters from the device and raise if it rejected a step."""
-        if self._state.device is None:
-            return
-        before, now, replayed = self._state.device.poll(wait=wait)
-        skipped, rejected = now.skipped - before.skipped, now.rejected - before.rejected
+        steps, skipped, error = self._state.poll_device(wait=wait)
+        self.steps += steps
         self.skipped_steps += skipped
-        self.steps += replayed - skipped - rejected
-        if rejected:
-            raise now.error(self._state.row_names())
+        if error is not None:
+            raise error
 
 
 def _detached(g: Any) -> Any:

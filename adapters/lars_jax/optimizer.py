@@ -12,7 +12,16 @@ import numpy as np
 from lars_array import Norms, Rule
 from lars_array._arrays import ArraySpecs, check_parameter
 from lars_array._stepper import KEPT, ParamState, Stepper
-from lars_array.hyperparams import DEFAULTS, Hyperparams, complete, defaults_from, options_of, readable, required
+from lars_array.hyperparams import (
+    DEFAULTS,
+    Hyperparams,
+    check_layer_axes,
+    complete,
+    defaults_from,
+    options_of,
+    readable,
+    required,
+)
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import read_checkpoint
 from lars_jax._buffers import DonatedBuffers, buffers_of
@@ -194,7 +203,7 @@ class LARS:
             try:
                 options, found = self._memory.numbers(self._param_groups, self._steps, found_inf)
                 groups = self._hyperparams.read(options, self._steps)
-                self._check_axes(groups)
+                check_layer_axes(groups, self._axes)
                 result = self._stepper.step(self._state, gradients, groups, found)
             finally:
                 # Copies that were returned before are still right, but may have been donated.
@@ -312,22 +321,13 @@ class LARS:
             leaves[i] = x
         self._tree = self._structure.unflatten(leaves)
 
-    def _check_axes(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        for number, (group, axes) in enumerate(zip(groups, self._axes)):
-            if group["layer_axes"] != axes:
-                rule = f"layer_axes of parameter group {number} must stay what it was, {axes!r}"
-                raise ValueError(f"{rule}; got {group['layer_axes']!r}")
-
     def _poll_device(self, *, wait: bool = False) -> None:
         """Update the step counters from the device and raise if it rejected a step."""
-        if self._state.device is None:
-            return
-        before, now, replayed = self._state.device.poll(wait=wait)
-        skipped, rejected = now.skipped - before.skipped, now.rejected - before.rejected
+        steps, skipped, error = self._state.poll_device(wait=wait)
+        self._steps += steps
         self._skipped_steps += skipped
-        self._steps += replayed - skipped - rejected
-        if rejected:
-            raise now.error(self._state.row_names())
+        if error is not None:
+            raise error
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()

@@ -12,7 +12,7 @@ import torch
 
 from lars_array._arrays import is_half
 from lars_array._stepper import KEPT, ParamState, Stepper
-from lars_array.hyperparams import Hyperparams
+from lars_array.hyperparams import Hyperparams, check_layer_axes
 from lars_array.state.memory import check_writable
 from lars_torch import _arrays
 from lars_torch._arrays import (
@@ -86,7 +86,8 @@ class TensorState(ParamState):
         super().__init__(layer_of)
         self.owners, group_of, self.names = map(list, zip(*members.values(), strict=True))
         self.group_of = np.array(group_of, np.int32)
-        self.layer_axes = [groups[k]["layer_axes"] for k in group_of]
+        self._axes_of_groups = [group["layer_axes"] for group in groups]
+        self.layer_axes = [self._axes_of_groups[k] for k in group_of]
         self.previous_lr = np.array([previous_lr.get(p, 0.0) for p in self.owners])
         self.skipped = 0
         self.result: Any = None
@@ -132,7 +133,9 @@ class TensorState(ParamState):
             with self.context():
                 for own in found:
                     own |= {name: self.view(x) for name, x in own.items() if isinstance(x, torch.Tensor)}
-        return self._hyperparams.read(found, 0)
+        read = self._hyperparams.read(found, 0)
+        check_layer_axes(read, self._axes_of_groups)
+        return read
 
     def bind(self, grads: Sequence[Any], groups: Any) -> None:
         """Do all checks of a step."""
@@ -157,13 +160,11 @@ class TensorState(ParamState):
 
     def poll(self, *, wait: bool = False) -> None:
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
-        if self.device is None:
-            return
         with self.context():
-            before, now, _ = self.device.poll(wait=wait)
-        self.skipped += now.skipped - before.skipped
-        if now.rejected > before.rejected:
-            raise now.error(self.row_names())
+            _, skipped, error = self.poll_device(wait=wait)
+        self.skipped += skipped
+        if error is not None:
+            raise error
 
     def last_rates(self) -> Any:
         """See `ParamState.last_rates`."""

@@ -18,6 +18,7 @@ from lars_array._arrays import (
     to_floats,
 )
 from lars_array.layers import LayerOf, LayerRows, labels_of
+from lars_array.nonfinite import NonFiniteError
 from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
 from lars_array.state.memory import MemoryRanges, check_writable
@@ -127,6 +128,14 @@ class ParamState:
             return self.previous_lr
         with device_context(self.params[0]):
             return np.array(to_floats(self.device.previous_lr))
+
+    def poll_device(self, *, wait: bool) -> tuple[int, int, NonFiniteError | None]:
+        """Return by how much the counts of steps and skipped steps change, and the error of a rejected step."""
+        if self.device is None:
+            return 0, 0, None
+        before, now, replayed = self.device.poll(wait=wait)
+        skipped, rejected = now.skipped - before.skipped, now.rejected - before.rejected
+        return replayed - skipped - rejected, skipped, now.error(self.row_names()) if rejected else None
 
     def pull_device_state(self) -> None:
         """Move the state that only a device knows to the host; waits for it."""

@@ -63,3 +63,15 @@ def test_refusals() -> None:
     optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
     with pytest.raises(ValueError, match="layer_axes must be at most the 1 axes of '0'; got 2"):
         optimizer.step()
+
+
+def test_layer_axes_must_stay_what_they_were() -> None:
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = LARS([p], lr=0.1)
+    p.grad = torch.ones(3, 4)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["layer_axes"] = 1
+    with pytest.raises(ValueError, match=r"^layer_axes of parameter group 0 must stay what it was, 0; got 1$"):
+        optimizer.step()
+    assert torch.equal(p, before)
