@@ -476,7 +476,7 @@ def test_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     monkeypatch.setattr(command, "FORMAT", "another")
     assert command.main(["cpu", "--render", "--out", str(tmp_path)]) == 2
-    assert "cpu.json is of format" in capsys.readouterr().err
+    assert "cpu.json has format" in capsys.readouterr().err
     monkeypatch.undo()
 
     monkeypatch.setattr(command, "CASES", {"resnet50": SMALL})
