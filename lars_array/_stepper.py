@@ -162,9 +162,10 @@ class StepProgram:
         self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
         self._note_lists(state)
-        self._ranges = MemoryRanges(state.names, params, *self._all_kept(state))
+        self._ranges = MemoryRanges(state.names, params, *self._kept)
         # Gradients serve for their types and layouts. They are not kept: the owner of a model frees them after a step.
         self._make_kernel(state, kernel_type, KernelArrays(own, state.view_all(own_grads), buffers, masters))
+        self._clear_at = b""  # the addresses of gradients that were last found to share no memory with these
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
 
@@ -173,34 +174,29 @@ class StepProgram:
         return [x[i] for i in self._index] if self._absent else x
 
     def _keep(self, state: ParamState, params: Sequence[Any]) -> list[list[Any]]:
-        """Return the momentum buffers and masters of a step, and note those that are new or dropped, by position."""
-        found: list[list[Any]] = []
-        self._new: list[dict[int, Any]] = []
+        """Return the momentum buffers and masters of a step, and note those of all parameters after it."""
         positions, group_of = self._position.tolist(), self._group_of.tolist()
-        for kind, arrays, check in ((0, state.buffers, check_buffer), (1, state.masters, check_master)):
-            used: dict[int, Any] = {}
-            missing = []
-            for i, k, name in zip(positions, group_of, self._names, strict=True):
-                wanted = self._keeps[k][kind] and (kind == 0 or is_half(params[i]))
-                if arrays[i] is not None:
-                    x = state.view(arrays[i])
-                    check(name, x, params[i])  # the owner may have resized the parameter
-                    if wanted:
-                        used[i] = x
-                elif wanted:
-                    missing.append(i)
-            new = dict(zip(missing, allocate_buffers([params[i] for i in missing]), strict=True))
-            self._new.append(new)
-            found.append([new.get(i, used.get(i)) for i in positions])
-        self._to_fill = [(params[i], master) for i, master in self._new[1].items()]
-        masters = zip(positions, found[1], strict=True)
-        self._dropped = [i for i, x in masters if x is None and state.masters[i] is not None]
-        return found
-
-    def _all_kept(self, state: ParamState) -> list[list[Any]]:
-        """Return the buffers and masters of all parameters as this program leaves them."""
-        kept = [state.view_all(arrays) for arrays in (state.buffers, state.masters)]
-        return [[new.get(i, x) for i, x in enumerate(x)] if new else x for x, new in zip(kept, self._new, strict=True)]
+        used: list[list[Any]] = []
+        self._kept: list[list[Any]] = []
+        for kind, before, check in ((0, state.buffers, check_buffer), (1, state.masters, check_master)):
+            kept = list(state.view_all(before))
+            wanted = [self._keeps[k][kind] and (kind == 0 or is_half(params[i])) for i, k in zip(positions, group_of)]
+            for i, name, yes in zip(positions, self._names, wanted, strict=True):
+                if kept[i] is not None:
+                    check(name, kept[i], params[i])  # the owner may have resized the parameter
+                    if not yes and kind == 1:
+                        kept[i] = None  # a master is dropped, a momentum buffer is kept for later
+            missing = [i for i, yes in zip(positions, wanted) if yes and kept[i] is None]
+            for i, x in zip(missing, allocate_buffers([params[i] for i in missing]), strict=True):
+                kept[i] = x
+            self._kept.append(kept)
+            used.append([kept[i] if yes else None for i, yes in zip(positions, wanted)])
+        masters = list(zip(params, self._kept[1], state.masters, strict=True))
+        self._to_fill = [(p, x) for p, x, before in masters if before is None and x is not None]
+        self._changes_masters = any((x is None) != (before is None) for _, x, before in masters)
+        new_buffers = any(before is None and x is not None for before, x in zip(state.buffers, self._kept[0]))
+        self._is_published = not (new_buffers or self._changes_masters)
+        return used
 
     def _make_kernel(self, state: ParamState, kernel_type: Any, arrays: KernelArrays) -> None:
         """Cut arrays into rows, and make the kernel and all that is known of each row."""
@@ -265,8 +261,13 @@ class StepProgram:
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
+        """Raise for a gradient in memory that the step writes to."""
+        now = begins.tobytes()
+        if now == self._clear_at:
+            return
         spans = self._grad_specs.spans
         if spans is not None and self._ranges.are_clear(begins + spans[:, 0], begins + spans[:, 1]):
+            self._clear_at = now
             return
         for name, g in zip(self._names, grads, strict=True):
             owner = self._ranges.owner(state.view(g))
@@ -362,10 +363,9 @@ class StepProgram:
 
     def _publish(self, state: ParamState) -> None:
         """Let the state have new buffers and masters, and forget the masters that are not wanted any more."""
-        if any(self._new) or self._dropped:
-            buffers, masters = self._new
-            state.keep(buffers, masters, self._dropped)
-            self._new, self._dropped, self._to_fill = [{}, {}], [], []
+        if not self._is_published:
+            state.keep(*self._kept)
+            self._is_published, self._changes_masters, self._to_fill = True, False, []
             self._note_lists(state)
 
     # ----------------------------------------------------------------------------------------------------- on a device
@@ -385,7 +385,7 @@ class StepProgram:
         capturing = getattr(self._kernel, "is_capturing", bool)()
         device.write(groups, captured=capturing)
         # Masters are known to the host: it waits for the step that makes or drops them.
-        waits = bool(self._new[1] or self._dropped) and not capturing
+        waits = self._changes_masters and not capturing
         before = int(device.counts[0]) if waits else 0
         result: StepResult = rows.step(self._kernel, grads, groups, device, found_inf)
         if not waits or int(device.counts[0]) > before:

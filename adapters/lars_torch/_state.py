@@ -206,15 +206,18 @@ class TensorState(ParamState):
             if not is_half(p):
                 self._state.get(p, {}).pop("master", None)
 
-    def keep(self, buffers: Mapping[int, Any], masters: Mapping[int, Any], dropped: Sequence[int]) -> None:
-        """Put new momentum buffers and masters into the optimizer's state, and drop masters."""
-        buffers, masters = ({i: tensor_of(x) for i, x in new.items()} for new in (buffers, masters))
-        for key, new in zip(KEPT, (buffers, masters), strict=True):
-            for i, tensor in new.items():
-                self._state[self.owners[i]][key] = tensor
-        for i in dropped:
-            self._state[self.owners[i]].pop("master", None)
-        super().keep(buffers, masters, dropped)
+    def keep(self, buffers: list[Any], masters: list[Any]) -> None:
+        """Put new momentum buffers and masters into the optimizer's state, and drop masters that are None again."""
+        lists = []
+        for key, before, now in zip(KEPT, (self.buffers, self.masters), (buffers, masters), strict=True):
+            lists.append(list(before))
+            for i, (tensor, array) in enumerate(zip(before, now, strict=True)):
+                if tensor is None and array is not None:
+                    self._state[self.owners[i]][key] = lists[-1][i] = tensor_of(array)
+                elif tensor is not None and array is None:
+                    self._state[self.owners[i]].pop(key, None)
+                    lists[-1][i] = None
+        self.buffers, self.masters = lists
         self._known_buffers = self.buffers
 
     def view(self, array: torch.Tensor) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array as numbers
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -81,19 +83,18 @@ class MemoryRanges:
     ) -> None:
         self._names, self._arrays = names, (params, buffers, masters)
         # A table, not objects: a model may have many thousand arrays, and every step searches it.
-        arrays = [*params, *buffers, *masters]
-        ranges = np.zeros((len(arrays), 3), np.int64)
+        table = numbers("q")
         unseen: dict[int, int] = {}
-        for i, array in enumerate(arrays):
+        for i, array in enumerate(chain(params, buffers, masters)):
             view = None if array is None else _host_view(array)
             if view is not None and view.size:
-                ranges[i] = (*_bounds(view), i)
+                table.extend((*_bounds(view), i))
             elif array is not None:  # an empty array has no range either
                 if id(array) in unseen:
                     raise ValueError(self._given_twice(i, unseen[id(array)]))
                 unseen[id(array)] = i
         self._unseen = unseen
-        ranges = ranges[ranges[:, 1] > 0]
+        ranges = np.array(table, np.int64).reshape(-1, 3)
         ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
         self._starts, self._index = ranges[:, 0].copy(), ranges[:, 2].astype(np.int32)
         self._reach = np.concatenate([[0], np.maximum.accumulate(ranges[:, 1])])

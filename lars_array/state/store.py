@@ -198,11 +198,9 @@ class ParamState:
             copies[i] = mine
         return copies
 
-    def keep(self, buffers: Mapping[int, Any], masters: Mapping[int, Any], dropped: Sequence[int]) -> None:
-        """Keep new momentum buffers and masters, by position, and drop masters."""
-        new = dict(masters) | dict.fromkeys(dropped)
-        self.buffers = [buffers.get(i, v) for i, v in enumerate(self.buffers)]
-        self.masters = [new.get(i, x) for i, x in enumerate(self.masters)]
+    def keep(self, buffers: list[Any], masters: list[Any]) -> None:
+        """Replace the momentum buffers and masters, as kernels take them: some are new, masters may be None again."""
+        self.buffers, self.masters = buffers, masters
 
     def row_numbers(self, index: Sequence[int]) -> list[int]:
         """Return the number of each row of the parameters at `index` among all rows."""
