@@ -26,5 +26,6 @@ numpydoc_validation_checks = {
     "PR06",  # An "integer array" is not an "int array".
     "PR08",  # A description may begin with a symbol.
 }
-# All rules have the one signature that `Rule` describes, and the fields of `Hyper` are the arguments of `LARS`.
-numpydoc_validation_exclude = {r"\.rules\.", r"\.Hyper$"}
+# All rules have the one signature that `Rule` describes, the fields of `Hyper` are the arguments of `LARS`, and the
+# adapters describe the arguments that they do not share with it.
+numpydoc_validation_exclude = {r"\.rules\.", r"\.Hyper$", r"^lars_torch\.LARS$", r"^lars_jax\.(LARS|lars)$"}

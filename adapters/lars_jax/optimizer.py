@@ -255,11 +255,23 @@ class LARS:
             self._release()
 
     def norms(self) -> dict[str, Norms]:
-        """Return the norms of the last step, by name of leaf; see `lars_array.LARS.norms`."""
+        """Return the norms of the last step; see `lars_array.LARS.norms`.
+
+        Returns
+        -------
+        dict of str to Norms
+            By name of leaf.
+        """
         return {} if self._last is None else self._last.norms()
 
     def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios of the last step, by name of leaf; see `lars_array.LARS.trust_ratios`."""
+        """Return the trust ratios of the last step; see `lars_array.LARS.trust_ratios`.
+
+        Returns
+        -------
+        dict of str to float
+            By name of leaf.
+        """
         return {} if self._last is None else self._last.trust_ratios()
 
     def state_dict(self) -> dict[str, Any]:
