@@ -81,7 +81,7 @@ class Stepper:
         Returns
         -------
         StepResult or None
-            None where the step is skipped. On a device only the device knows; then `state.device` has the counts.
+            None where the step is skipped. On a device that is decided later: `state.device` has the counts.
 
         Raises
         ------

@@ -37,13 +37,13 @@ class GradientSpecs(ArraySpecs):
     def fits(self, arrays: Sequence[Any]) -> bool:
         """Find the addresses of a step's gradients; return whether these have the same types and layouts."""
         self.found = None
-        # Of a deleted array, JAX crashes when it is asked for the layout.
+        # JAX crashes when the layout of a deleted array is read.
         if list(map(type, arrays)) == self._types and True not in [x.is_deleted() for x in _present(arrays)]:
             self.found = super().addresses(arrays)
         return self.found is not None
 
     def addresses(self, arrays: Sequence[Any]) -> Any:
-        """See `ArraySpecs.addresses`; `arrays` are the last for which `fits` was asked."""
+        """See `ArraySpecs.addresses`; `arrays` are the last passed to `fits`."""
         return self.found
 
     def read(self, arrays: Sequence[Any]) -> list[list[Any]]:
@@ -60,7 +60,7 @@ class GradientSpecs(ArraySpecs):
 
 
 class DonatedBuffers:
-    """Memory of JAX on the CPU that nobody else sees while it is written to, between `acquire` and `release`.
+    """Memory of JAX on the CPU that no other array shares while it is written to, between `acquire` and `release`.
 
     With `donates`, `release` returns the arrays that own it, and `acquire` takes them back; else it returns copies.
 

@@ -1,4 +1,4 @@
-"""LARS for torch: `lars_array` over DLPack, as a ``torch.optim.Optimizer``."""
+"""LARS for torch, a ``torch.optim.Optimizer``: the kernels of `lars_array` on the memory of tensors."""
 
 from lars_torch.optimizer import LARS
 from lars_torch.param_groups import param_groups

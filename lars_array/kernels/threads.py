@@ -84,7 +84,7 @@ def _split(sizes: Sequence[int], count: int) -> list[range]:
 
 
 class Job:
-    """A call that either another thread makes, or nobody after the owner has cancelled it.
+    """A call that another thread makes, unless the owner cancels it first.
 
     The decision is final and can be queried repeatedly, since an interrupt may arrive before its result is used.
     `failure` is the exception that the call raised.

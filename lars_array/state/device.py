@@ -1,4 +1,4 @@
-"""State on a device: the host queues a step and does not wait, so only the device knows which steps were taken."""
+"""State on a device: the host queues steps without waiting, and the device decides which are taken."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class ParamState:
     previous_lr : float64 array of shape (parameters,)
         The learning rate of the last step of each, 0 before the first.
     device : DeviceState or None
-        The state that only a device knows, once steps have been queued on it.
+        State on the device, once steps have been queued on it.
     """
 
     def __init__(self, layer_of: LayerOf = None) -> None:
@@ -138,7 +138,7 @@ class ParamState:
         return replayed - skipped - rejected, skipped, now.error(self.row_names()) if rejected else None
 
     def pull_device_state(self) -> None:
-        """Move the state that only a device knows to the host; waits for it."""
+        """Move the state on a device to the host; waits for it."""
         self.buffers, self.previous_lr, self.device = self.used_buffers(), self.last_rates(), None
 
     def views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
