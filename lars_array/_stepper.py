@@ -90,8 +90,9 @@ class Stepper:
         NonFiniteError
             For sums that are not finite, where the group's `nonfinite` is "raise".
         """
-        if found_inf is not None and not (is_array(found_inf) and is_on_accelerator(found_inf)):
-            found_inf = _FOUND if bool(found_inf) else None
+        if found_inf is not None:
+            stays = is_array(found_inf) and is_on_accelerator(found_inf) and is_on_accelerator(state.params[0])
+            found_inf = found_inf if stays else _FOUND if bool(found_inf) else None
         if all(g is None for g in grads):
             return None if found_inf is _FOUND else StepResult.of_nothing()
         with device_context(state.params[0]), np.errstate(all="ignore"):  # non-finite numbers are reported by name
@@ -199,7 +200,7 @@ class StepProgram:
         return used
 
     def _make_kernel(self, state: ParamState, kernel_type: Any, arrays: KernelArrays) -> None:
-        """Cut arrays into rows, and make the kernel and all that is known of each row."""
+        """Cut arrays into rows, and create the kernel and the index arrays of the rows."""
         count = len(arrays.params)
         self._rows: LayerRows | None = None
         self._row_names, self._offsets = self._names, None
@@ -332,7 +333,8 @@ class StepProgram:
         like, xp = self._trained[0], self.xp
         inputs = inputs_of(groups, *lists, like=like, xp=xp)
         outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
-        return outputs.S, outputs.C, StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, *outputs[3:]))
+        result = StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
+        return outputs.S, outputs.C, result
 
     def _is_skipped(self, S: Any, C: Any, policies: Sequence[str], grads: Gradients) -> bool:
         """Return whether a row that is not finite prevents the step; raise if that is an error."""
@@ -362,7 +364,7 @@ class StepProgram:
         self._hyper_row = self._next_row
 
     def _publish(self, state: ParamState) -> None:
-        """Let the state have new buffers and masters, and forget the masters that are not wanted any more."""
+        """Pass new buffers and masters to the state, and drop unused masters."""
         if not self._is_published:
             state.keep(*self._kept)
             self._is_published, self._changes_masters, self._to_fill = True, False, []
@@ -371,7 +373,7 @@ class StepProgram:
     # ----------------------------------------------------------------------------------------------------- on a device
 
     def _queue(self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any) -> StepResult:
-        """Have the device take the step, if it finds that it may."""
+        """Queue the step; the device decides whether to apply it."""
         like = self._trained[0]
         if state.device is None:
             unused = [v is None for v in state.buffers]

@@ -18,6 +18,7 @@ from lars_array.nonfinite import POLICIES
 __all__ = [
     "DEFAULTS",
     "GROUP_FIELDS",
+    "NUMBERS",
     "Hyperparams",
     "at_step",
     "check",
@@ -229,8 +230,10 @@ def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Return `at_step`, with arrays of shape () replaced by numbers where they can be read without waiting."""
-    group = scheduled(options, step)
-    return at_step({key: x.item() if _can_be_read(x) else x for key, x in group.items()}, step)
+    group = complete(scheduled(options, step))
+    group = {key: x.item() if _can_be_read(x) else x for key, x in group.items()}
+    check(group)
+    return group
 
 
 def _can_be_read(x: Any) -> bool:
@@ -238,8 +241,11 @@ def _can_be_read(x: Any) -> bool:
 
 
 def check_layer_axes(groups: Sequence[Mapping[str, Any]], known: Sequence[int]) -> None:
-    """Raise ValueError if a group has other `layer_axes` than when its parameters were added."""
-    for number, (group, axes) in enumerate(zip(groups, known)):
+    """Raise ValueError for other groups than were added, or other `layer_axes` than these had then."""
+    if len(groups) != len(known):
+        counts = f"got {len(groups)} groups, not {len(known)}"
+        raise ValueError(f"parameter groups must be added by add_param_group, and not be removed; {counts}")
+    for number, (group, axes) in enumerate(zip(groups, known, strict=True)):
         if group["layer_axes"] != axes:
             rule = f"layer_axes of parameter group {number} must stay what it was, {axes!r}"
             raise ValueError(f"{rule}; got {group['layer_axes']!r}")

@@ -175,8 +175,13 @@ class DonatedBuffers:
             found = list(self._own)
         for x in self._replaced:
             x.delete()
-        self._used, self._replaced = [], []
+        self._replaced = []
+        self.forget()
         return found
+
+    def forget(self) -> None:
+        """Keep no gradients of a step that is over."""
+        self._used, self.specs.found = [], None
 
     def refill(self, arrays: Sequence[Any]) -> None:
         """Write other parameters to the memory; `release` must follow."""

@@ -197,18 +197,23 @@ class LARS:
         check_has_values("found_inf", found_inf)
         result: Any = None
         with self._memory.context():
-            self._poll_device()
-            self._memory.acquire()
-            self._state.params = self._memory.arrays  # another list if they have moved
             try:
+                self._poll_device()
                 options, found = self._memory.numbers(self._param_groups, self._steps, found_inf)
                 groups = self._hyperparams.read(options, self._steps)
                 check_layer_axes(groups, self._axes)
+                self._memory.acquire()
+            except BaseException:
+                self._memory.forget()
+                raise
+            self._state.params = self._memory.arrays  # another list if they have moved
+            try:
                 result = self._stepper.step(self._state, gradients, groups, found)
             finally:
                 # Copies that were returned before are still right, but may have been donated.
                 if self._memory.donates or result is not None or any(x.is_deleted() for x in self._released):
                     self._release()
+                self._memory.forget()
         if result is None:
             self._skipped_steps += 1
         else:

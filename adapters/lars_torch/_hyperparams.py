@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lars_array.hyperparams import DEFAULTS, check, complete
+from lars_array.hyperparams import DEFAULTS, NUMBERS, check, complete
 
 __all__ = ["check_group", "numbers_of"]
 
@@ -16,7 +16,7 @@ NAMES = ("lr", *DEFAULTS)
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise for hyper-parameters that no step should be taken with, as `lars_array.LARS` does.
+    """Raise for invalid hyper-parameters, as `lars_array.LARS` does.
 
     Values on a device, which the host would have to wait for, and keys that are no hyper-parameters are not checked.
     """
@@ -44,8 +44,10 @@ def numbers_of(
     dict
         A number, or a tensor of shape () on `device`, for each hyper-parameter.
     """
-    if not isinstance(group["lr"], Real | torch.Tensor):
-        raise TypeError(f"lr must be a number or a tensor, see torch.optim.lr_scheduler; got {group['lr']!r}")
+    for name in NUMBERS:
+        if callable(group[name]) or (name == "lr" and not isinstance(group[name], Real | torch.Tensor)):
+            rule = f"{name} must be a number or a tensor, see torch.optim.lr_scheduler"
+            raise TypeError(f"{rule}; got {group[name]!r}")
     found = {name: group[name] for name in NAMES}
     for name, value in found.items():
         if isinstance(value, torch.Tensor):

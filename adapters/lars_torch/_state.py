@@ -94,9 +94,13 @@ class TensorState(ParamState):
         self._device, self._library = device, library_of(device, self.owners)
         self._index = list(members)
         self._has_complex = any(map(torch.is_complex, self.owners))
-        self._has_halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.owners)
+        halves = [p.dtype in (torch.float16, torch.bfloat16) for p in self.owners]
+        self._has_halves = any(halves)
         self._layouts: list[Any] = []  # of parameters that were checked
         self._known_buffers: list[Any] = []
+        self._cast: dict[int, torch.Tensor] = {}  # momentum buffers that were cast for a step
+        # Of these the first step drops masters, which remain where an owner has cast half precision.
+        self._without_master = [p for p, half in zip(self.owners, halves) if not half]
         self._hyperparams, self._stepper = Hyperparams(), Stepper(kernel)
         self.masters = [None] * len(self.owners)
 
@@ -114,7 +118,7 @@ class TensorState(ParamState):
         """
         if len(self._index) < len(memory):
             memory, grads = ([x[i] for i in self._index] for x in (memory, grads))
-        self._state, self.params = state, list(memory)
+        self._state, self.params, self._cast = state, list(memory), {}
         if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
             owns = list(state.values())  # faster than to ask for each
         else:
@@ -152,6 +156,11 @@ class TensorState(ParamState):
         if result is None:
             self.skipped += 1
             return []
+        for i, v in self._cast.items():
+            self._state[self.owners[i]]["momentum_buffer"] = v
+        for p in self._without_master:
+            self._state.get(p, {}).pop("master", None)
+        self._without_master = []
         self.result = result
         lists = [self.owners, self.buffers, *([self.masters] if self._has_halves else [])]
         if [g for g in grads if g is None]:
@@ -190,8 +199,11 @@ class TensorState(ParamState):
         for i, (p, v) in enumerate(zip(self.params, self.buffers, strict=True)):
             kind = compute_dtype(p)
             if v is not None and v.dtype != kind and v.is_complex() == kind.is_complex:
-                self._state[self.owners[i]]["momentum_buffer"] = self.buffers[i] = v.to(kind)
+                self.buffers[i] = self._cast[i] = v.to(kind)  # the optimizer's once a step was taken
+            if not is_half(p):
+                self.masters[i] = None
         if self.device is not None and not all(map(is_, self.buffers, self._known_buffers)):
+            self.poll(wait=True)
             self.previous_lr, self.device = self.last_rates(), None
         self._known_buffers = self.buffers
 
@@ -202,9 +214,6 @@ class TensorState(ParamState):
             for name, p in zip(self.names, self.params, strict=True):
                 check_writable(name, self.view(p))
         self._layouts = list(map(_layout, self.params))
-        for p in self.owners:
-            if not is_half(p):
-                self._state.get(p, {}).pop("master", None)
 
     def keep(self, buffers: list[Any], masters: list[Any]) -> None:
         """Put new momentum buffers and masters into the optimizer's state, and drop masters that are None again."""

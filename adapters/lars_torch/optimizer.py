@@ -238,7 +238,7 @@ class LARS(Optimizer):
         return {name: ratio for result in results for name, ratio in result.trust_ratios().items()}
 
     def synchronize(self) -> None:
-        """Wait for all devices, and raise if one has refused a step, see `lars_array.LARS.synchronize`."""
+        """Wait for all devices, and raise if one has rejected a step, see `lars_array.LARS.synchronize`."""
         for part in self._parts:
             part.poll(wait=True)
 
@@ -318,12 +318,20 @@ class LARS(Optimizer):
         if len(steps) > 1:  # before the first device takes a step that the second would refuse
             for part, own, groups in steps:
                 part.bind(own, groups)
+            if found_inf is not None and bool(found_inf):  # once, and not by each device
+                self._skipped += 1
+                return
+            found_inf = None
+        if len(steps) < len(self._parts) and steps:  # the last step is not that of the other parts
+            for part in self._parts:
+                part.result = part.result if part in [stepped for stepped, *_ in steps] else None
         for part, own, groups in steps:
             # Kernels go past autograd, which must not compute gradients from values that were overwritten.
             torch.autograd.graph.increment_version(part.step(own, groups, found_inf))
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""
+        self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
         on: dict[torch.device, dict[int, NamedParam]] = {}
         for i, (member, g) in enumerate(zip(self._named_params(), grads, strict=True)):

@@ -77,14 +77,16 @@ class PinnedCounts:
 
     def read(self, *, wait: bool) -> StepCounts | None:
         """Return the counts that have arrived, or with `wait` the final ones; None if they are unknown without."""
-        if self.pinned is None:
-            return StepCounts(*(int(self.counts[i]) for i in range(ENTRIES))) if wait else None
-        if wait and is_cupy_array(self.counts):
-            self.counts.device.synchronize()
-        elif wait:
-            import torch
+        if wait:  # for all streams, and for steps of which no copy was queued
+            if is_cupy_array(self.counts):
+                self.counts.device.synchronize()
+            elif self.pinned is not None:
+                import torch
 
-            torch.cuda.synchronize(self.counts.device)
+                torch.cuda.synchronize(self.counts.device)
+            return StepCounts(*(int(self.counts[i]) for i in range(ENTRIES)))
+        if self.pinned is None:
+            return None
         once = self.pinned.tolist()
         while once != (again := self.pinned.tolist()):  # it was being written
             once = again

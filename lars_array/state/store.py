@@ -137,10 +137,6 @@ class ParamState:
         skipped, rejected = now.skipped - before.skipped, now.rejected - before.rejected
         return replayed - skipped - rejected, skipped, now.error(self.row_names()) if rejected else None
 
-    def pull_device_state(self) -> None:
-        """Move the state on a device to the host; waits for it."""
-        self.buffers, self.previous_lr, self.device = self.used_buffers(), self.last_rates(), None
-
     def views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
         """Return the state by parameter name, the arrays themselves; see `lars_array.LARS.state_views`."""
         buffers = self.used_buffers() if wait else self.buffers
@@ -237,8 +233,7 @@ class ParamState:
         check_gradient(name, g, p)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.pull_device_state()
-        return self.__dict__
+        return self.__dict__ | {"buffers": self.used_buffers(), "previous_lr": self.last_rates(), "device": None}
 
 
 def allocate_buffers(params: Sequence[Any]) -> list[Any]:

@@ -244,3 +244,15 @@ def test_groups_are_not_modified_and_a_schedule_that_fails_changes_nothing() -> 
     optimizer.step([GW])
     assert list(given[0]) == ["params", "lr"]
     assert_refused(lambda: optimizer.step([GW]), KeyError, "1", optimizer, w)
+
+
+def test_groups_are_not_added_or_removed_by_hand() -> None:
+    p, q = np.ones(2), np.ones(3)
+    optimizer = LARS([{"params": [p]}, {"params": [q]}], lr=0.1)
+    group = optimizer.param_groups.pop()
+    with pytest.raises(ValueError, match=r"^parameter groups must be added by add_param_group, .*; got 1 groups, not 2$"):
+        optimizer.step([np.ones(2), np.ones(3)])
+    optimizer.param_groups += [group, dict(group)]
+    with pytest.raises(ValueError, match="got 3 groups, not 2"):
+        optimizer.step([np.ones(2), np.ones(3)])
+    assert p.tolist() == [1.0] * 2 and q.tolist() == [1.0] * 3

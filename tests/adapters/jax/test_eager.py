@@ -423,3 +423,23 @@ def test_what_is_donated_to_something_else_is_missed_if_it_was_the_parameters(do
     assert bits(optimizer.step(draw(1))) == bits(plain.step(draw(1)))
     optimizer.step(draw(2))
     assert bits(doubled) == before
+
+
+def test_a_rejected_hyperparameter_donates_nothing() -> None:
+    optimizer = LARS({"w": jnp.ones(3)}, lr=0.1, donate=True)
+    params = optimizer.step({"w": jnp.ones(3)})
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step({"w": jnp.ones(3)})
+    assert not params["w"].is_deleted()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step({"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_rejected_step_keeps_no_gradients(donate: bool) -> None:
+    optimizer = LARS({"w": jnp.ones(3)}, lr=0.1, donate=donate)
+    g = {"w": jnp.full(3, jnp.nan)}
+    with pytest.raises(NonFiniteError):
+        optimizer.step(g)
+    assert optimizer._memory._used == []

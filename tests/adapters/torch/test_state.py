@@ -232,3 +232,27 @@ def test_names_of_a_checkpoint_of_lars_array_must_be_known() -> None:
     optimizer = LARS([("w", torch.nn.Parameter(torch.ones(4, 3)))], lr=0.1)
     with pytest.raises(ValueError, match=r"state_dict must be of parameters named \['w'\]; got 'x'"):
         optimizer.load_state_dict(near.state_dict())
+
+
+def test_a_rejected_step_casts_no_momentum_buffer() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = LARS([p], lr=0.1, momentum=0.9, nonfinite="raise")
+    wide = torch.full((3,), 1e-60, dtype=torch.float64)
+    optimizer.state[p]["momentum_buffer"] = wide
+    p.grad = torch.full((3,), float("nan"))
+    with pytest.raises(lars_array.NonFiniteError):
+        optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"] is wide
+    p.grad = torch.ones(3)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].dtype is torch.float32
+
+
+def test_numbers_are_no_functions_of_the_step() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = LARS([p], lr=0.1)
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0]["momentum"] = lambda step: 0.9
+    with pytest.raises(TypeError, match=r"^momentum must be a number or a tensor, see torch.optim.lr_scheduler; got"):
+        optimizer.step()

@@ -1,0 +1,61 @@
+"""State on a device: nothing of it is lost, and nobody else's copy changes it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lars_array.hyperparams
+import lars_array.state.memory
+from lars_array import LARS
+from lars_array.state.device import ENTRIES, DeviceState
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch's tensors count as lying on a device."""
+    for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
+        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor))
+
+
+def test_waiting_reads_counts_of_which_no_copy_was_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    state = DeviceState([True], [0.0], like=torch.ones(1))
+    state._pinned.pinned = np.zeros(ENTRIES, np.int64)
+    for _ in range(5):
+        assert state.decide(None, None, None, None, None) is None
+        state.queued(may_fail=False)
+    before, now, replayed = state.poll(wait=True)
+    assert (before.taken, now.taken, replayed) == (0, 5, 0)
+    assert state.poll(wait=False)[1].taken == 0, "the copy, which is older"
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_leaves_the_original_as_it_is(twin: Any, pretended: None) -> None:
+    p = torch.ones(3)
+    optimizer = LARS([p], lr=0.1, momentum=0.9, nonfinite="skip")
+    optimizer.step([torch.full((3,), float("nan"))])
+    device, buffers = optimizer._state.device, optimizer._state.buffers
+    assert device is not None and buffers[0] is not None
+    other = twin(optimizer)
+    assert optimizer._state.device is device and optimizer._state.buffers is buffers
+    assert other._state.buffers == [None] and other.skipped_steps == optimizer.skipped_steps == 1
+    for one in (optimizer, other):
+        one.step([torch.ones(3)])
+        one.synchronize()
+    assert optimizer.steps == other.steps == 1
+
+
+def test_found_inf_on_a_device_counts_for_parameters_on_the_host(pretended: None) -> None:
+    p = np.ones(3)
+    optimizer = LARS([p], lr=0.1)
+    optimizer.step([np.ones(3)], found_inf=torch.tensor(1.0))
+    assert (optimizer.steps, optimizer.skipped_steps) == (0, 1)
+    assert p.tolist() == [1.0] * 3
+    optimizer.step([np.ones(3)], found_inf=torch.tensor(0.0))
+    assert (optimizer.steps, optimizer.skipped_steps) == (1, 1)
