@@ -225,8 +225,8 @@ def span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[i
 def changed_in_place(name: str, dtype: Any, shape: Any, p: Any) -> ValueError:
     """Return the error for a parameter whose owner has changed its memory, shape or dtype in place."""
     return ValueError(
-        f"parameter {name!r} must keep its memory, shape and dtype; it had shape {shape!r} and dtype {dtype!r}, and "
-        f"now, or elsewhere, has {p.shape!r} and {p.dtype!r}"
+        f"parameter {name!r} was modified in place: expected shape {shape!r} and dtype {dtype!r} at its original "
+        f"address; found {p.shape!r} and {p.dtype!r}"
     )
 
 

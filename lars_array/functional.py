@@ -127,10 +127,10 @@ class State(NamedTuple):
         Number of steps taken.
     momentum_buffers : dict of str to array
         By name of parameter, with its shape; float32 for half precision, else with its dtype.
-    first : bool array of shape (layers,)
+    first : bool array of shape (parameters,)
         In the order of sorted names: true where the buffer has not been used yet.
-    previous_lr : array of shape (layers,)
-        In the order of sorted names: the learning rate of a layer's last step, 0 before the first.
+    previous_lr : array of shape (parameters,)
+        In the order of sorted names: the learning rate of a parameter's last step, 0 before the first.
     """
 
     step: Any
@@ -187,8 +187,8 @@ def update(
     layer_of : mapping or callable, optional
         As for `LARS`.
     **hyper
-        The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), also traced ones. each may be
-        a function of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
+        The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), including traced ones, or
+        functions of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
 
     Returns
     -------

@@ -56,8 +56,8 @@ class LARS:
     layer_of : mapping or callable, optional
         As for `lars_jax.lars`.
     donate : bool
-        Whether parameters are handed over: those given here are deleted, and so are, by the next step, those that a
-        step has returned; it writes in place, and needs them to be there. Else a step costs a copy of the parameters.
+        If True, the arrays given here are deleted, and those that a step returns by the next step, which reuses their
+        memory. If False, each step copies the parameters.
 
     Attributes
     ----------

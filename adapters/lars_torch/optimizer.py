@@ -42,8 +42,8 @@ class LARS(Optimizer):
     differentiable : bool
         Whether a step is recorded by autograd. Then steps run on torch's own functions.
     foreach, fused, capturable : bool, optional
-        Accepted and ignored: every step handles all tensors at once and each element once, and one on a CUDA device
-        that is not the first can be captured in a graph; give the learning rate as a tensor there.
+        Accepted and ignored: every step handles all tensors at once and each element once. Every step but the first can
+        be captured in a CUDA graph; pass the learning rate as a tensor there.
     layer_of : mapping or callable, optional
         As there; a parameter without a name is named by its position, such as "0". The parts of a layer must lie on
         one device.

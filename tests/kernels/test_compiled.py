@@ -230,7 +230,7 @@ def test_a_parameter_that_was_resized_is_refused(size: int, kernel: str) -> None
     before = p.copy()
     for g in (np.ones(size), np.ones(4), p[:]):
         with (
-            pytest.raises(ValueError, match="parameter '0' must keep its memory, shape and dtype")
+            pytest.raises(ValueError, match="parameter '0' was modified in place: expected shape")
             if size != 4
             else (pytest.raises(ValueError, match="must") if g.base is p else contextlib.nullcontext())
         ):
@@ -248,7 +248,7 @@ def test_a_parameter_whose_shape_was_changed_in_place_is_refused(kernel: str) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         p.shape = (4, 3)
-    with pytest.raises(ValueError, match="parameter '0' must keep its memory, shape and dtype"):
+    with pytest.raises(ValueError, match="parameter '0' was modified in place: expected shape"):
         optimizer.step([np.ones((4, 3))])
     assert p.tolist() == np.full((4, 3), 0.5).tolist()
 
