@@ -243,7 +243,7 @@ class StepProgram:
         addresses = self._param_specs.addresses(state.params)
         if addresses is None or addresses.tobytes() != self._addresses.tobytes():
             if state.params is params:
-                self._refuse_changed(state)
+                self._refuse_changed(state, grads)
             return None
         for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
             if arrays is not before and not (all(map(is_, arrays, before)) and state.addresses(arrays) == at):
@@ -275,9 +275,11 @@ class StepProgram:
             if owner is not None:
                 raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
 
-    def _refuse_changed(self, state: ParamState) -> None:
-        """Raise for a parameter of this program that its owner has changed; others may change while they sit out."""
+    def _refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
+        """Raise for a parameter that its owner has changed, unless it sits out this step or sat out the last."""
         for i in self._position.tolist():
+            if grads[i] is None:
+                continue
             name, p = state.names[i], state.params[i]
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)

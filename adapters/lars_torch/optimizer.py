@@ -322,6 +322,10 @@ class LARS(Optimizer):
                 self._skipped += 1
                 return
             found_inf = None
+        if not steps:  # hyper-parameters are checked and found_inf counts all the same
+            for part in self._parts:
+                part.groups(self.param_groups, grad_scale)
+            self._skipped += bool(self._parts and found_inf is not None and bool(found_inf))
         if len(steps) < len(self._parts) and steps:  # the last step is not that of the other parts
             for part in self._parts:
                 part.result = part.result if part in [stepped for stepped, *_ in steps] else None

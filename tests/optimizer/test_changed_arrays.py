@@ -146,3 +146,20 @@ def test_gradients_are_not_kept(kernel: str, policy: str) -> None:
     del grads
     gc.collect()
     assert all(g() is None for g in known)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_parameter_may_be_frozen_or_resized_while_it_sits_out(kernel: str) -> None:
+    a, b = np.ones(3), np.ones(4)
+    optimizer = LARS({"a": a, "b": b}, 0.5, kernel=kernel)
+    optimizer.step([np.ones(3), np.ones(4)])
+    a.setflags(write=False)
+    for _ in range(2):
+        optimizer.step([None, np.ones(4)])
+    with pytest.raises(ValueError, match="^parameter 'a' must be writable"):
+        optimizer.step([np.ones(3), np.ones(4)])
+    a.setflags(write=True)
+    optimizer.step([np.ones(3), np.ones(4)])
+    b.resize(5, refcheck=False)
+    optimizer.step([np.ones(3), None])
+    assert a.tolist() == [-0.5] * 3 and optimizer.steps == 5

@@ -130,3 +130,20 @@ def test_masters_go_and_come_with_the_option() -> None:
 def test_a_recorded_step_has_no_masters() -> None:
     with pytest.raises(ValueError, match="differentiable and master_weights exclude each other"):
         LARS([torch.zeros(2)], lr=0.1, differentiable=True, master_weights=True)
+
+
+def test_a_step_without_gradients_is_checked_and_can_be_skipped() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = LARS([p], lr=0.1)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()
