@@ -156,7 +156,7 @@ def test_a_parameter_may_be_frozen_or_resized_while_it_sits_out(kernel: str) -> 
     a.setflags(write=False)
     for _ in range(2):
         optimizer.step([None, np.ones(4)])
-    with pytest.raises(ValueError, match="^parameter 'a' must be writable"):
+    with pytest.raises(ValueError, match=r"^parameter 'a' must be writable"):
         optimizer.step([np.ones(3), np.ones(4)])
     a.setflags(write=True)
     optimizer.step([np.ones(3), np.ones(4)])
