@@ -224,8 +224,12 @@ def at_step(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 
 def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
     """Return the options with schedules evaluated at `step`."""
-    functions = {name: options[name] for name in NUMBERS if callable(options.get(name))}
-    return {**options, **{name: function(step) for name, function in functions.items()}}
+    group = dict(options)
+    for name in NUMBERS:
+        for _ in range(2):  # a schedule may return another
+            if callable(group.get(name)):
+                group[name] = group[name](step)
+    return group
 
 
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
