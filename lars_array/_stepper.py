@@ -30,7 +30,6 @@ from lars_array._arrays import (
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
-from lars_array.kernels.tape import INPUTS, record
 from lars_array.layers import LayerRows, labels_of
 from lars_array.nonfinite import finite, finite_layers, max_finite, max_square_sum, quick_finite, refuse_nonfinite
 from lars_array.state.device import DeviceRows, DeviceState
@@ -399,6 +398,8 @@ class StepProgram:
 
 def reads_previous_lr(rule: Any) -> bool:
     """Return whether steps by a rule depend on the learning rate of the step before."""
+    from lars_array.kernels.tape import INPUTS, record  # only what asks pays for the import
+
     tape = record(resolve(rule))
     register = INPUTS.index("previous_lr")
     return tape is None or bool((tape.operations[:, 1:] == register).any() or (tape.outputs == register).any())

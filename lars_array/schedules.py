@@ -7,7 +7,6 @@ step, starting from 0.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -56,13 +55,30 @@ class _WarmUp:
     end_lr: float
     start_lr: float
 
-    def __post_init__(self) -> None:
-        if _count("warmup_steps", self.warmup_steps, least=0) > _count("total_steps", self.total_steps, least=1):
-            raise ValueError(
-                f"warmup_steps must be at most total_steps={self.total_steps!r}, got {self.warmup_steps!r}"
-            )
-        rates = {name: _real(name, getattr(self, name)) for name in ("peak_lr", "end_lr", "start_lr")}
-        vars(self).update(rates, total_steps=int(self.total_steps), warmup_steps=int(self.warmup_steps))
+    # Not a dataclass: making two would be a sixth of `import lars_array`.
+
+    def _set(self, peak_lr: float, total_steps: int, warmup_steps: int, end_lr: float, start_lr: float) -> None:
+        if _count("warmup_steps", warmup_steps, least=0) > _count("total_steps", total_steps, least=1):
+            raise ValueError(f"warmup_steps must be at most total_steps={total_steps!r}, got {warmup_steps!r}")
+        vars(self).update(
+            peak_lr=_real("peak_lr", peak_lr),
+            total_steps=int(total_steps),
+            warmup_steps=int(warmup_steps),
+            end_lr=_real("end_lr", end_lr),
+            start_lr=_real("start_lr", start_lr),
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} can't be set: make another {type(self).__name__}")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     def __call__(self, step: Any) -> Any:
         if isinstance(step, Integral):
@@ -90,7 +106,6 @@ class _WarmUp:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class warmup_cosine(_WarmUp):  # noqa: N801 - used as a function, like functools.partial; its repr is the call
     """Linear warm-up, then half a cosine down to `end_lr`.
 
@@ -126,17 +141,15 @@ class warmup_cosine(_WarmUp):  # noqa: N801 - used as a function, like functools
     [0.0, 1.6, 3.2, 1.6, 0.0, 0.0]
     """
 
-    peak_lr: float
-    total_steps: int
-    warmup_steps: int = 0
-    end_lr: float = 0.0
-    start_lr: float = 0.0
+    def __init__(
+        self, peak_lr: float, total_steps: int, warmup_steps: int = 0, end_lr: float = 0.0, start_lr: float = 0.0
+    ) -> None:
+        self._set(peak_lr, total_steps, warmup_steps, end_lr, start_lr)
 
     def _left(self, decayed: Any, xp: Any) -> Any:
         return 0.5 * (1.0 + xp.cos(math.pi * decayed))
 
 
-@dataclass(frozen=True)
 class warmup_polynomial(_WarmUp):  # noqa: N801 - see warmup_cosine
     """Linear warm-up, then the polynomial decay of the LARS paper and of MLPerf.
 
@@ -178,16 +191,19 @@ class warmup_polynomial(_WarmUp):  # noqa: N801 - see warmup_cosine
     [0.0, 5.0, 10.0, 2.5, 0.0, 0.0]
     """
 
-    peak_lr: float
-    total_steps: int
-    warmup_steps: int = 0
-    end_lr: float = 1e-4
-    power: float = 2.0
-    start_lr: float = 0.0
+    power: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        vars(self)["power"] = _real("power", self.power, positive=True)
+    def __init__(
+        self,
+        peak_lr: float,
+        total_steps: int,
+        warmup_steps: int = 0,
+        end_lr: float = 1e-4,
+        power: float = 2.0,
+        start_lr: float = 0.0,
+    ) -> None:
+        self._set(peak_lr, total_steps, warmup_steps, end_lr, start_lr)
+        vars(self)["power"] = _real("power", power, positive=True)
 
     def _left(self, decayed: Any, xp: Any) -> Any:
         return (1.0 - decayed) ** self.power

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,6 @@ INPUTS = ("p_squares", "g_squares", "third_sum", "gamma", *Hyper._fields)
 OPERATIONS = ("add", "subtract", "multiply", "divide", "less", "less_equal", "equal", "where", "sqrt", "absolute")
 
 
-@dataclass(frozen=True, eq=False)
 class Tape:
     """`core.coefficients` for one layer, as operations on registers.
 
@@ -40,9 +38,8 @@ class Tape:
         The registers of the coefficients.
     """
 
-    operations: Any
-    constants: Any
-    outputs: Any
+    def __init__(self, operations: Any, constants: Any, outputs: Any) -> None:
+        self.operations, self.constants, self.outputs = operations, constants, outputs
 
 
 # By the identity of a rule's function, which may be equal to another or unhashable; entries end with the function.
