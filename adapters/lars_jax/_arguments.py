@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from lars_jax._devices import check_has_values
-from lars_jax._messages import short
+from lars_jax._messages import shown
 from lars_jax._trees import Leaves, as_bool, as_count, spread
 
 __all__ = ["LarsArguments", "check_rate", "is_schedule"]
@@ -27,7 +27,9 @@ class LarsArguments(NamedTuple):
         decayed = spread("weight_decay_mask", self.weight_decay_mask, leaves, *booleans, optional=optional)
         adapted = spread("trust_ratio_mask", self.trust_ratio_mask, leaves, *booleans, optional=optional)
         counts = "integers of at least 0", as_count
-        return list(zip(decayed, adapted, spread("layer_axes", self.layer_axes, leaves, *counts, optional=optional)))
+        axes = spread("layer_axes", self.layer_axes, leaves, *counts, optional=optional)
+        given = zip(decayed, adapted, axes)
+        return [(x is None or x, y is None or y, z or 0) for x, y, z in given]
 
     def scheduled(self, step: Any) -> dict[str, Any]:
         """Return the hyper-parameters with the values of schedules at a step."""
@@ -62,5 +64,5 @@ def check_rate(name: str, value: Any, params: Any = None) -> None:
     if is_number or callable(value) or getattr(value, "shape", None) == ():
         return
     if isinstance(params, Real) or callable(params):
-        raise TypeError(f"params must come before {name}; got {short(params)} and {short(value)} in the other order")
-    raise TypeError(f"{name} must be a number, an array of shape () or a schedule; got {short(value)}")
+        raise TypeError(f"params must come before {name}; got {shown(params)} and {shown(value)} in the other order")
+    raise TypeError(f"{name} must be a number, an array of shape () or a schedule; got {shown(value)}")

@@ -14,7 +14,7 @@ from lars_array._arrays import ArraySpecs, array_at, check_gradient
 from lars_array._stepper import KEPT
 from lars_jax._devices import check_has_values, cuda_device, devices_of, first_cpu, is_cuda
 from lars_jax._donation import barrier, check_context, copy, donate
-from lars_jax._messages import short
+from lars_jax._messages import shown
 
 __all__ = ["CudaBuffers", "DonatedBuffers", "GradientSpecs", "buffers_of"]
 
@@ -135,7 +135,7 @@ class DonatedBuffers:
         """Raise unless a value is an array on the device, with values; `what` is its name in messages."""
         check_has_values(what, array)
         if not isinstance(array, (jax.Array, np.ndarray)):
-            raise TypeError(f"{what} must be an array; got {short(array)}")
+            raise TypeError(f"{what} must be an array; got {shown(array)}")
         _check_device(what, array, self._device)
 
     def gradients(self, given: Sequence[Any]) -> list[Any]:
@@ -156,6 +156,7 @@ class DonatedBuffers:
 
     def _checked(self, name: str, g: Any, p: Any) -> Any:
         """Return a gradient in the order of the parameter's elements; raise if it does not fit."""
+        g = np.asarray(g) if isinstance(g, np.generic) else g
         self.check(f"the gradient of {name!r}", g)
         if g.shape != p.shape or g.dtype != p.dtype:
             check_gradient(name, *(np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in (g, p)))

@@ -39,7 +39,7 @@ def mapped_axes(axis_name: Any, leaves: Leaves) -> list[Axes]:
     """Return the mapped axes that each leaf is split over, as `lars` was given them."""
     value = () if axis_name is None else axis_name
     # A tuple is a tree where the parameters are one too, else several names.
-    return spread("axis_name", value, leaves, "names of mapped axes", _name, _names)
+    return [names or () for names in spread("axis_name", value, leaves, "names of mapped axes", _name, _names)]
 
 
 def sum_over_devices(S: Any, axes: Sequence[Axes]) -> Any:

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from lars_array._arrays import COMPUTE, check_parameter, dtype_name
 
-__all__ = ["check_leaf", "is_torch", "no_parameters", "short"]
-
-_SHORT = reprlib.Repr()
-_SHORT.maxother = _SHORT.maxstring = 80
-_SHORT.maxlevel = 3
+__all__ = ["check_leaf", "check_tree", "is_torch", "no_parameters", "shown"]
 
 
-def short(x: Any) -> str:
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Return type, shape and dtype of an array, which may be traced or deleted, instead of its values."""
+        if isinstance(x, type) or not (getattr(x, "shape", ()) and hasattr(x, "dtype")):
+            return super().repr_instance(x, level)
+        return f"{type(x).__name__} of shape {self.repr(tuple(x.shape))} and dtype {x.dtype}"
+
+
+_SHORT = _Short()
+
+
+def shown(x: Any) -> str:
     """Return the repr of an object, cut to a length that can be read."""
     text = " ".join(_SHORT.repr(x).split())
     return text if len(text) <= 160 else f"{text[:150]}..."
+
+
+def check_tree(what: str, tree: Any) -> None:
+    """Raise TypeError for an iterator, which JAX takes for a leaf; `what` is its name in messages."""
+    if hasattr(tree, "__next__"):
+        raise TypeError(f"{what} must be a tree of arrays, such as a list or a dict; got the iterator {shown(tree)}")
 
 
 def check_leaf(name: str, leaf: Any) -> None:
@@ -28,17 +44,17 @@ def check_leaf(name: str, leaf: Any) -> None:
     if isinstance(leaf, jax.ShapeDtypeStruct) and dtype_name(leaf.dtype) in COMPUTE:
         return
     if _is_odd(leaf):
-        raise TypeError(f"parameter {name!r} must be an array{_way_out(leaf)}; got {short(leaf)}")
+        raise TypeError(f"parameter {name!r} must be an array{_way_out(leaf)}; got {shown(leaf)}")
     check_parameter(name, leaf)
 
 
-def no_parameters(leaves: Sequence[Any]) -> Exception:
-    """Return the error for the leaves of a tree without parameters."""
+def no_parameters(params: Any) -> Exception:
+    """Return the error for a tree without parameters."""
     text = "optimizer got an empty parameter list: params must be a tree with floating-point arrays"
-    odd = next(filter(_is_odd, leaves), None)
+    odd = next(filter(_is_odd, jax.tree.leaves(params)), None)
     if odd is None:
-        return ValueError(f"{text}; got {len(leaves)} leaves of other types")
-    return TypeError(f"{text}{_way_out(odd)}; got {short(odd)}")
+        return ValueError(f"{text}; got {shown(params)}")
+    return TypeError(f"{text}{_way_out(odd)}; got {shown(odd)}")
 
 
 def _is_odd(leaf: Any) -> bool:
@@ -53,6 +69,4 @@ def is_torch(x: Any) -> bool:
 def _way_out(leaf: Any) -> str:
     if is_torch(leaf):
         return ", and torch parameters belong in lars_torch.LARS"
-    if hasattr(leaf, "__next__"):
-        return ", and JAX takes an iterator for one leaf: make it a list or a dict"
     return ", and None where nothing is trained, as equinox.filter puts it" if callable(leaf) else ""

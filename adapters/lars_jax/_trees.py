@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, all_leaves, keystr, tree_flatten_with_path
 
-from lars_jax._messages import short
+from lars_jax._messages import check_tree, shown
 
 __all__ = ["Leaves", "as_bool", "as_count", "as_jax", "spread"]
 
@@ -36,6 +36,7 @@ class Leaves(NamedTuple):
     @classmethod
     def of(cls, tree: Any) -> Leaves:
         """Return the leaves of a tree."""
+        check_tree("params", tree)
         found, structure = tree_flatten_with_path(tree)
         names = [keystr(path, simple=True, separator=".") or "0" for path, _ in found]
         repeated = {name for name, count in Counter(names).items() if count > 1}
@@ -60,6 +61,7 @@ class Leaves(NamedTuple):
         ValueError
             If it has other names.
         """
+        check_tree(what, other)
         try:
             found = list(self.structure.flatten_up_to(other))
             if all_leaves([x for x in found if x is not None]):
@@ -70,9 +72,9 @@ class Leaves(NamedTuple):
         places = [entries.at(path) for path in self.paths]
         needed = [True] * len(places) if optional is None else [not x for x in optional]
         missing = [name for name, place, is_needed in zip(self.names, places, needed) if is_needed and place is None]
-        if _is_module(self.structure) and jax.tree.structure(other).node_data() != self.structure.node_data():
-            missing = []
         counts = Counter(place for place in places if place is not None)
+        if counts and _may_lack(self.structure, jax.tree.structure(other)):
+            missing = []
         extra = [keys for i, keys in enumerate(entries.paths) if entries.values[i] is not None and counts[i] != 1]
         if missing or extra or other is None:
             raise ValueError(f"{what} must have the structure of the parameters; {_difference(missing, extra, other)}")
@@ -82,7 +84,7 @@ class Leaves(NamedTuple):
 def spread(
     option: str, value: Any, leaves: Leaves, wanted: str, *reads: Callable[[Any], Any], optional: Sequence[bool] = ()
 ) -> list[Any]:
-    """Return an option's value for each leaf.
+    """Return an option's value for each leaf, None for one that needs none.
 
     Parameters
     ----------
@@ -138,8 +140,7 @@ def _spread(
     lacking = [i for i, x in enumerate(found) if x is None and not (optional and optional[i])]
     extra = set(range(len(values))) - set(places)
     extra = {i for i in extra if entries.values[i] is not None}
-    of_value = jax.tree.structure(value)
-    if _is_module(of_value) and of_value.node_data() != leaves.structure.node_data():
+    if _may_lack(of_value := jax.tree.structure(value), leaves.structure):
         extra = set()
     if extra:
         empty = _Entries(leaves.tree, lambda x: not jax.tree.leaves(x))
@@ -148,7 +149,9 @@ def _spread(
     given = [i for i in lacking if places[i] is not None]
     if given and not extra:
         name, x = leaves.names[given[0]], entries.values[places[given[0]]]  # type: ignore[index]
-        return TypeError(f"{option} must hold {wanted}; got {short(x)} for {name!r}")
+        return TypeError(f"{option} must hold {wanted}; got {shown(x)} for {name!r}")
+    if len(lacking) < len(found) and _may_lack(leaves.structure, of_value):
+        lacking = []
     if lacking or extra:
         missing = [leaves.names[i] for i in lacking]
         difference = _difference(missing, [entries.paths[i] for i in sorted(extra)], value)
@@ -179,18 +182,19 @@ def _keys(path: Sequence[Any]) -> Path:
     return tuple(keystr((key,), simple=True) for key in path)
 
 
-def _is_module(structure: Any) -> bool:
-    """Return whether a tree is an object of a class of its own, which may hold more than parameters."""
-    node = structure.node_data()
-    return node is not None and not issubclass(node[0], (Mapping, list, tuple))
+def _may_lack(tree: Any, other: Any) -> bool:
+    """Return whether a structure is a module's, which may hold more than there are entries for in another's."""
+    kind, _ = tree.node_data() or (tuple, None)
+    of_other, _ = other.node_data() or (None, None)
+    return kind is not of_other and not issubclass(kind, (Mapping, list, tuple))
 
 
 def _difference(missing: Sequence[str], extra: Sequence[Path], given: Any) -> str:
     if all_leaves([given]):
-        return f"got {short(given)}"
-    parts = [f"it has nothing for {short(missing[0])}"] if missing else []
-    parts += [f"no parameter is at {short('.'.join(extra[0]))}"] if extra else []
-    return " and ".join(parts) or f"got {short(given)}"
+        return f"got {shown(given)}"
+    parts = [f"it has nothing for {shown(missing[0])}"] if missing else []
+    parts += [f"no parameter is at {shown('.'.join(extra[0]))}"] if extra else []
+    return " and ".join(parts) or f"got {shown(given)}"
 
 
 # ------------------------------------------------------------------------------------------------- entries as values

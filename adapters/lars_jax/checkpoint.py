@@ -13,7 +13,7 @@ import numpy as np
 from lars_array._arrays import accumulation_dtype, compute_dtype
 from lars_array.hyperparams import complete, needs_buffer
 from lars_array.state.checkpoint import read_checkpoint
-from lars_jax._messages import check_leaf, short
+from lars_jax._messages import check_leaf, shown
 from lars_jax._trees import Leaves, as_jax
 from lars_jax.transformation import LarsState, bind_arguments
 
@@ -140,7 +140,7 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
 
 def _names_of_groups(state_dict: Any) -> list[list[str]]:
     if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
-        raise TypeError(f"state_dict must be what state_dict() returned; got {short(state_dict)}")
+        raise TypeError(f"state_dict must be what state_dict() returned; got {shown(state_dict)}")
     groups = state_dict["param_groups"]
     if not all(isinstance(group, Mapping) and "names" in group for group in groups):
         raise ValueError("state_dict must hold groups with the key 'names'")
@@ -153,7 +153,7 @@ def _check_names(given: Sequence[str], wanted: Sequence[str]) -> None:
     for name, surplus in counts.items():
         if surplus:
             found = "an unknown or repeated" if surplus > 0 else "no"
-            raise ValueError(f"state_dict must be of parameters named as these are; it has {found} {short(name)}")
+            raise ValueError(f"state_dict must be of parameters named as these are; it has {found} {shown(name)}")
 
 
 def _found(state: Any) -> LarsState:

@@ -28,7 +28,7 @@ from lars_array.state.checkpoint import read_checkpoint
 from lars_jax._arguments import LarsArguments, check_rate
 from lars_jax._buffers import DonatedBuffers, buffers_of
 from lars_jax._devices import check_has_values
-from lars_jax._messages import check_leaf, is_torch, no_parameters, short
+from lars_jax._messages import check_leaf, is_torch, no_parameters, shown
 from lars_jax._trees import Leaves
 from lars_jax.checkpoint import regrouped
 
@@ -126,7 +126,7 @@ class LARS:
         is_parameter = list(map(_is_parameter, tree.names, values))
         index = [i for i, yes in enumerate(is_parameter) if yes]
         if not index:
-            raise no_parameters(values)
+            raise no_parameters(params)
         for i in index:
             check_parameter(tree.names[i], values[i])
         self._optional = [not yes for yes in is_parameter]
@@ -342,7 +342,7 @@ class LARS:
         lines = []
         for number, group in enumerate(self._param_groups):
             changed = {key: x for key, x in options_of(group).items() if x != DEFAULTS.get(key, required)}
-            options = ", ".join(f"{key}={short(x)}" for key, x in changed.items())
+            options = ", ".join(f"{key}={shown(x)}" for key, x in changed.items())
             lines.append(f"  group {number}: {len(group['names'])} parameters, {options}")
         return "\n".join(["lars_jax.LARS(", *lines, ")"])
 

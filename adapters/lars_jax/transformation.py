@@ -20,7 +20,7 @@ from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, 
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_jax._arguments import LarsArguments, check_rate, is_schedule
 from lars_jax._collective import NAMESPACE, mapped_axes, sum_over_devices
-from lars_jax._messages import check_leaf, short
+from lars_jax._messages import check_leaf, shown
 from lars_jax._trees import Leaves, as_jax
 
 __all__ = ["LarsState", "bind_arguments", "lars"]
@@ -172,7 +172,9 @@ def lars(
         rows = LayerRows.of(own, ps, [axes for _, _, axes in options], labels)
         of_rows, of_leaves = jnp.asarray(rows.spread(index)), jnp.asarray(index)
         first, previous_lr = state.first[of_rows], state.previous_lr[of_rows]
-        group = at_step(arguments.scheduled(state.count), state.count)
+        now = arguments.scheduled(state.count)
+        check_rate("learning_rate", now["lr"])
+        group = at_step(now, state.count)
         inputs = _inputs(group, rows.spread(options), first, previous_lr, like=ps[0])
         axes = mapped_axes(axis_name, tree)
         reduce = partial(sum_over_devices, axes=[axes[i] for i in rows.spread(index)])
@@ -216,7 +218,7 @@ def _arguments_of(given: Mapping[str, Any]) -> LarsArguments:
     axes = hyper.pop("layer_axes")
     if isinstance(axes, jax.Array):
         way_out = "give a number, and with optax.inject_hyperparams list it in static_args"
-        raise TypeError(f"layer_axes must be known when a step is traced: {way_out}; got {short(axes)}")
+        raise TypeError(f"layer_axes must be known when a step is traced: {way_out}; got {shown(axes)}")
     if hyper["eps"] is None:
         rule = hyper["rule"]
         named = isinstance(rule, str) and rule in lars_array.RULES
@@ -257,7 +259,7 @@ def _check_order(updates: Any, state: Any, params: Any) -> None:
     """Raise for arguments of `update` that are missing or stand in each other's place."""
     if not isinstance(state, LarsState):
         place = next((n for n, x in (("first", updates), ("third", params)) if isinstance(x, LarsState)), None)
-        got = short(state) if place is None else f"it as the {place} argument"
+        got = shown(state) if place is None else f"it as the {place} argument"
         raise TypeError(
             f"state must be what init or update of lars returned, in update(grads, state, params); got {got}"
         )

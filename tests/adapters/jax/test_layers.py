@@ -68,7 +68,7 @@ def test_leaves_of_one_label_are_one_layer() -> None:
         ({"layer_axes": {"b": True}}, TypeError, "layer_axes must hold integers of at least 0; got True"),
         ({"layer_of": {"c": 1}}, ValueError, "layer_of must hold names of parameters; got 'c'"),
         ({"axis_name": [jnp.ones(1)]}, ValueError, "axis_name must have the structure"),
-        ({"axis_name": {"b": jnp.ones(1)}}, TypeError, "axis_name must hold names of mapped axes; got Array"),
+        ({"axis_name": {"b": jnp.ones(1)}}, TypeError, "axis_name must hold names of mapped axes; got ArrayImpl"),
     ],
 )
 def test_refusals(options: dict[str, Any], kind: type[Exception], message: str) -> None:

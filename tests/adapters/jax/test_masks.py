@@ -134,10 +134,24 @@ def test_a_module_that_is_no_mask_is_called() -> None:
 
     plain = expected(weight_decay_mask={"w": True, "b": False})
     for mask in (ByAxes(2), jax.tree_util.Partial(lambda p: {"w": True, "b": False})):
-        assert_equal(updated(params(), grads(), lars(0.1, **OPTIONS, weight_decay_mask=mask)), plain)
+        solver = lars(0.1, **OPTIONS, weight_decay_mask=mask)
+        assert_equal(updated(params(), grads(), solver), plain)
+        assert_equal(updated(Model(**params()), Model(**grads()), solver), Model(**plain))
     wrong = lars(0.1, weight_decay_mask=Model(w=True, b=None))
     with pytest.raises(TypeError, match="weight_decay_mask must hold True or False; got None for 'b'"):
         updated(params(), grads(), wrong)
+
+
+def test_a_module_may_hold_more_than_is_trained() -> None:
+    """As those of Flax hold statistics beside the parameters that its State of gradients is of."""
+    more = Model(**params() | {"b": {"bias": params()["b"], "mean": jnp.ones(2)}})
+    g = {"w": grads()["w"], "b": {"bias": grads()["b"]}}
+    after = LARS(more, 0.1, 0.9, **OPTIONS, weight_decay_mask={"w": True, "b": {"bias": False}}).step(g)
+    plain = jax.tree.map(jnp.add, params(), expected(weight_decay_mask={"w": True, "b": False}))
+    assert_equal(after, Model(w=plain["w"], b={"bias": plain["b"], "mean": jnp.ones(2)}))
+    for wrong in ({"w": grads()["w"], "b": {"typo": grads()["b"]}}, {"x": grads()["w"]}, {}, {"b": grads()["b"]}):
+        with pytest.raises(ValueError, match="grads must have the structure of the parameters"):
+            LARS(more, 0.1).step(wrong)
 
 
 def test_modules_of_equinox() -> None:
@@ -299,7 +313,7 @@ def test_weight_decay_that_is_zero_for_some_steps() -> None:
         assert is_sgd == (step % 2 == 0)
 
 
-# -------------------------------------------------------------------------------------------------- names of mapped axes
+# ------------------------------------------------------------------------------------------------- names of mapped axes
 
 
 class Axis(enum.Enum):
