@@ -269,10 +269,9 @@ class StepProgram:
         if spans is not None and self._ranges.are_clear(begins + spans[:, 0], begins + spans[:, 1]):
             self._clear_at = now
             return
-        for name, g in zip(self._names, grads, strict=True):
-            owner = self._ranges.owner(state.view(g))
-            if owner is not None:
-                raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
+        found = self._ranges.find(state.view_all(grads))
+        if found is not None:
+            raise ValueError(f"the gradient of {self._names[found[0]]!r} must not share memory with {found[1]}")
 
     def _refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
         """Raise for a parameter that its owner has changed, unless it sits out this step or sat out the last."""
