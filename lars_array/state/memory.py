@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from array import array as numbers
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ from lars_array._arrays import array_at, is_on_accelerator
 __all__ = ["MemoryRanges", "check_writable"]
 
 MOST_STRIDES = 8  # that are tried to tell arrays apart
-MOST_WORK = 1 << 20  # of NumPy's exact comparison
+MOST_WORK: Any = 1 << 20  # of NumPy's exact comparison
 
 
 def check_writable(name: str, p: Any) -> None:
@@ -85,30 +86,48 @@ class MemoryRanges:
     def __init__(
         self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = (), masters: Sequence[Any] = ()
     ) -> None:
-        self._names, self._arrays = names, (params, buffers, masters)
-        unseen: dict[int, int] = {}
+        self._names, self._count = names, len(params)
+        self._arrays: Callable[[], Any] = lambda: (params, buffers, masters)
+        self._unseen: dict[int, int] = {}
         bounds = numbers("q")  # not objects: a model may have many thousand arrays
         for i, array in enumerate(chain(params, buffers, masters)):
             view = None if array is None else _host_view(array)
             if view is not None and view.size:
                 bounds.extend((*_bounds(view), i))
             elif array is not None:  # an empty array has no range either
-                if id(array) in unseen:
-                    raise ValueError(self._given_twice(i, unseen[id(array)]))
-                unseen[id(array)] = i
-        self._unseen = unseen
-        ranges = np.array(bounds, np.int64).reshape(-1, 3)
-        ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
-        self._starts, self._index = ranges[:, 0].copy(), ranges[:, 2].astype(np.int32)
-        self._reach = np.concatenate([[0], np.maximum.accumulate(ranges[:, 1])])
+                if id(array) in self._unseen:
+                    raise ValueError(self._given_twice(i, self._unseen[id(array)]))
+                self._unseen[id(array)] = i
+        self._sort(np.array(bounds, np.int64).reshape(-1, 3))
+
+    def moved(self, params: Callable[[], list[Any]], starts: Any, ends: Any) -> MemoryRanges:
+        """Return these ranges with those of all parameters elsewhere; `params` returns the arrays, for messages."""
+        ranges, (_, buffers, masters) = copy.copy(self), self._arrays()
+        ranges._arrays = lambda: (params(), buffers, masters)
+        bounds = np.stack([self._starts, self._ends, self._index], axis=1)
+        own = np.flatnonzero(self._index < self._count)
+        bounds[own, 0], bounds[own, 1] = starts[self._index[own]], ends[self._index[own]]
+        ranges._sort(bounds)
+        return ranges
+
+    def _sort(self, bounds: Any) -> None:
+        """Keep ranges, of shape (ranges, 3): first byte, the one after the last, and number; raise if they overlap."""
+        bounds = bounds[np.argsort(bounds[:, 0], kind="stable")]
+        self._starts, self._ends, self._index = bounds[:, 0].copy(), bounds[:, 1].copy(), bounds[:, 2].astype(np.int32)
+        self._reach = np.concatenate([[0], np.maximum.accumulate(self._ends)])
         if (self._starts < self._reach[:-1]).any():
-            index = self._index.tolist()
-            found = _overlap([_host_view(self._array(i)) for i in index])
+            views, index = self._views()
+            found = _overlap(views)
             if found is not None:
                 other, i = (index[k] for k in found)
                 if self._array(i) is self._array(other):
                     raise ValueError(self._given_twice(i, other))
                 raise ValueError(f"parameters must not overlap in memory; {self._label(i)} and {self._label(other)} do")
+
+    def _views(self) -> tuple[list[Any], list[int]]:
+        """Return the arrays that have ranges, and their numbers."""
+        arrays, index = list(chain(*self._arrays())), self._index.tolist()
+        return [_host_view(arrays[i]) for i in index], index
 
     def find(self, arrays: Sequence[Any]) -> tuple[int, str] | None:
         """Return the place of one of other arrays that shares memory with these, and what it shares; else None."""
@@ -116,8 +135,8 @@ class MemoryRanges:
             if id(array) in self._unseen:
                 return i, self._label(self._unseen[id(array)])
         views = {i: view for i, x in enumerate(arrays) if (view := _host_view(x)) is not None and view.size}
-        index = self._index.tolist()
-        found = _overlap([_host_view(self._array(i)) for i in index], list(views.values()))
+        own, index = self._views()
+        found = _overlap(own, list(views.values()))
         return None if found is None else (list(views)[found[1] - len(index)], self._label(index[found[0]]))
 
     def are_clear(self, starts: Any, ends: Any) -> bool:
@@ -125,19 +144,11 @@ class MemoryRanges:
         return bool((self._reach[self._starts.searchsorted(ends)] <= starts).all())
 
     def _array(self, i: int) -> Any:
-        params, buffers, masters = self._arrays
-        for arrays in (params, buffers):
-            if i < len(arrays):
-                return arrays[i]
-            i -= len(arrays)
-        return masters[i]
+        return list(chain(*self._arrays()))[i]
 
     def _label(self, i: int) -> str:
-        for arrays, kind in zip(self._arrays, ("parameter", "the momentum buffer of", "the master copy of")):
-            if i < len(arrays):
-                return f"{kind} {self._names[i]!r}"
-            i -= len(arrays)
-        raise IndexError(i)
+        kind = ("parameter", "the momentum buffer of", "the master copy of")[i // self._count]
+        return f"{kind} {self._names[i % self._count]!r}"
 
     def _given_twice(self, i: int, other: int) -> str:
         return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
@@ -184,8 +195,8 @@ def _touching(starts: Any, ends: Any, index: Any) -> list[Any]:
 
 def _length_in(view: Any, stride: int) -> int:
     """Return how many bytes an array spans if steps by multiples of `stride` count as none."""
-    reach = (abs(x) * (n - 1) for x, n in zip(view.strides, view.shape) if x % stride)
-    return view.itemsize + sum(reach)
+    reach = [abs(x) * (n - 1) for x, n in zip(view.strides, view.shape) if x % stride]
+    return sum(reach, int(view.itemsize))
 
 
 def _share(view: Any, other: Any) -> bool:
