@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lars_array._messages import shown
 from lars_array.state.inputs import Position, read_parameters
 
 __all__ = ["is_bias_or_norm", "param_groups"]
@@ -100,12 +101,12 @@ def _predicate(option: str, given: Predicate | Iterable[str] | None) -> Predicat
     if callable(given):
         return given
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {given!r}")
+        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {shown(given)}")
     patterns = list(given)
     if not all(isinstance(pattern, str | re.Pattern) for pattern in patterns):
-        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {given!r}")
+        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {shown(given)}")
     try:
         compiled = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise ValueError(f"{option} must hold regular expressions; {error.pattern!r}: {error}") from None
+        raise ValueError(f"{option} must hold regular expressions; {shown(error.pattern)}: {error}") from None
     return lambda name, array: any(pattern.search(name) for pattern in compiled)

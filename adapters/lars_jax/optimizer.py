@@ -18,9 +18,10 @@ from lars_array.hyperparams import (
     check_layer_axes,
     complete,
     defaults_from,
+    described,
     options_of,
     readable,
-    required,
+    warn_of_sgd,
 )
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import read_checkpoint
@@ -100,7 +101,7 @@ class LARS:
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -202,6 +203,8 @@ class LARS:
                 options, found = self._memory.numbers(self._param_groups, self._steps, found_inf)
                 groups = self._hyperparams.read(options, self._steps)
                 check_layer_axes(groups, self._axes)
+                if not self._steps + self._skipped_steps:
+                    warn_of_sgd(groups)
                 self._memory.acquire()
             except BaseException:
                 self._memory.forget()
@@ -323,12 +326,7 @@ class LARS:
             group.update(options | {"layer_axes": group["layer_axes"]})
 
     def __repr__(self) -> str:
-        lines = []
-        for number, group in enumerate(self._param_groups):
-            changed = {key: x for key, x in options_of(group).items() if x != DEFAULTS.get(key, required)}
-            options = ", ".join(f"{key}={x!r}" for key, x in changed.items())
-            lines.append(f"  group {number}: {len(group['names'])} parameters, {options}")
-        return "\n".join(["lars_jax.LARS(", *lines, ")"])
+        return described("lars_jax.LARS", self._param_groups)
 
     def _release(self) -> None:
         """Let `params` be the parameters as they are now."""

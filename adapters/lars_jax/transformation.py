@@ -15,7 +15,7 @@ from lars_array import core
 from lars_array._arrays import accumulation_dtype, check_buffer, check_gradient, check_parameter, compute_dtype
 from lars_array._stepper import finite_layers
 from lars_array.core import Rule
-from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer
+from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer, warn_of_sgd
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_jax._collective import mapped_axes, sum_over_devices
 from lars_jax._trees import as_jax, is_bool, is_count, leaves_as, named_leaves, spread
@@ -54,7 +54,7 @@ def lars(
     nesterov: bool = False,
     trust_coefficient: Any = 0.001,
     eps: Any = None,
-    rule: str | Rule | Callable[..., Any] = "flash",
+    rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
     trust_clip: bool = False,
     trust_bounds: tuple[float, float] | None = None,
     always_adapt: bool = False,
@@ -135,6 +135,7 @@ def lars(
     """
     arguments = _arguments_of(locals())
     keeps = needs_buffer(arguments.hyper)
+    has_warned = False
 
     def init(params: Any) -> LarsState:
         names, leaves, structure = named_leaves(params)
@@ -166,6 +167,10 @@ def lars(
 
         hyper = {name: x(state.count) if _is_schedule(name, x) else x for name, x in arguments.hyper.items()}
         groups, groups_of_leaves = groups_of(at_step(hyper, state.count), params, arguments)
+        nonlocal has_warned
+        if not has_warned:
+            has_warned = True
+            warn_of_sgd(groups)
         lists: Any = names, leaves, grads, trace, groups_of_leaves, labels_of(layer_of, names)
         own, ps, gs, vs, group_of, labels = ([x[i] for i in index] for x in lists)
         rows = LayerRows.of(own, ps, [groups[k]["layer_axes"] for k in group_of], labels)
