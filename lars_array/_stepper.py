@@ -303,6 +303,8 @@ class StepProgram:
         is_able = move is not None and spans is not None and self._rows is None and self._is_published
         if not is_able or addresses is None or params is self._lists[0]:
             return None
+        if bool((addresses == 0).any()):  # freed, or empty: to be looked at
+            return None
         program, masters = copy.copy(self), self._own(self._kept[1])
 
         def views() -> list[Any]:

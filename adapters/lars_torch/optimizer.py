@@ -139,6 +139,8 @@ class LARS(Optimizer):
             As for `LARS`; then nothing was added.
         """
         if isinstance(param_group, dict):
+            if isinstance(param_group.get("params"), Mapping):  # as lars_array.param_groups returns
+                param_group = {**param_group, "params": list(param_group["params"].items())}
             group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
             if group["lr"] is required:
                 number = len(self.param_groups)
