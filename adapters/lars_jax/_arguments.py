@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+from lars_array._stepper import shown
 from lars_jax._devices import check_has_values
-from lars_jax._messages import shown
 from lars_jax._trees import Leaves, as_bool, as_count, spread
 
 __all__ = ["LarsArguments", "check_rate", "is_schedule"]

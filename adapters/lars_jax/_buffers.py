@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_array._arrays import ArraySpecs, array_at, check_gradient
-from lars_array._stepper import KEPT
+from lars_array._stepper import KEPT, shown
 from lars_jax._devices import check_has_values, cuda_device, devices_of, first_cpu, is_cuda
 from lars_jax._donation import barrier, check_context, copy, donate
-from lars_jax._messages import shown
 
 __all__ = ["CudaBuffers", "DonatedBuffers", "GradientSpecs", "buffers_of"]
 
@@ -98,7 +97,7 @@ class DonatedBuffers:
         self._token, self._own = copy(self._token, jax.device_put(given, self._device), ())
         for name, mine, x in zip(self._names, self._own, given):
             if mine.dtype != x.dtype:
-                raise TypeError(f"JAX makes {mine.dtype!r} of {name!r}, {x.dtype!r}; see jax_enable_x64")
+                raise TypeError(f"JAX makes {mine.dtype!r} of {shown(name)}, {x.dtype!r}; see jax_enable_x64")
         self._is_wide = any(np.finfo(x.dtype).bits == 64 for x in self._own if x.dtype.kind in "fc")
         self._used: list[Any] = []  # JAX arrays that the kernels read
         self._replaced: list[Any] = []  # arrays that JAX may have copied instead of donating them
@@ -129,7 +128,7 @@ class DonatedBuffers:
             own = "with donate=True what a step returns are the parameters themselves"
             why = own if self.donates else "its memory is an array of JAX too, which jax.live_arrays lists"
             name = self._names[deleted.index(True)]
-            raise ValueError(f"parameter {name!r} was deleted: {why}; give replace_params others")
+            raise ValueError(f"parameter {shown(name)} was deleted: {why}; give replace_params others")
 
     def check(self, what: str, array: Any) -> None:
         """Raise unless a value is an array on the device, with values; `what` is its name in messages."""
@@ -157,7 +156,7 @@ class DonatedBuffers:
     def _checked(self, name: str, g: Any, p: Any) -> Any:
         """Return a gradient in the order of the parameter's elements; raise if it does not fit."""
         g = np.asarray(g) if isinstance(g, np.generic) else g
-        self.check(f"the gradient of {name!r}", g)
+        self.check(f"the gradient of {shown(name)}", g)
         if g.shape != p.shape or g.dtype != p.dtype:
             check_gradient(name, *(np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in (g, p)))
         return _in_order(g, p)
@@ -334,19 +333,19 @@ def buffers_of(names: Sequence[str], leaves: Sequence[Any], donates: bool) -> Do
     """
     home = None
     for name, leaf in zip(names, leaves):
-        check_has_values(f"parameter {name!r}", leaf)
+        check_has_values(f"parameter {shown(name)}", leaf)
         if not isinstance(leaf, jax.Array):
             continue
         found = devices_of(leaf)
         if len(found) > 1 or not (found[0] == first_cpu() or is_cuda(found[0])):
             raise TypeError(
-                f"parameter {name!r} must lie on the first CPU device or on one CUDA device, else use lars_jax.lars; "
-                f"got {', '.join(map(str, found))}"
+                f"parameter {shown(name)} must lie on the first CPU device or on one CUDA device, else use "
+                f"lars_jax.lars; got {', '.join(map(str, found))}"
             )
         if home is not None and found[0] != home[1]:
             raise TypeError(
-                f"parameters must lie on one device, else use lars_jax.lars; {home[0]!r} lies on {home[1]} and "
-                f"{name!r} on {found[0]}"
+                f"parameters must lie on one device, else use lars_jax.lars; {shown(home[0])} lies on {home[1]} and "
+                f"{shown(name)} on {found[0]}"
             )
         home = name, found[0]
     if home is None or not is_cuda(home[1]):

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any
 
 import jax
 
 from lars_array._arrays import COMPUTE, check_parameter, dtype_name
+from lars_array._stepper import shown
 
 __all__ = ["check_leaf", "check_tree", "is_torch", "no_parameters", "shown"]
-
-
-class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        """Return type, shape and dtype of an array, which may be traced or deleted, instead of its values."""
-        if isinstance(x, type) or not (getattr(x, "shape", ()) and hasattr(x, "dtype")):
-            return super().repr_instance(x, level)
-        return f"{type(x).__name__} of shape {self.repr(tuple(x.shape))} and dtype {x.dtype}"
-
-
-_SHORT = _Short()
-
-
-def shown(x: Any) -> str:
-    """Return the repr of an object, cut to a length that can be read."""
-    text = " ".join(_SHORT.repr(x).split())
-    return text if len(text) <= 160 else f"{text[:150]}..."
 
 
 def check_tree(what: str, tree: Any) -> None:
@@ -44,7 +23,7 @@ def check_leaf(name: str, leaf: Any) -> None:
     if isinstance(leaf, jax.ShapeDtypeStruct) and dtype_name(leaf.dtype) in COMPUTE:
         return
     if _is_odd(leaf):
-        raise TypeError(f"parameter {name!r} must be an array{_way_out(leaf)}; got {shown(leaf)}")
+        raise TypeError(f"parameter {shown(name)} must be an array{_way_out(leaf)}; got {shown(leaf)}")
     check_parameter(name, leaf)
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, all_leaves, keystr, tree_flatten_with_path
 
-from lars_jax._messages import check_tree, shown
+from lars_array._stepper import shown
+from lars_jax._messages import check_tree
 
 __all__ = ["Leaves", "as_bool", "as_count", "as_jax", "spread"]
 
@@ -149,7 +150,7 @@ def _spread(
     given = [i for i in lacking if places[i] is not None]
     if given and not extra:
         name, x = leaves.names[given[0]], entries.values[places[given[0]]]  # type: ignore[index]
-        return TypeError(f"{option} must hold {wanted}; got {shown(x)} for {name!r}")
+        return TypeError(f"{option} must hold {wanted}; got {shown(x)} for {shown(name)}")
     if len(lacking) < len(found) and _may_lack(leaves.structure, of_value):
         lacking = []
     if lacking or extra:

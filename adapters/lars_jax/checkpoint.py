@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_array._arrays import accumulation_dtype, compute_dtype
+from lars_array._stepper import shown
 from lars_array.hyperparams import complete, needs_buffer
 from lars_array.state.checkpoint import read_checkpoint
-from lars_jax._messages import check_leaf, shown
+from lars_jax._messages import check_leaf
 from lars_jax._trees import Leaves, as_jax
 from lars_jax.transformation import LarsState, bind_arguments
 
@@ -131,8 +132,8 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
             if options[name] != options[names[0]]:
                 differing = {key for key in options[name] if options[name][key] != options[names[0]].get(key)}
                 raise ValueError(
-                    f"state_dict must say the same of {names[0]!r} and {name!r}, which are in one group here; "
-                    f"their {min(differing, default='options')} differs"
+                    f"state_dict must say the same of {shown(names[0])} and {shown(name)}, which are in one group "
+                    f"here; their {min(differing, default='options')} differs"
                 )
         groups.append(options[names[0]] | {"names": list(names)})
     return {**state_dict, "param_groups": groups}

@@ -11,24 +11,25 @@ import numpy as np
 
 from lars_array import Norms, Rule
 from lars_array._arrays import ArraySpecs, check_parameter
-from lars_array._stepper import KEPT, ParamState, Stepper
+from lars_array._stepper import KEPT, ParamState, Stepper, shown
 from lars_array.hyperparams import (
     DEFAULTS,
     Hyperparams,
     check_layer_axes,
     complete,
     defaults_from,
+    described,
     options_of,
     readable,
-    required,
     scheduled,
+    warn_of_sgd,
 )
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import read_checkpoint
 from lars_jax._arguments import LarsArguments, check_rate
 from lars_jax._buffers import DonatedBuffers, buffers_of
 from lars_jax._devices import check_has_values
-from lars_jax._messages import check_leaf, is_torch, no_parameters, shown
+from lars_jax._messages import check_leaf, is_torch, no_parameters
 from lars_jax._trees import Leaves
 from lars_jax.checkpoint import regrouped
 
@@ -102,7 +103,7 @@ class LARS:
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -206,7 +207,7 @@ class LARS:
         given = self._leaves.match(grads, "grads", self._optional)
         for name, is_optional, g in zip(self._leaves.names, self._optional, given):
             if is_optional and _is_inexact(g):
-                raise TypeError(f"the gradient of {name!r} must be None, since only arrays of floats are trained")
+                raise TypeError(f"the gradient of {shown(name)} must be None, since only arrays of floats are trained")
         self._memory.check_context()
         gradients = self._memory.gradients([given[i] for i in self._index])
         check_has_values("found_inf", found_inf)
@@ -217,6 +218,8 @@ class LARS:
                 options, found = self._memory.numbers(self._options(), found_inf)
                 groups = self._hyperparams.read(options, self._steps)
                 check_layer_axes(groups, self._axes)
+                if not self._steps + self._skipped_steps:
+                    warn_of_sgd(groups)
                 self._memory.acquire()
             except BaseException:
                 self._memory.forget()
@@ -263,10 +266,10 @@ class LARS:
         self._memory.check_context()
         new = [given[i] for i in self._index]
         for name, x, p in zip(self._state.names, new, self._state.params):
-            self._memory.check(f"parameter {name!r}", x)
+            self._memory.check(f"parameter {shown(name)}", x)
             if x.shape != p.shape or x.dtype != p.dtype:
                 raise ValueError(
-                    f"parameter {name!r} must keep its shape {p.shape!r} and dtype {p.dtype!r}; "
+                    f"parameter {shown(name)} must keep its shape {p.shape!r} and dtype {p.dtype!r}; "
                     f"got {x.shape!r} and {x.dtype!r}"
                 )
         with self._memory.context():
@@ -339,12 +342,7 @@ class LARS:
             group.update(options | {"layer_axes": group["layer_axes"]})
 
     def __repr__(self) -> str:
-        lines = []
-        for number, group in enumerate(self._param_groups):
-            changed = {key: x for key, x in options_of(group).items() if x != DEFAULTS.get(key, required)}
-            options = ", ".join(f"{key}={shown(x)}" for key, x in changed.items())
-            lines.append(f"  group {number}: {len(group['names'])} parameters, {options}")
-        return "\n".join(["lars_jax.LARS(", *lines, ")"])
+        return described("lars_jax.LARS", self._param_groups)
 
     def _release(self) -> None:
         """Let `params` be the parameters as they are now."""
@@ -420,7 +418,7 @@ class _State(ParamState):
 
 def _is_parameter(name: str, leaf: Any) -> bool:
     if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
-        check_has_values(f"parameter {name!r}", leaf)
+        check_has_values(f"parameter {shown(name)}", leaf)
     if is_torch(leaf):
         check_leaf(name, leaf)
     return isinstance(leaf, (jax.Array, np.ndarray)) and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)

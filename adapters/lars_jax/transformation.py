@@ -14,13 +14,13 @@ import optax
 import lars_array
 from lars_array import core
 from lars_array._arrays import accumulation_dtype, check_buffer, check_gradient, compute_dtype
-from lars_array._stepper import finite_layers
+from lars_array._stepper import finite_layers, shown
 from lars_array.core import Rule
-from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer
+from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer, warn_of_sgd
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_jax._arguments import LarsArguments, check_rate, is_schedule
 from lars_jax._collective import NAMESPACE, mapped_axes, sum_over_devices
-from lars_jax._messages import check_leaf, shown
+from lars_jax._messages import check_leaf
 from lars_jax._trees import Leaves, as_jax
 
 __all__ = ["LarsState", "bind_arguments", "lars"]
@@ -57,7 +57,7 @@ def lars(
     nesterov: bool = False,
     trust_coefficient: Any = 0.001,
     eps: Any = None,
-    rule: str | Rule | Callable[..., Any] = "flash",
+    rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
     trust_clip: bool = False,
     trust_bounds: tuple[float, float] | None = None,
     always_adapt: bool = False,
@@ -138,6 +138,7 @@ def lars(
     """
     arguments = _arguments_of(locals())
     keeps = needs_buffer(arguments.hyper)
+    has_warned = False
 
     def init(params: Any) -> LarsState:
         tree = Leaves.of(params)
@@ -175,6 +176,10 @@ def lars(
         now = arguments.scheduled(state.count)
         check_rate("learning_rate", now["lr"])
         group = at_step(now, state.count)
+        nonlocal has_warned
+        if not has_warned:
+            has_warned = True
+            warn_of_sgd({**group, "adapt": adapts is True} for _, adapts, _ in options)
         inputs = _inputs(group, rows.spread(options), first, previous_lr, like=ps[0])
         axes = mapped_axes(axis_name, tree)
         reduce = partial(sum_over_devices, axes=[axes[i] for i in rows.spread(index)])

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from lars_array.core import Rule
-from lars_array.hyperparams import defaults_from, required
+from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
@@ -82,6 +82,8 @@ class LARS(Optimizer):
     >>> optimizer.step()
     """
 
+    _has_warned = False  # of a step that is SGD's
+
     # GradScaler then leaves the scale to the step, which has no pass of its own for it.
     _step_supports_amp_scaling = True
 
@@ -96,7 +98,7 @@ class LARS(Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -137,6 +139,8 @@ class LARS(Optimizer):
             As for `LARS`; then nothing was added.
         """
         if isinstance(param_group, dict):
+            if isinstance(param_group.get("params"), Mapping):  # as lars_array.param_groups returns
+                param_group = {**param_group, "params": list(param_group["params"].items())}
             group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
             if group["lr"] is required:
                 number = len(self.param_groups)
@@ -209,6 +213,11 @@ class LARS(Optimizer):
             with torch.no_grad():
                 self._step()
         return loss
+
+    def __repr__(self) -> str:
+        found = [str(number) for number, group in enumerate(self.param_groups) if is_sgd(group)]
+        note = f"\nSGD, not adapted: parameter group {', '.join(found)}" if found else ""
+        return super().__repr__() + note
 
     @property
     def skipped_steps(self) -> int:
@@ -335,6 +344,9 @@ class LARS(Optimizer):
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""
+        if not self._has_warned:
+            self._has_warned = True
+            warn_of_sgd(self.param_groups, stacklevel=6)
         self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
         on: dict[torch.device, dict[int, NamedParam]] = {}
