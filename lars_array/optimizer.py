@@ -46,8 +46,8 @@ class LARS:
         v \leftarrow \mu v + (1 - \tau)\,r\,(g + w p), \qquad p \leftarrow p - \text{lr}\,v
 
     for each parameter array p, a layer, with gradient g and momentum buffer v. As in torch's SGD, dampening does not
-    apply to the first step of a layer. With weight decay 0, the default, this is SGD: see `always_adapt`. The first step
-    warns of that, unless a rule was given, or `adapt` or `always_adapt` differs from its default.
+    apply to the first step of a layer. With weight decay 0, the default, this is SGD, see `always_adapt`; the first
+    step warns of that, unless a rule was given, or `adapt` or `always_adapt` differs from its default.
 
     Parameters
     ----------
