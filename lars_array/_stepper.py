@@ -128,17 +128,17 @@ class Stepper:
         """Return a program of an earlier step that fits these arrays, where parameters may have moved; else None."""
         if self._program is None:
             return None, None
-        absent = None
+        gradients = self._program.bind(state, grads, groups)
+        if gradients is not None:
+            return self._program, gradients
+        absent = _absent(grads)
         for program in (self._program, *self._others):
-            is_last = program is self._program
-            if not is_last and program.absent != (absent := absent or _absent(grads)):
-                continue
-            gradients = program.bind(state, grads, groups, is_last=is_last)
-            moved = program.moved(state) if gradients is None else None
-            if moved is not None:
-                program, gradients = moved, moved.bind(state, grads, groups)
-            if gradients is not None:
-                return program, gradients
+            if program.absent == absent:
+                moved = program.moved(state)
+                program = program if moved is None else moved
+                gradients = program.bind(state, grads, groups, is_last=False)
+                if gradients is not None:
+                    return program, gradients
         return None, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class StepProgram:
         is_able = move is not None and spans is not None and self._rows is None and self._is_published
         if not is_able or addresses is None or params is self._lists[0]:
             return None
-        if bool((addresses == 0).any()):  # freed, or empty: to be looked at
+        if not addresses.all() or addresses.tobytes() == self._addresses.tobytes():  # freed or empty; or nothing moved
             return None
         program, masters = copy.copy(self), self._own(self._kept[1])
 
