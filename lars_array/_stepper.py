@@ -8,6 +8,7 @@ layouts; a step then needs nothing but the addresses of its arrays.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import product
 from operator import is_, mul
 from typing import Any
@@ -396,6 +397,7 @@ class StepProgram:
         return result
 
 
+@cache
 def reads_previous_lr(rule: Any) -> bool:
     """Return whether steps by a rule depend on the learning rate of the step before."""
     from lars_array.kernels.tape import INPUTS, record  # only what asks pays for the import

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.dlpack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lars_array import _arrays
@@ -18,6 +19,7 @@ from lars_array._arrays import COMPUTE, ArraySpecs, dtype_name, span
 __all__ = [
     "TensorSpecs",
     "check_gradient",
+    "check_is_memory",
     "check_tensor",
     "compute_dtype",
     "is_lazy",
@@ -182,23 +184,29 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
     ValueError
         If its storage was freed.
     """
-    _check_is_memory(f"parameter {name!r}", p)
+    check_is_memory(f"parameter {name!r}", p)
     if is_lazy(p):
         raise TypeError(f"parameter {name!r} must not be a lazily conjugated or negated view")
-    if p.numel() and not p.data_ptr() and p.device.type != "meta":
+    if not isinstance(p, FakeTensor) and p.numel() and not p.data_ptr() and p.device.type != "meta":
         raise ValueError(f"parameter {name!r} must have memory; its storage was freed")
     _arrays.check_parameter(name, p)
 
 
 def check_gradient(name: str, g: torch.Tensor, p: torch.Tensor) -> None:
     """Refuse a gradient that does not fit its parameter."""
-    _check_is_memory(f"the gradient of {name!r}", g)
+    check_is_memory(f"the gradient of {name!r}", g)
     _arrays.check_gradient(name, g, p)
 
 
-def _check_is_memory(name: str, tensor: torch.Tensor) -> None:
+def check_is_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError for a tensor that is not all of a layer: sparse, spread over processes, or wrapping others."""
     kind = type(tensor)
     if is_traceable_wrapper_subclass(tensor) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}")
+        if isinstance(tensor, FakeTensor):
+            return
+        way_out = ""
+        if kind.__name__ == "DTensor":
+            way_out = ": keep parameters whole, as DistributedDataParallel and ZeroRedundancyOptimizer do"
+        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}{way_out}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be dense, LARS needs its norm; got one of {tensor.layout}")
