@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.dlpack
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lars_array import _arrays
@@ -187,7 +186,7 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
     check_is_memory(f"parameter {name!r}", p)
     if is_lazy(p):
         raise TypeError(f"parameter {name!r} must not be a lazily conjugated or negated view")
-    if not isinstance(p, FakeTensor) and p.numel() and not p.data_ptr() and p.device.type != "meta":
+    if p.numel() and not p.data_ptr() and p.device.type != "meta":
         raise ValueError(f"parameter {name!r} must have memory; its storage was freed")
     _arrays.check_parameter(name, p)
 
@@ -202,8 +201,6 @@ def check_is_memory(name: str, tensor: torch.Tensor) -> None:
     """Raise TypeError for a tensor that is not all of a layer: sparse, spread over processes, or wrapping others."""
     kind = type(tensor)
     if is_traceable_wrapper_subclass(tensor) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        if isinstance(tensor, FakeTensor):
-            return
         way_out = ""
         if kind.__name__ == "DTensor":
             way_out = ": keep parameters whole, as DistributedDataParallel and ZeroRedundancyOptimizer do"

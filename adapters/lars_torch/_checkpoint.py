@@ -75,14 +75,14 @@ def _check_origin(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -
     """Refuse checkpoints of other optimizers, by the keys that these alone write."""
     saved, known = state_dict["param_groups"], {key for group in groups for key in group}
     foreign = {key for group in saved for key in foreign_keys(group, known)}
+    misnamed = {key for key in foreign if resembles(key)}
     if not any("rule" in group for group in saved):  # those of this class hold what wrappers keep in its state
         numbers = {number for group in saved for number in group["params"]}
         own = [kept for number, kept in state_dict["state"].items() if number in numbers]
         foreign |= {key for kept in own for key in kept} - {*KEPT, "previous_lr"}
     if foreign:
-        keys = sorted(map(str, foreign))
-        reason = next((f"; {advice(key)} in the place of {key!r}" for key in keys if resembles(key)), "")
-        raise ValueError(f"state_dict must be of LARS or SGD; got one with {short(keys)}{reason}")
+        reason = "".join(f"; for {key!r}, {advice(key)}" for key in sorted(misnamed)[:1])
+        raise ValueError(f"state_dict must be of LARS or SGD; got one with {short(sorted(map(str, foreign)))}{reason}")
 
 
 def _restore(optimizer: Any, state_dict: Mapping[str, Any]) -> None:

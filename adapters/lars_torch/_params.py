@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lars_array._arrays import COMPUTE, dtype_name
 from lars_torch._arrays import check_is_memory
@@ -61,7 +62,8 @@ def check_params(params: Any, number: int, first: int) -> None:
             raise TypeError(f"optimizer can only optimize Tensors, but {label} is {torch.typename(p)}{hint}")
         if dtype_name(p.dtype) not in COMPUTE:
             raise TypeError(f"{label} must be of one of the types {', '.join(COMPUTE)}; got {p.dtype}")
-        check_is_memory(label, p)
+        if not isinstance(p, FakeTensor):  # which has no memory, and steps by torch's own functions
+            check_is_memory(label, p)
         if id(p) in seen:
             raise ValueError(f"parameters must be given once; {label} is given twice, before as {seen[id(p)]!r}")
         seen[id(p)] = name

@@ -97,6 +97,7 @@ class TensorState(ParamState):
         self._known_buffers: list[Any] = []
         self._rated: tuple[Any, list[int]] = None, []  # hyper-parameters, and the parameters whose rule reads a rate
         self._rates: list[Any] = []  # of these, as the optimizer's state holds them
+        self._known_versions: list[tuple[int, int]] = []
         self._cast: dict[int, torch.Tensor] = {}  # momentum buffers that were cast for a step
         # Of these the first step drops masters, which remain where an owner has cast half precision.
         self._without_master = [p for p, half in zip(self.owners, halves) if not half]
@@ -118,17 +119,43 @@ class TensorState(ParamState):
         if len(self._index) < len(memory):
             memory, grads = ([x[i] for i in self._index] for x in (memory, grads))
         self._state, self.params, self._cast = state, list(memory), {}
-        if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
-            owns = list(state.values())  # faster than to ask for each
-        else:
-            owns = [state.get(p, _NOTHING) for p in self.owners]
+        try:
+            if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
+                owns = list(state.values())  # faster than to ask for each
+            else:
+                owns = [state.get(p, _NOTHING) for p in self.owners]
+            self.buffers = [own.get("momentum_buffer") for own in owns]
+        except (AttributeError, TypeError) as error:
+            raise TypeError(f"optimizer.state must be a dict of dicts; {error}") from None
         self._owns = owns
-        self.buffers = [own.get("momentum_buffer") for own in owns]
         if self._has_halves:
             self.masters = [own.get("master") for own in owns]
+            if any(master is not None for master in self.masters):
+                self._drop_outdated_masters()
         if all(g is None for g in grads):
             return None
         return resolved(grads) if self._has_complex else list(grads)
+
+    def _drop_outdated_masters(self) -> None:
+        """Leave out masters of parameters that others have written to since the last step: these are made anew."""
+        versions = self._versions()
+        if versions == self._known_versions:
+            return
+        before = self._known_versions or [(-1, 0)] * len(versions)
+        for i, (p, master) in enumerate(zip(self.params, self.masters, strict=True)):
+            # A compiled graph writes to parameters after the step: values decide.
+            if versions[i] != before[i] and master is not None and not torch.equal(p, master.to(p.dtype)):
+                self.masters[i] = None
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.owners]
+
+    def note_versions(self, grads: Sequence[Any]) -> None:
+        """Note how often parameters that were stepped had been written to, this step included."""
+        if self._has_halves:
+            before = self._known_versions or [(-1, 0)] * len(grads)
+            pairs = zip(self._versions(), before, grads, self.masters, strict=True)
+            self._known_versions = [known if g is None or m is None else now for now, known, g, m in pairs]
 
     def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters: the same object as long as nothing in it has changed."""
@@ -225,7 +252,8 @@ class TensorState(ParamState):
 
     def prepare(self) -> None:
         """Check parameters and their state, and cast momentum buffers to the type that is computed in."""
-        if not isinstance(self._state, MutableMapping) or not all(isinstance(x, Mapping) for x in self._owns):
+        own = (x for x in self._owns if x is not _NOTHING)
+        if not all(isinstance(x, MutableMapping) for x in (self._state, *own)):
             raise TypeError("optimizer.state must be a dict of dicts")
         if not self._layouts:
             self._check()
@@ -233,6 +261,8 @@ class TensorState(ParamState):
             raise OutdatedError
         for i, (p, v) in enumerate(zip(self.params, self.buffers, strict=True)):
             kind = compute_dtype(p)
+            if not (v is None or isinstance(v, torch.Tensor)):
+                raise TypeError(f"the momentum buffer of {self.names[i]!r} must be a tensor; got {type(v).__name__}")
             if v is not None and v.dtype != kind and v.is_complex() == kind.is_complex:
                 self.buffers[i] = self._cast[i] = v.to(kind)  # the optimizer's once a step was taken
             if not is_half(p):

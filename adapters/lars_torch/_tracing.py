@@ -5,11 +5,13 @@ Hyper-parameters are not in a compiled graph, so that a schedule compiles nothin
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lars_array import State, init, update
 from lars_array._arrays import is_half
@@ -64,17 +66,19 @@ def _step(params: list[torch.Tensor], grads: list[torch.Tensor], index: list[int
 # ------------------------------------------------------------------------------------------- by torch's own functions
 
 
-def is_observed() -> bool:
-    """Return whether torch passes operations to a dispatch mode or to torch.func, which must see those of a step.
+def is_observed(optimizer: Any) -> bool:
+    """Return whether a step must be made of torch's own functions, because torch passes them on.
 
-    Such modes trace graphs (make_fx), or compute with tensors that have no memory (FakeTensorMode).
+    Dispatch modes and torch.func trace graphs (make_fx), or compute with tensors that have no memory (FakeTensors).
     """
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    return bool(modes) or isinstance(next(iter(optimizer._params), None), FakeTensor)
 
 
 def plain_step(optimizer: Any) -> None:
     """Take a step by torch's own functions; parameters and momentum buffers change in place."""
-    _functional_step(optimizer, recorded=False)
+    with getattr(next(iter(optimizer._params), None), "fake_mode", nullcontext()):
+        _functional_step(optimizer, recorded=False)
 
 
 def recorded_step(optimizer: Any) -> None:
@@ -85,10 +89,15 @@ def recorded_step(optimizer: Any) -> None:
 def _functional_step(optimizer: Any, *, recorded: bool) -> None:
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     members = [member for member in optimizer._named_params() if member.param.grad is not None]
-    if not members or (found_inf is not None and bool(found_inf)):
+    optimizer._check_keys()
+    if found_inf is not None and bool(found_inf):
+        optimizer._skipped += 1
         return
-    for member in members:
-        check_tensor(member.name, member.param)
+    if not members:
+        return
+    if not is_observed(optimizer):
+        for member in members:
+            check_tensor(member.name, member.param)
     tensors = {member.name: member.param for member in members}
     grads = {name: p.grad for name, p in tensors.items()}
     masters: dict[str, torch.Tensor] = {}
@@ -98,7 +107,7 @@ def _functional_step(optimizer: Any, *, recorded: bool) -> None:
         if not own:
             continue
         options = numbers_of(group, next(iter(own.values())).device, grad_scale, recorded=recorded)
-        if options["nonfinite"] != "propagate" and is_observed():
+        if options["nonfinite"] != "propagate" and not recorded:
             raise ValueError(f"nonfinite must be 'propagate' in a step that is traced; got {options['nonfinite']!r}")
         if options["master_weights"]:
             halves = {name: p for name, p in own.items() if is_half(p)}

@@ -19,7 +19,7 @@ from lars_array.layers import LayerOf, labels_of
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
 from lars_torch._hyperparams import check_group
-from lars_torch._keys import NAMES, check_keys, plain_group
+from lars_torch._keys import NAMES, check_keys, plain_group, resembles
 from lars_torch._params import check_params, listed
 from lars_torch._state import NamedParam, OutdatedError, TensorState
 
@@ -124,7 +124,7 @@ class LARS(Optimizer):
         if fused and (differentiable or foreach):
             raise RuntimeError(f"fused and {'differentiable' if differentiable else 'foreach'} exclude each other")
         self._kernel, self._layer_of, self._number = kernel, layer_of, _tracing.number(self)
-        self._lock = RLock()
+        self._lock, self._steps = RLock(), 0
         self._params: list[torch.Tensor] = []
         self._reset()
         super().__init__(params, defaults)
@@ -161,9 +161,18 @@ class LARS(Optimizer):
                     f"parameter group {number} didn't specify a value of required optimization parameter lr"
                 )
             check_keys(group, number)
-            check_group({key: value for key, value in group.items() if key in NAMES})
+            try:
+                check_group(group)
+            except (TypeError, ValueError) as error:
+                error.args = (f"{error} (parameter group {number})",)
+                raise
             check_params(group["params"], number, len(self._params))
         super().add_param_group(param_group)
+        try:
+            self._named_params()
+        except ValueError:
+            self.param_groups.pop()
+            raise
         self._params = [p for group in self.param_groups for p in group["params"]]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -238,7 +247,7 @@ class LARS(Optimizer):
             _tracing.compiled_step(self)
         else:
             with torch.no_grad():
-                if _tracing.is_observed():
+                if _tracing.is_observed(self):
                     _tracing.plain_step(self)
                 else:
                     self._step()
@@ -285,6 +294,7 @@ class LARS(Optimizer):
         self.__dict__.setdefault("_kernel", None)
         self.__dict__.setdefault("_layer_of", None)
         self.__dict__.setdefault("_lock", RLock())
+        self.__dict__.setdefault("_steps", 0)
         if "_number" not in self.__dict__:  # graphs go on referring to one that was loaded into
             self._number = _tracing.number(self)
         self._params = [p for group in self.param_groups for p in group["params"]]
@@ -320,16 +330,45 @@ class LARS(Optimizer):
         self._parts: list[TensorState] = []  # one a device
         self._without: list[int] = []  # parameters that have not had a gradient yet
         self._lists: list[list[torch.Tensor]] = []  # of the groups when the parts were made
+        self._known_keys: list[list[str]] = []
         self._skipped = 0
 
     def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         """Take a step; where parameters are `given`, with the tensor in the place of each and its gradient."""
         with self._lock:  # steps of several threads would write their addresses into the same tables
-            self._locked_step(given)
+            self._steps += 1
+            try:
+                self._locked_step(given)
+            except (TypeError, ValueError) as error:
+                error.args = (self._placed(str(error)),)
+                raise
+
+    def _placed(self, message: str) -> str:
+        """Return the message of a rejected step with its number, and the group of the parameter that is named."""
+        group = next((member.group for member in self._named_params() if repr(member.name) in message), None)
+        place = "" if group is None or f"group {group}" in message else f"parameter group {group}, "
+        return f"{message:.460} ({place}step {self._steps})"
+
+    def _check_keys(self) -> None:
+        """Refuse keys that were put into a group since and look like hyper-parameters, such as those of other LARS."""
+        keys = list(map(list, self.param_groups))
+        if keys == self._known_keys:
+            return
+        for number, own in enumerate(keys):
+            for key in own:
+                if key not in NAMES and resembles(key):
+                    check_keys({key: None}, number)
+        self._known_keys = keys
 
     def _locked_step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+        self._check_keys()
         params = memory = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        try:
+            grads = [p.grad for p in params]
+        except AttributeError:  # another object was put into a group
+            for number, group in enumerate(self.param_groups):
+                check_params(list(group["params"]), number, 0)
+            raise
         if given is not None:
             memory, grads = ([given.get(p, (p, None))[k] for p in params] for k in (0, 1))
         current = _are_same([group["params"] for group in self.param_groups], self._lists)
@@ -366,6 +405,7 @@ class LARS(Optimizer):
         for part, own, groups in steps:
             # Kernels go past autograd, which must not compute gradients from values that were overwritten.
             torch.autograd.graph.increment_version(part.step(own, groups, found_inf))
+            part.note_versions(own)
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""

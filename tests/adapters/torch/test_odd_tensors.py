@@ -64,7 +64,7 @@ def test_a_gradient_that_is_not_plain_memory(gradient: Any, message: str, steppe
     p.grad = gradient(torch.ones(3))
     with pytest.raises(TypeError) as caught:
         optimizer.step()
-    assert str(caught.value) == message
+    assert str(caught.value) == f"{message} (parameter group 0, step {1 + stepped_before})"
     assert torch.equal(p, before)
 
 
