@@ -1,13 +1,14 @@
 """One optimizer step: checks the arrays, runs a kernel, and updates the state.
 
-The stepper owns neither parameters nor state: both are arguments, as in torch's functional optimizers. It keeps one
-`StepProgram`, which is valid as long as the same parameters take part in steps and arrays keep their types and
-layouts; a step then needs nothing but the addresses of its arrays.
+The stepper owns neither parameters nor state: both are arguments, as in torch's functional optimizers. It keeps a few
+`StepProgram`s, each of which is valid as long as the same parameters take part in steps and arrays keep their types
+and layouts; a step then needs nothing but the addresses of its arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import product
 from operator import is_, mul
@@ -45,6 +46,8 @@ Groups = Sequence[Mapping[str, Any]]
 
 _FOUND = object()  # a found_inf that is known to be true
 
+OTHERS = 3  # programs that are kept beside that of the last step: other parameters may take part in every other
+
 
 class Stepper:
     """Takes steps with parameters and state that are passed to it.
@@ -58,7 +61,8 @@ class Stepper:
     def __init__(self, kernel: str | None = None) -> None:
         self._kernel_name = kernel
         self._kernel: Any = None
-        self._program: StepProgram | None = None
+        self._program: StepProgram | None = None  # of the last step
+        self._others: list[StepProgram] = []
 
     def choose_kernel(self, params: Sequence[Any]) -> None:
         """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
@@ -104,8 +108,7 @@ class Stepper:
 
         All checks that need no sums are done then. Parameters and errors are those of `step`.
         """
-        program = self._program
-        gradients = None if program is None else program.bind(state, grads, groups)
+        program, gradients = self._known(state, grads, groups)
         if program is None or gradients is None:
             state.prepare()
             if self._kernel is None:
@@ -113,12 +116,32 @@ class Stepper:
             program = StepProgram(state, grads, groups, self._kernel)
             gradients = program.bind(state, grads, groups)
             assert gradients is not None
+        if program is not self._program:
+            known = [] if self._program is None else [self._program, *self._others]
+            self._others = [other for other in known if other.absent != program.absent][:OTHERS]
             self._program = program
         return program, gradients
 
+    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> Any:
+        """Return a program of an earlier step that fits these arrays, where parameters may have moved; else None."""
+        if self._program is None:
+            return None, None
+        absent = None
+        for program in (self._program, *self._others):
+            is_last = program is self._program
+            if not is_last and program.absent != (absent := absent or _absent(grads)):
+                continue
+            gradients = program.bind(state, grads, groups, is_last=is_last)
+            moved = program.moved(state) if gradients is None else None
+            if moved is not None:
+                program, gradients = moved, moved.bind(state, grads, groups)
+            if gradients is not None:
+                return program, gradients
+        return None, None
+
     def __getstate__(self) -> dict[str, Any]:
         # Programs hold addresses, and another machine may have another fastest kernel.
-        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None}
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None, "_others": []}
 
 
 class StepProgram:
@@ -144,8 +167,8 @@ class StepProgram:
     """
 
     def __init__(self, state: ParamState, grads: Sequence[Any], groups: Groups, kernel_type: Any) -> None:
-        self._absent = [i for i, g in enumerate(grads) if g is None]
-        self._index: Any = [i for i, g in enumerate(grads) if g is not None] if self._absent else slice(None)
+        self.absent = _absent(grads)
+        self._index: Any = [i for i, g in enumerate(grads) if g is not None] if self.absent else slice(None)
         self._names, self._group_of = self._own(state.names), state.group_of[self._index]
         self._position = np.arange(len(grads), dtype=np.int32)[self._index]  # of each parameter that takes part
         own_grads = self._own(grads)
@@ -172,7 +195,7 @@ class StepProgram:
 
     def _own(self, x: Any) -> Any:
         """Return the entries of a list for the parameters that take part."""
-        return [x[i] for i in self._index] if self._absent else x
+        return [x[i] for i in self._index] if self.absent else x
 
     def _keep(self, state: ParamState, params: Sequence[Any]) -> list[list[Any]]:
         """Return the momentum buffers and masters of a step, and note those of all parameters after it."""
@@ -219,11 +242,14 @@ class StepProgram:
         first = np.array([v is None for v in self._own(state.buffers)], bool)
         keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
         self._hyper_row, self._next_row = (2 * self._row_group + x[self._owner] for x in (first, first & ~keeps))
-        self._trained = trained = arrays.trained
+        trained = arrays.trained
+        self._like = trained[0]
+        self._trained: Callable[[], list[Any]] = lambda: trained
         dtypes = [g.dtype for g in arrays.grads]
         self._limit = max_finite(trained, like=trained[0], xp=self.xp)
         self._square_limit = max_square_sum(trained, dtypes, like=trained[0], xp=self.xp)
-        self._least_limit = min(float(self.xp.finfo(x).max) for x in {real_dtype(p, self.xp) for p in trained})
+        kinds = {real_dtype(p, self.xp) for p in {p.dtype: p for p in trained}.values()}
+        self._least_limit = min(float(self.xp.finfo(x).max) for x in kinds)
 
     # ----------------------------------------------------------------------------------------------- arrays of a step
 
@@ -231,18 +257,21 @@ class StepProgram:
         self._lists = state.params, state.buffers, state.masters
         self._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
 
-    def bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> Gradients | None:
+    def bind(
+        self, state: ParamState, grads: Sequence[Any], groups: Groups, *, is_last: bool = True
+    ) -> Gradients | None:
         """Return the gradients of a step, or None if the program does not fit its arrays any more.
 
         Raises
         ------
         ValueError
-            For a parameter that was changed in place, or a gradient in memory that the step writes to.
+            For a parameter that was changed in place, if this is the program of the last step; or a gradient in memory
+            that the step writes to.
         """
         params, *kept = self._lists
         addresses = self._param_specs.addresses(state.params)
         if addresses is None or addresses.tobytes() != self._addresses.tobytes():
-            if state.params is params:
+            if is_last and state.params is params:
                 self._refuse_changed(state, grads)
             return None
         for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
@@ -250,7 +279,7 @@ class StepProgram:
                 return None
         if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
             return None
-        if any(grads[i] is not None for i in self._absent):
+        if any(grads[i] is not None for i in self.absent):
             return None
         own = self._own(grads)
         begins = self._grad_specs.addresses(own)
@@ -261,6 +290,33 @@ class StepProgram:
         at = begins if self._offsets is None else begins[self._owner] + self._offsets
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
 
+    def moved(self, state: ParamState) -> StepProgram | None:
+        """Return this program for parameters that lie elsewhere, if nothing but addresses changes and its kernel can.
+
+        Raises ValueError for parameters that overlap.
+        """
+        move: Any = getattr(self._kernel, "moved", None)
+        spans = self._param_specs.spans
+        params, addresses = state.params, self._param_specs.addresses(state.params)
+        is_able = move is not None and spans is not None and self._rows is None and self._is_published
+        if not is_able or addresses is None or params is self._lists[0]:
+            return None
+        program, masters = copy.copy(self), self._own(self._kept[1])
+
+        def views() -> list[Any]:
+            return state.view_all(params)
+
+        def trained() -> list[Any]:
+            return [p if x is None else x for p, x in zip(self._own(views()), masters, strict=True)]
+
+        program._ranges = self._ranges.moved(views, addresses + spans[:, 0], addresses + spans[:, 1])
+        program._kernel = move(params, addresses[self._index])
+        program._lists, program._addresses, program._clear_at = (params, *self._lists[1:]), addresses, b""
+        program._trained = trained
+        if masters[0] is None:
+            program._like = state.view(self._own(params)[0])
+        return program
+
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
         """Raise for a gradient in memory that the step writes to."""
         now = begins.tobytes()
@@ -270,10 +326,9 @@ class StepProgram:
         if spans is not None and self._ranges.are_clear(begins + spans[:, 0], begins + spans[:, 1]):
             self._clear_at = now
             return
-        for name, g in zip(self._names, grads, strict=True):
-            owner = self._ranges.owner(state.view(g))
-            if owner is not None:
-                raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
+        found = self._ranges.find(state.view_all(list(grads)))
+        if found is not None:
+            raise ValueError(f"the gradient of {self._names[found[0]]!r} must not share memory with {found[1]}")
 
     def _refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
         """Raise for a parameter that its owner has changed, unless it sits out this step or sat out the last."""
@@ -293,7 +348,7 @@ class StepProgram:
         """Take a step with gradients from `bind`; see `Stepper.step`."""
         for p, master in self._to_fill:  # with the parameter as it is now, until a step is taken
             master[...] = self.xp.astype(p, master.dtype)
-        if is_on_accelerator(self._trained[0]):
+        if is_on_accelerator(self._like):
             return self._queue(state, grads, groups, found_inf)
         policies = [group["nonfinite"] for group in groups]
         of_rows = {policies[k] for k in self._used_groups}
@@ -313,7 +368,7 @@ class StepProgram:
         if groups is not self._prepared[0]:  # two rows a group: without and with a momentum buffer
             count = len(groups)
             both = [k for k in range(count) for _ in range(2)]
-            like = self._trained[0]
+            like = self._like
             inputs = inputs_of(groups, both, [False, True] * count, [0.0] * 2 * count, like=like, xp=self.xp)
             self._prepared = groups, inputs, self._kernel.prepare(inputs)
         _, inputs, prepared = self._prepared
@@ -332,7 +387,7 @@ class StepProgram:
         """Return S, C and the result from a kernel that only takes sums."""
         (group_of, first), previous_lr = np.divmod(self._hyper_row, 2), state.previous_lr[self._row_param]
         lists = group_of.tolist(), first.astype(bool).tolist(), previous_lr.tolist()
-        like, xp = self._trained[0], self.xp
+        like, xp = self._like, self.xp
         inputs = inputs_of(groups, *lists, like=like, xp=xp)
         outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
         result = StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
@@ -347,7 +402,7 @@ class StepProgram:
             return False
         of_rows = [policies[k] for k in self._row_group.tolist()]
         offenders = [i for i, policy in enumerate(of_rows) if policy != "propagate" and not bool(ok[i])]
-        trained, arrays = self._trained, grads.arrays
+        trained, arrays = self._trained(), grads.arrays
         if self._joined:  # the sums of a layer are not finite if one of its parts isn't: name that one
             offenders.sort(key=lambda i: all(bool(self.xp.all(self.xp.isfinite(x[i]))) for x in (arrays, trained)))
         for i in offenders:
@@ -358,7 +413,7 @@ class StepProgram:
     def _commit(self, state: ParamState, groups: Groups) -> None:
         """Update the state after a step that was taken."""
         rates = np.array([group["lr"] for group in groups], float)[self._group_of]
-        if self._absent:
+        if self.absent:
             rates, own = state.previous_lr.copy(), rates
             rates[self._index] = own
         state.previous_lr = rates
@@ -376,7 +431,7 @@ class StepProgram:
 
     def _queue(self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any) -> StepResult:
         """Queue the step; the device decides whether to apply it."""
-        like = self._trained[0]
+        like = self._like
         if state.device is None:
             unused = [v is None for v in state.buffers]
             state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
@@ -405,6 +460,10 @@ def reads_previous_lr(rule: Any) -> bool:
     tape = record(resolve(rule))
     register = INPUTS.index("previous_lr")
     return tape is None or bool((tape.operations[:, 1:] == register).any() or (tape.outputs == register).any())
+
+
+def _absent(grads: Sequence[Any]) -> list[int]:
+    return [i for i, g in enumerate(grads) if g is None]
 
 
 def _keeps(groups: Groups) -> list[tuple[bool, bool]]:

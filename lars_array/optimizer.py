@@ -96,7 +96,8 @@ class LARS:
         Whether a half-precision parameter (float16 or bfloat16) has a float32 master copy that is trained in its place.
         Otherwise steps smaller than the precision of the parameter are lost. Norms are those of the master, and the
         parameter is its rounding, written in the same pass. The first step creates the master from the parameter; later
-        changes to the parameter are overwritten. A step without this option drops the master. Ignored for other dtypes.
+        changes to the parameter are overwritten, unless `refresh_masters` is called. A step without this option drops
+        the master. Ignored for other dtypes.
     kernel : str, optional
         "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable". The default
         is the environment variable LARS_ARRAY_KERNEL, else the first of these kernels that supports the parameters.
@@ -247,6 +248,14 @@ class LARS:
         if result.names:
             self._last = result
         return loss
+
+    def refresh_masters(self) -> None:
+        """Make the master copies of half-precision parameters anew from the parameters, at their next steps.
+
+        Call this after anything else has written to the parameters: a checkpoint of the best weights, a clamp, an
+        average. Without it the next step overwrites that, see `master_weights`. Momentum buffers are kept.
+        """
+        self._state.masters = [None] * len(self._state.masters)
 
     def synchronize(self) -> None:
         """Wait for the device, and update `steps` and `skipped_steps`.

@@ -15,6 +15,7 @@ and optionally
     specs(arrays) -> ArraySpecs            a faster comparison of arrays; a static method
     .fused(...)                            sums, coefficients and, if asked, apply in one go: `kernels.compiled`
     .enqueue(...)                          a whole step without waiting for its result: `kernels.cuda`
+    .moved(params, addresses)              the kernel for parameters of the same types and layouts that lie elsewhere
     .is_capturing() -> bool                whether launches are captured in a graph
 """
 

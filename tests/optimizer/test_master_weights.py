@@ -427,9 +427,7 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for g in steps:
         here.step([torch.tensor(g)])
     for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
-        monkeypatch.setattr(
-            module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x)
-        )
+        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
     there = LARS({"w": far}, **MASTERS, nonfinite="skip")
     for turn, g in enumerate(steps):
         if turn in (0, 2):  # also before there is a master
@@ -444,3 +442,44 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(master_of(there), master_of(here))
     revived = pickle.loads(pickle.dumps(there))
     assert_same(revived.state_dict(), there.state_dict())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("half", HALF.values(), ids=list(HALF))
+def test_weights_that_others_have_written_are_trained_after_a_refresh(half: Any, kernel: str) -> None:
+    rng = np.random.default_rng(3)
+    w, b = rng.standard_normal((3, 4)).astype(half), rng.standard_normal(4).astype(half)
+    best = rng.standard_normal((3, 4)).astype(half)
+    grads = [rng.standard_normal(x.shape).astype(half) for x in (w, b, w, b)]
+    optimizer = LARS({"w": w, "b": b}, **MASTERS, kernel=kernel)
+    optimizer.step(grads[:2])
+    buffer = buffer_of(optimizer)
+    w[...] = best
+    optimizer.refresh_masters()
+    assert "master" not in optimizer.state_dict()["state"]["w"]
+    assert_same(buffer_of(optimizer), buffer)
+    optimizer.step({"w": grads[2], "b": None}, found_inf=True)  # leaves it to the next
+    w[0, 0] = best[0, 0] = 2
+    plain = {"w": best.astype(np.float32), "b": b.astype(np.float32)}
+    other = LARS(plain, **HYPER, kernel=kernel)
+    other.load_state_dict(
+        other.state_dict()
+        | {
+            "steps": 1,
+            "state": {name: {"previous_lr": 0.3, "momentum_buffer": buffer_of(optimizer, name)} for name in "wb"},
+        }
+    )
+    optimizer.step(grads[2:])
+    other.step(grads[2:])
+    for name, p in (("w", w), ("b", b)):
+        assert_same_bits(master_of(optimizer, name), plain[name], "not trained from what was written")
+        assert_same_bits(p, plain[name].astype(half), "not the rounded master")
+
+
+def test_a_refresh_without_masters_changes_nothing() -> None:
+    p = np.ones(3)
+    optimizer = LARS([p], **HYPER)
+    optimizer.step([p * 2])
+    before = fingerprint(optimizer)
+    optimizer.refresh_masters()
+    assert fingerprint(optimizer) == before

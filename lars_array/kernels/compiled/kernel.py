@@ -5,6 +5,7 @@ numba is imported when the first optimizer asks for it, not with this module.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -57,6 +58,12 @@ class Kernel:
     def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
         """Write the results of `core.apply` in place."""
         self._run("write", grads, _table().inputs_for_sums(None, self._count), self._none, np.ascontiguousarray(C))
+
+    def moved(self, params: Sequence[Any], addresses: Any) -> Kernel:
+        """Return this kernel for parameters of the same types and layouts that lie elsewhere, with their addresses."""
+        kernel = copy.copy(self)
+        kernel._tables = [table.moved(params, addresses) for table in self._tables]
+        return kernel
 
     def prepare(self, inputs: RuleInputs) -> Any:
         """Return the rules and hyper-parameters as compiled code takes them; None if a rule can't be recorded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -46,7 +47,7 @@ class Table:
     def __init__(self, arrays: KernelArrays, layers: Sequence[int]) -> None:
         own = arrays.at(layers)
         trained, copies = own.trained, own.copies
-        self._held = trained, own.buffers, copies
+        self._held: tuple[Sequence[Any], ...] = trained, own.buffers, copies
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         copy_type = None if copy is None else _stored_as(copy.dtype)
@@ -64,6 +65,15 @@ class Table:
         self.shared_pieces = int(self.left.sum())
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
         self._tasks: dict[tuple[str, int], Any] = {}
+
+    def moved(self, params: Sequence[Any], addresses: Any) -> Table:
+        """Return this table for parameters that lie elsewhere."""
+        table, has_copies = copy.copy(self), self.places.shape[1] > 3
+        trained, buffers, _ = self._held
+        table._held = (trained, buffers, params) if has_copies else (params, buffers, ())
+        table.places = self.places.copy()
+        table.places[:, 3 if has_copies else 0] = addresses[self.layers]
+        return table
 
     def call(
         self, what: str, grads: Gradients, inputs: Any, S: Any, C: Any, tapes: Any = _NO_TAPES
