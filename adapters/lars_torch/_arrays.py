@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -147,6 +148,15 @@ class TensorSpecs(ArraySpecs):
             i for i, x in enumerate(tensors) if x.is_complex() or x.numel() < 2 or not x.is_contiguous()
         ]
         super().__init__(tensors)
+
+    def at(self, index: Sequence[int]) -> TensorSpecs:
+        """See `ArraySpecs.at`."""
+        specs, lazy = copy.copy(self), dict(zip(self._can_be_lazy, self._columns[-1], strict=True))
+        specs._types, specs.spans = [self._types[i] for i in index], self.spans[index]
+        specs._can_be_lazy = [k for k, i in enumerate(index) if i in lazy]
+        specs._columns = [[column[i] for i in index] for column in self._columns[:-1]]
+        specs._columns.append([lazy[i] for i in index if i in lazy])
+        return specs
 
     def addresses(self, arrays: Sequence[Any]) -> Any:
         """See `ArraySpecs.addresses`."""

@@ -32,12 +32,11 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
 
     def check(_: Any, hooked: Any) -> Any:  # after all other hooks, and before anything is changed
         hooked = _by_name(optimizer, hooked)
-        _check(optimizer, hooked)
-        given.append(hooked)
+        given.extend(_check(optimizer, hooked))
         return hooked
 
     def restore(_: Any) -> None:  # before all other hooks, which get the state as it will be
-        _restore(optimizer, given[0])
+        _restore(optimizer, given)
 
     handles = [
         optimizer.register_load_state_dict_pre_hook(check),
@@ -50,15 +49,16 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
             handle.remove()
 
 
-def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
-    """Raise unless a checkpoint is of LARS or SGD and fits the parameters."""
+def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Tensor, str, Any]]:
+    """Raise unless a checkpoint is of LARS or SGD and fits the parameters; return what it holds for these."""
     groups, saved = optimizer.param_groups, state_dict["param_groups"]
     _check_origin(groups, state_dict)
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
-        return  # torch has a better message
+        return []  # torch has a better message
     for group in saved:
         check_group(optimizer.defaults | group)
-    for p, key, v in _kept(optimizer, state_dict):
+    kept = _kept(optimizer, state_dict)
+    for p, key, v in kept:
         if key == "previous_lr":
             if not 0 <= float(v) < inf:
                 raise ValueError(f"previous_lr must be finite and at least 0; got {short(v)}")
@@ -69,6 +69,7 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} of {name!r} must have the parameter's shape {tuple(p.shape)!r}; got {found}")
         if v.is_complex() != p.is_complex() or not (v.is_floating_point() or v.is_complex()):
             raise ValueError(f"{key} must be of a type like {p.dtype}, the parameter's; got {v.dtype}")
+    return kept
 
 
 def _check_origin(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
@@ -85,18 +86,16 @@ def _check_origin(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -
         raise ValueError(f"state_dict must be of LARS or SGD; got one with {short(sorted(map(str, foreign)))}{reason}")
 
 
-def _restore(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+def _restore(optimizer: Any, kept: list[tuple[torch.Tensor, str, Any]]) -> None:
     """Copy momentum buffers and masters once more, since torch casts them to the parameters' type."""
-    new, saved = [], []
-    for p, key, v in _kept(optimizer, state_dict):
+    for p, key, v in kept:
         if key == "previous_lr":
-            optimizer.state[p][key] = torch.tensor(float(v), dtype=torch.float64)
-            continue
-        optimizer.state[p][key] = torch.empty_like(p, dtype=compute_dtype(p), requires_grad=False)
-        new.append(optimizer.state[p][key])
-        saved.append(v.detach())
-    if new:
-        torch._foreach_copy_(new, saved)
+            new = torch.tensor(float(v), dtype=torch.float64)
+        else:
+            kind = compute_dtype(p)
+            is_alike = v.dtype == kind and v.device == p.device and v.stride() == p.stride()
+            new = v.detach().clone() if is_alike else torch.empty_like(p, dtype=kind, requires_grad=False).copy_(v)
+        optimizer.state[p][key] = new
     for p in list(optimizer.state):
         if isinstance(optimizer.state[p], dict) and optimizer.state[p].get("momentum_buffer", p) is None:
             del optimizer.state[p]  # SGD of older torch writes None where there is none

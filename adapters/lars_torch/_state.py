@@ -227,6 +227,14 @@ class TensorState(ParamState):
         self.poll(wait=True)
         self.previous_lr, self.device = self.last_rates(), None
 
+    def restart(self, layer_axes: Sequence[int]) -> bool:
+        """Forget steps that were taken; return False if a new state must be made, such as on a device."""
+        if self.device is not None or list(layer_axes) != self._axes_of_groups:
+            return False
+        self.previous_lr, self.skipped, self.result = np.zeros(len(self.owners)), 0, None
+        self._known_versions = []
+        return True
+
     def poll(self, *, wait: bool = False) -> None:
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
         with self.context():
@@ -310,6 +318,15 @@ class TensorState(ParamState):
         if not [x for x in arrays if x is None]:
             return list(map(torch.Tensor.data_ptr, arrays))  # faster
         return [0 if x is None else x.data_ptr() for x in arrays]
+
+    def may_move(self) -> bool:
+        """See `ParamState.may_move`."""
+        arrays = (x for own in (self.params, self.buffers, self.masters) for x in own if x is not None)
+        return all(x.device == self._device for x in arrays)
+
+    def like_gradient(self, p: torch.Tensor) -> torch.Tensor:
+        """See `ParamState.like_gradient`."""
+        return p.detach()
 
     def check_gradient(self, name: str, g: Any, p: Any) -> None:
         """Raise unless a gradient fits its parameter."""

@@ -301,7 +301,8 @@ class LARS(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._reset()
+        if not self._restarts():
+            self._reset()
 
     # ------------------------------------------------------------------------------------------------- by device
 
@@ -324,6 +325,17 @@ class LARS(Optimizer):
         """Return the layer that each parameter is part of."""
         names = [member.name for member in self._named_params()]
         return dict(zip(names, labels_of(self._layer_of, names), strict=True))
+
+    def _restarts(self) -> bool:
+        """Keep what is known of parameters after a checkpoint was loaded, if only numbers and buffers are others."""
+        lists = [group["params"] for group in self.param_groups]
+        axes = [group["layer_axes"] for group in self.param_groups]
+        if not (self.__dict__.get("_parts") and _are_same(lists, self._lists)):
+            return False
+        if not all(part.restart(axes) for part in self._parts):
+            return False
+        self._skipped = 0
+        return True
 
     def _reset(self) -> None:
         """Forget all but `state` and `param_groups`."""
