@@ -208,7 +208,7 @@ def _known(value: Any) -> float | None:
 def _check_number(name: str, value: Any) -> None:
     is_numpy = isinstance(value, np.ndarray | np.generic)
     is_foreign = not is_numpy and getattr(value, "shape", None) == ()  # perhaps traced
-    if not (is_foreign or _is_real(value) or (is_numpy and value.shape == () and _is_real(value.item()))):
+    if not (is_foreign or _is_real(value) or (is_numpy and value.shape == () and value.dtype.kind in "iuf")):
         raise TypeError(f"{name} must be a number; got {shown(value)}")
     if _is_real(value) and _is_too_large(value):
         raise ValueError(f"{name} must be at most {MOST:.2g}; got {shown(value)}")
