@@ -335,19 +335,26 @@ def needs_buffer(group: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------- groups that are plain SGD
 
 
-def warn_of_sgd(groups: Iterable[Mapping[str, Any]], *, stacklevel: int = 3) -> None:
+# Warnings are of the line that called these.
+_NOT_THE_CALLER = ("lars_array", "lars_torch", "lars_jax", "torch", "jax", "optax", "contextlib")
+
+
+def warn_of_sgd(groups: Iterable[Mapping[str, Any]]) -> None:
     """Warn if no layer is adapted, and nobody has asked for that: an optimizer calls this before its first step.
 
     The default weight decay of 0 leaves layers to SGD, as flash does. Who has given a rule, `adapt` or `always_adapt`
     has thought of it.
     """
     groups = list(groups)
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
     if groups and all(is_sgd(group) and group["adapt"] and group["rule"] is DEFAULTS["rule"] for group in groups):
         warnings.warn(
             "no layer is adapted: with weight_decay=0 and the default rule LARS is plain SGD. Give a weight_decay, "
             "always_adapt=True or another rule; or adapt=False, if SGD is what you want",
             UserWarning,
-            stacklevel=stacklevel,
+            stacklevel=level,
         )
 
 

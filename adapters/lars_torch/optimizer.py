@@ -433,7 +433,7 @@ class LARS(Optimizer):
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""
         if not self._has_warned:
             self._has_warned = True
-            warn_of_sgd(self.param_groups, stacklevel=6)
+            warn_of_sgd(self.param_groups)
         self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
         on: dict[torch.device, dict[int, NamedParam]] = {}

@@ -95,8 +95,9 @@ def warned(step: Callable[[], None]) -> list[str]:
 def test_the_default_is_told_once_for_each_optimizer(make: Make) -> None:
     for _ in range(2):
         front = make(lr=0.1, momentum=0.9)
-        with pytest.warns(UserWarning, match=MESSAGE):
+        with pytest.warns(UserWarning, match=MESSAGE) as found:
             front.step()
+        assert [x.filename for x in found] == [__file__]  # the line that stepped
         assert [warned(front.step) for _ in range(3)] == [[], [], []]
 
 
