@@ -43,7 +43,7 @@ from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
 # Adapters import the names from other modules here.
-__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr"]
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr", "shown"]
 
 Groups = Sequence[Mapping[str, Any]]
 
