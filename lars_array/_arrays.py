@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from collections.abc import Mapping, Sequence
@@ -183,6 +184,14 @@ class ArraySpecs:
         if list(map(type, arrays)) != self._types or self.read(arrays) != self._columns:
             return None
         return self._addresses(arrays)
+
+    def at(self, index: Sequence[int]) -> ArraySpecs:
+        """Return the types and layouts of some of the arrays."""
+        specs = copy.copy(self)
+        specs._types = [self._types[i] for i in index]
+        specs._columns = [[column[i] for i in index] for column in self._columns]
+        specs.spans = None if self.spans is None else self.spans[index]
+        return specs
 
     def form(self, i: int) -> tuple[Any, Any]:
         """Return dtype and shape of an array."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import product
 from numbers import Real
 from operator import is_, mul
@@ -41,7 +43,7 @@ from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
 # Adapters import the names from other modules here.
-__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr"]
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr", "shown"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -64,6 +66,7 @@ class Stepper:
         self._kernel: Any = None
         self._program: StepProgram | None = None  # of the last step
         self._others: list[StepProgram] = []
+        self._whole: StepProgram | None = None  # of all parameters, from which programs of some are cut
 
     def choose_kernel(self, params: Sequence[Any]) -> None:
         """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
@@ -110,40 +113,61 @@ class Stepper:
 
         All checks that need no sums are done then. Parameters and errors are those of `step`.
         """
-        program, gradients = self._known(state, grads, groups)
-        if program is None or gradients is None:
+        absent = _absent(grads)
+        found = self._known(state, grads, groups, absent) or self._cut(state, grads, groups, absent)
+        if found is None:
             state.prepare()
             if self._kernel is None:
                 self.choose_kernel(state.view_all(state.params))
+            is_other = self._program is not None and absent != self._program.absent
+            if is_other and _is_complete(state, absent, groups):
+                filled = [state.like_gradient(p) if g is None else g for g, p in zip(grads, state.params, strict=True)]
+                with suppress(ValueError, TypeError):  # of a parameter that sits out, such as a read-only one
+                    self._whole = StepProgram(state, filled, groups, self._kernel)
+                    found = self._cut(state, grads, groups, absent)
+        if found is None:
             program = StepProgram(state, grads, groups, self._kernel)
             gradients = program.bind(state, grads, groups)
             assert gradients is not None
+            found = program, gradients
+        program, gradients = found
         if program is not self._program:
             known = [] if self._program is None else [self._program, *self._others]
             self._others = [other for other in known if other.absent != program.absent][:OTHERS]
             self._program = program
         return program, gradients
 
-    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> Any:
-        """Return a program of an earlier step that fits these arrays, where parameters may have moved; else None."""
+    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
+        """Return a program of an earlier step and its gradients, where arrays may have moved; None if none fits."""
         if self._program is None:
-            return None, None
-        gradients = self._program.bind(state, grads, groups)
-        if gradients is not None:
-            return self._program, gradients
-        absent = _absent(grads)
+            return None
         for program in (self._program, *self._others):
-            if program.absent == absent:
-                moved = program.moved(state)
-                program = program if moved is None else moved
-                gradients = program.bind(state, grads, groups, is_last=False)
-                if gradients is not None:
-                    return program, gradients
-        return None, None
+            is_last = program is self._program
+            if program.absent != absent:
+                if is_last and not program.fits(state, groups):
+                    program.refuse_changed(state, grads)
+                continue
+            gradients = program.bind(state, grads, groups, is_last=is_last)
+            moved = program.moved(state) if gradients is None else None
+            if moved is not None:
+                program, gradients = moved, moved.bind(state, grads, groups, is_last=False)
+            if gradients is not None:
+                return program, gradients
+        return None
+
+    def _cut(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
+        """Return a program and its gradients, cut from that of all parameters; None if that does not fit."""
+        whole = self._whole
+        if whole is not None and not whole.fits(state, groups):
+            whole = whole.moved(state)
+        self._whole = whole
+        program = None if whole is None else whole.cut(absent, self._program)
+        gradients = None if program is None else program.gradients(state, grads)
+        return None if gradients is None else (program, gradients)
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs hold addresses, and another machine may have another fastest kernel.
-        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None, "_others": []}
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None, "_others": [], "_whole": None}
 
 
 class StepProgram:
@@ -184,7 +208,7 @@ class StepProgram:
         self.xp = array_namespace(own[0])
         self._keeps = _keeps(groups)
         buffers, masters = self._keep(state, params)
-        specs_of = getattr(kernel_type, "specs", None)
+        self._specs_of = specs_of = getattr(kernel_type, "specs", None)
         self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
         self._note_lists(state)
@@ -258,6 +282,8 @@ class StepProgram:
     def _note_lists(self, state: ParamState) -> None:
         self._lists = state.params, state.buffers, state.masters
         self._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
+        kept = [[x for x in arrays if x is not None] for arrays in self._lists[1:]]
+        self._kept_specs = [state.specs(arrays, self._specs_of) if arrays else None for arrays in kept]
 
     def bind(
         self, state: ParamState, grads: Sequence[Any], groups: Groups, *, is_last: bool = True
@@ -270,17 +296,14 @@ class StepProgram:
             For a parameter that was changed in place, if this is the program of the last step; or a gradient in memory
             that the step writes to.
         """
-        params, *kept = self._lists
-        addresses = self._param_specs.addresses(state.params)
-        if addresses is None or addresses.tobytes() != self._addresses.tobytes():
-            if is_last and state.params is params:
-                self._refuse_changed(state, grads)
-            return None
-        for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
-            if arrays is not before and not (all(map(is_, arrays, before)) and state.addresses(arrays) == at):
-                return None
-        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
-            return None
+        if self.fits(state, groups):
+            return self.gradients(state, grads)
+        if is_last:
+            self.refuse_changed(state, grads)
+        return None
+
+    def gradients(self, state: ParamState, grads: Sequence[Any]) -> Gradients | None:
+        """Return the gradients of a step, or None if one of them has another type or layout."""
         if any(grads[i] is not None for i in self.absent):
             return None
         own = self._own(grads)
@@ -292,33 +315,81 @@ class StepProgram:
         at = begins if self._offsets is None else begins[self._owner] + self._offsets
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
 
-    def moved(self, state: ParamState) -> StepProgram | None:
-        """Return this program for parameters that lie elsewhere, if nothing but addresses changes and its kernel can.
+    def fits(self, state: ParamState, groups: Groups) -> bool:
+        """Return whether parameters and state are where they were, and groups keep what they kept."""
+        _, *kept = self._lists
+        addresses = self._param_specs.addresses(state.params)
+        if addresses is None or addresses.tobytes() != self._addresses.tobytes():
+            return False
+        for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
+            if arrays is not before and not (all(map(is_, arrays, before)) and state.addresses(arrays) == at):
+                return False
+        return groups is self._prepared[0] or _keeps(groups) == self._keeps
 
-        Raises ValueError for parameters that overlap.
+    def cut(self, absent: list[int], last: StepProgram | None) -> StepProgram | None:
+        """Return the program of all parameters but some, from that of all; None if its kernel can't be cut."""
+        part: Any = getattr(self._kernel, "part", None)
+        if part is None or self.absent or self._rows is not None or not self._is_published:
+            return None
+        left_out = set(absent)
+        index = [i for i in range(len(self._names)) if i not in left_out]
+        program = copy.copy(self)
+        program.absent, program._index = absent, index
+        program._names = program._row_names = [self._names[i] for i in index]
+        for name in ("_group_of", "_position", "_row_param", "_row_group", "_hyper_row", "_next_row", "_limit"):
+            setattr(program, name, getattr(self, name)[index])
+        program._owner = np.arange(len(index), dtype=np.int32)
+        program._used_groups = np.unique(program._group_of).tolist()
+        program._square_limit = None if self._square_limit is None else self._square_limit[index]
+        program._trained = lambda: [self._trained()[i] for i in index]
+        program._grad_specs, program._kernel = self._grad_specs.at(index), part(index)
+        program._clear_at, program._device_rows = b"", None
+        program._prepared = self._prepared if last is None else last._prepared  # by group, whichever parameters
+        return program
+
+    def moved(self, state: ParamState) -> StepProgram | None:
+        """Return this program for arrays that lie elsewhere, if nothing but addresses changes and its kernel can.
+
+        Raises ValueError for arrays that overlap.
         """
         move: Any = getattr(self._kernel, "moved", None)
-        spans = self._param_specs.spans
-        params, addresses = state.params, self._param_specs.addresses(state.params)
-        is_able = move is not None and spans is not None and self._rows is None and self._is_published
-        if not is_able or addresses is None or params is self._lists[0]:
+        lists, own = (state.params, state.buffers, state.masters), self._param_specs
+        is_able = move is not None and own.spans is not None and self._rows is None and self._is_published
+        if not is_able or state.params is self._lists[0] or not state.may_move():
             return None
-        if not addresses.all() or addresses.tobytes() == self._addresses.tobytes():  # freed or empty; or nothing moved
-            return None
-        program, masters = copy.copy(self), self._own(self._kept[1])
+        bounds = []
+        for arrays, before, specs in zip(lists, self._lists, [own, *self._kept_specs]):
+            present = [i for i, x in enumerate(arrays) if x is not None]
+            is_same = len(arrays) == len(before) and present == [i for i, x in enumerate(before) if x is not None]
+            bounds.append(np.zeros((3, len(arrays)), np.int64))
+            if is_same and specs is None:
+                continue
+            at = specs.addresses([arrays[i] for i in present]) if is_same and specs is not None else None
+            if (
+                at is None
+                or specs is None
+                or specs.spans is None
+                or (at == 0)[specs.spans[:, 1] > specs.spans[:, 0]].any()
+            ):
+                return None
+            bounds[-1][:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
 
-        def views() -> list[Any]:
-            return state.view_all(params)
+        def views() -> list[list[Any]]:
+            return [state.view_all(arrays) for arrays in lists]
 
         def trained() -> list[Any]:
-            return [p if x is None else x for p, x in zip(self._own(views()), masters, strict=True)]
+            params, _, masters = views()
+            return [p if x is None else x for p, x in zip(self._own(params), self._own(masters), strict=True)]
 
-        program._ranges = self._ranges.moved(views, addresses + spans[:, 0], addresses + spans[:, 1])
-        program._kernel = move(params, addresses[self._index])
-        program._lists, program._addresses, program._clear_at = (params, *self._lists[1:]), addresses, b""
-        program._trained = trained
-        if masters[0] is None:
-            program._like = state.view(self._own(params)[0])
+        program = copy.copy(self)
+        places, starts, ends = (np.stack(rows) for rows in zip(*bounds, strict=True))
+        program._ranges = self._ranges.moved(views, starts.ravel(), ends.ravel())
+        program._kernel = move(lists, places[:, self._index])
+        program._addresses, program._clear_at, program._trained = places[0], b"", trained
+        program._lists, program._kept_at = lists, (state.addresses(state.buffers), state.addresses(state.masters))
+        if self._like is not None:
+            first = lists[2] if self._own(state.masters)[0] is not None else lists[0]
+            program._like = state.view(self._own(first)[0])
         return program
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
@@ -334,8 +405,10 @@ class StepProgram:
         if found is not None:
             raise ValueError(f"the gradient of {shown(self._names[found[0]])} must not share memory with {found[1]}")
 
-    def _refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
+    def refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
         """Raise for a parameter that its owner has changed, unless it sits out this step or sat out the last."""
+        if state.params is not self._lists[0]:
+            return
         for i in self._position.tolist():
             if grads[i] is None:
                 continue
@@ -456,6 +529,7 @@ class StepProgram:
         return result
 
 
+@cache
 def reads_previous_lr(rule: Any) -> bool:
     """Return whether steps by a rule depend on the learning rate of the step before."""
     from lars_array.kernels.tape import INPUTS, record  # only what asks pays for the import
@@ -470,6 +544,16 @@ def _check_found_inf(x: Any) -> None:
     is_number = x.dtype.kind in "biuf" if is_numpy else isinstance(x, Real) or is_array(x)
     if not is_number or tuple(getattr(x, "shape", ())) != ():
         raise TypeError(f"found_inf must be a number, or an array of shape (); got {shown(x)}")
+
+
+def _is_complete(state: ParamState, index: Sequence[int], groups: Groups) -> bool:
+    """Return whether the parameters at `index` have all that their groups keep for them: taking part makes nothing."""
+    keeps = _keeps(groups)
+    for i in index:
+        buffer, master = keeps[state.group_of[i]]
+        if (buffer and state.buffers[i] is None) or (master and state.masters[i] is None and is_half(state.params[i])):
+            return False
+    return True
 
 
 def _absent(grads: Sequence[Any]) -> list[int]:

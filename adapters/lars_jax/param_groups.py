@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lars_array
 from lars_array import is_bias_or_norm
 from lars_array._arrays import is_array
-from lars_jax._trees import named_leaves
+from lars_jax._trees import Leaves
 
 __all__ = ["param_groups"]
 
@@ -54,11 +54,13 @@ def param_groups(
     {'dense': {'bias': False, 'kernel': True}}
     >>> solver = lars_jax.lars(0.1, **param_groups(params, 1e-4))
     """
-    names, leaves, structure = named_leaves(params)
-    arrays = {name: x for name, x in zip(names, leaves) if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)}
+    tree = Leaves.of(params)
+    arrays = {
+        name: x for name, x in zip(tree.names, tree.values) if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+    }
     groups = lars_array.param_groups(arrays, 1.0, no_decay=no_decay, no_adapt=no_adapt)
     decayed = {name for group in groups if group["weight_decay"] for name in group["params"]}
     adapted = {name for group in groups if group.get("adapt", True) for name in group["params"]}
     masks = {"weight_decay_mask": decayed, "trust_ratio_mask": adapted}
-    found = {mask: structure.unflatten([name in own for name in names]) for mask, own in masks.items()}
+    found = {mask: tree.structure.unflatten([name in own for name in tree.names]) for mask, own in masks.items()}
     return {"weight_decay": weight_decay, **found}

@@ -87,8 +87,7 @@ class MemoryRanges:
         self, names: Sequence[str], params: Sequence[Any], buffers: Sequence[Any] = (), masters: Sequence[Any] = ()
     ) -> None:
         self._names, self._count = names, len(params)
-        self._params: Callable[[], Sequence[Any]] = lambda: params
-        self._kept = [*buffers, *masters]
+        self._arrays: Callable[[], Any] = lambda: (params, buffers, masters)
         self._unseen: dict[int, int] = {}
         bounds = numbers("q")  # not objects: a model may have many thousand arrays
         for i, array in enumerate(chain(params, buffers, masters)):
@@ -101,14 +100,11 @@ class MemoryRanges:
                 self._unseen[id(array)] = i
         self._sort(np.array(bounds, np.int64).reshape(-1, 3))
 
-    def moved(self, params: Callable[[], Sequence[Any]], starts: Any, ends: Any) -> MemoryRanges:
-        """Return these ranges with those of all parameters elsewhere; `params` returns the arrays, for messages."""
+    def moved(self, arrays: Callable[[], Any], starts: Any, ends: Any) -> MemoryRanges:
+        """Return these ranges elsewhere: of all parameters, then buffers, then masters; `arrays` is for messages."""
         ranges = copy.copy(self)
-        ranges._params = params
-        bounds = np.stack([self._starts, self._ends, self._index], axis=1)
-        own = np.flatnonzero(self._index < self._count)
-        bounds[own, 0], bounds[own, 1] = starts[self._index[own]], ends[self._index[own]]
-        ranges._sort(bounds)
+        ranges._arrays = arrays
+        ranges._sort(np.stack([starts[self._index], ends[self._index], self._index], axis=1))
         return ranges
 
     def _sort(self, bounds: Any) -> None:
@@ -127,7 +123,7 @@ class MemoryRanges:
 
     def _views(self) -> tuple[list[Any], list[int]]:
         """Return the arrays that have ranges, and their numbers."""
-        arrays, index = [*self._params(), *self._kept], self._index.tolist()
+        arrays, index = list(chain(*self._arrays())), self._index.tolist()
         return [_host_view(arrays[i]) for i in index], index
 
     def find(self, arrays: Sequence[Any]) -> tuple[int, str] | None:
@@ -145,7 +141,7 @@ class MemoryRanges:
         return bool((self._reach[self._starts.searchsorted(ends)] <= starts).all())
 
     def _array(self, i: int) -> Any:
-        return [*self._params(), *self._kept][i]
+        return list(chain(*self._arrays()))[i]
 
     def _label(self, i: int) -> str:
         kind = ("parameter", "the momentum buffer of", "the master copy of")[i // self._count]

@@ -118,7 +118,7 @@ def test_the_default_is_told_once_for_each_optimizer(make: Make) -> None:
         {"groups": [{}, {"adapt": False}]},
         {"groups": [{"always_adapt": True}, {}]},
     ],
-    ids=str,
+    ids=lambda options: str(list(options)),
 )
 def test_who_adapts_something_or_has_thought_of_it_hears_nothing(make: Make, options: dict[str, Any]) -> None:
     front = make(lr=0.1, **options)
