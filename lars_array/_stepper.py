@@ -120,6 +120,8 @@ class Stepper:
             if self._kernel is None:
                 self.choose_kernel(state.view_all(state.params))
             is_other = self._program is not None and absent != self._program.absent
+            kinds = {type(g) for g in grads if g is not None}  # JAX's step takes NumPy's gradients too
+            is_other = is_other and kinds == {type(state.like_gradient(state.params[0]))}
             if is_other and _is_complete(state, absent, groups):
                 filled = [state.like_gradient(p) if g is None else g for g, p in zip(grads, state.params, strict=True)]
                 with suppress(ValueError, TypeError):  # of a parameter that sits out, such as a read-only one
