@@ -63,6 +63,8 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Te
             if not 0 <= float(v) < inf:
                 raise ValueError(f"previous_lr must be finite and at least 0; got {short(v)}")
             continue
+        if type(v) is torch.Tensor and v.dtype == p.dtype and v.shape == p.shape and v.layout == torch.strided:
+            continue
         if not isinstance(v, torch.Tensor) or v.shape != p.shape or v.layout != torch.strided:
             found = tuple(v.shape) if isinstance(v, torch.Tensor) else short(v)
             name = next(member.name for member in optimizer._named_params() if member.param is p)
@@ -96,18 +98,19 @@ def _restore(optimizer: Any, kept: list[tuple[torch.Tensor, str, Any]]) -> None:
             is_alike = v.dtype == kind and v.device == p.device and v.stride() == p.stride()
             new = v.detach().clone() if is_alike else torch.empty_like(p, dtype=kind, requires_grad=False).copy_(v)
         optimizer.state[p][key] = new
-    for p in list(optimizer.state):
-        if isinstance(optimizer.state[p], dict) and optimizer.state[p].get("momentum_buffer", p) is None:
+    for p, own in list(optimizer.state.items()):
+        if isinstance(own, dict) and own.get("momentum_buffer", p) is None:
             del optimizer.state[p]  # SGD of older torch writes None where there is none
 
 
 def _kept(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Tensor, str, Any]]:
     """Return what a checkpoint holds for parameters: of each the parameter, the key, and the tensor or number."""
-    found = []
+    found, keys = [], (*KEPT, "previous_lr")
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
         for p, number in zip(group["params"], saved["params"]):
-            own = state_dict["state"].get(number, {})
-            found += [(p, key, own[key]) for key in (*KEPT, "previous_lr") if own.get(key) is not None]
+            own = state_dict["state"].get(number)
+            if own:
+                found += [(p, key, v) for key in keys if (v := own.get(key)) is not None]
     return found
 
 
