@@ -263,10 +263,10 @@ class TensorState(ParamState):
         own = (x for x in self._owns if x is not _NOTHING)
         if not all(isinstance(x, MutableMapping) for x in (self._state, *own)):
             raise TypeError("optimizer.state must be a dict of dicts")
-        layouts = list(map(_layout, self.params))
-        if layouts != self._layouts:
-            if self._layouts and [x[1:] for x in layouts] != [x[1:] for x in self._layouts]:
-                raise OutdatedError
+        layouts = list(map(_layout, self.params)) if self._layouts else []
+        if [x[1:] for x in layouts] != [x[1:] for x in self._layouts]:
+            raise OutdatedError
+        if not layouts or layouts != self._layouts:
             self._check()
         for i, (p, v) in enumerate(zip(self.params, self.buffers, strict=True)):
             kind = compute_dtype(p)
