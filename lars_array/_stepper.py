@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import product
+from numbers import Real
 from operator import is_, mul
 from typing import Any
 
@@ -30,6 +31,7 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
+from lars_array._messages import shown
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
@@ -41,7 +43,7 @@ from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
 # Adapters import the names from other modules here.
-__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr"]
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr", "shown"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -97,6 +99,7 @@ class Stepper:
             For sums that are not finite, where the group's `nonfinite` is "raise".
         """
         if found_inf is not None:
+            _check_found_inf(found_inf)
             stays = is_array(found_inf) and is_on_accelerator(found_inf) and is_on_accelerator(state.params[0])
             found_inf = found_inf if stays else _FOUND if bool(found_inf) else None
         if all(g is None for g in grads):
@@ -382,7 +385,7 @@ class StepProgram:
             return
         found = self._ranges.find(state.view_all(list(grads)))
         if found is not None:
-            raise ValueError(f"the gradient of {self._names[found[0]]!r} must not share memory with {found[1]}")
+            raise ValueError(f"the gradient of {shown(self._names[found[0]])} must not share memory with {found[1]}")
 
     def refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
         """Raise for a parameter that its owner has changed, unless it sits out this step or sat out the last."""
@@ -516,6 +519,13 @@ def reads_previous_lr(rule: Any) -> bool:
     tape = record(resolve(rule))
     register = INPUTS.index("previous_lr")
     return tape is None or bool((tape.operations[:, 1:] == register).any() or (tape.outputs == register).any())
+
+
+def _check_found_inf(x: Any) -> None:
+    is_numpy = isinstance(x, np.ndarray | np.generic)
+    is_number = x.dtype.kind in "biuf" if is_numpy else isinstance(x, Real) or is_array(x)
+    if not is_number or tuple(getattr(x, "shape", ())) != ():
+        raise TypeError(f"found_inf must be a number, or an array of shape (); got {shown(x)}")
 
 
 def _is_complete(state: ParamState, index: Sequence[int], groups: Groups) -> bool:

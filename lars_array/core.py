@@ -19,6 +19,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from lars_array._arrays import accumulation_dtype, asarray, compute_dtype, of_dtype, real_parts
+from lars_array._messages import listed, near, shown
 from lars_array.layers import LayerRows
 
 __all__ = [
@@ -242,7 +243,7 @@ def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFun
         rule = resolve(Rule(function, **properties))
         for name in names:
             if name in RULES:
-                raise ValueError(f"rule names must be new; {name!r} is taken")
+                raise ValueError(f"rule names must be new; {shown(name)} is taken")
         RULES.update(dict.fromkeys(names, rule))
         return function
 
@@ -256,15 +257,17 @@ def resolve(rule: Any) -> Rule:
     """
     if isinstance(rule, Rule):
         if rule.norm_of not in NORM_OF:
-            raise ValueError(f"norm_of must be one of {', '.join(map(repr, NORM_OF))}; got {rule.norm_of!r}")
+            raise ValueError(f"norm_of must be one of {', '.join(map(repr, NORM_OF))}; got {shown(rule.norm_of)}")
         return rule
     if isinstance(rule, str):
         if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, or a function; got {rule!r}")
+            question = near(rule, RULES)
+            known = "lars_array.RULES" if question else listed(sorted(RULES))
+            raise ValueError(f"rule must be one of {known}, or a function; got {shown(rule)}{question}")
         return RULES[rule]
     if callable(rule):
         return Rule(rule, norm_of="decayed gradient")
-    raise TypeError(f"rule must be a name, a function or a Rule; got {rule!r}")
+    raise TypeError(f"rule must be a name, a function or a Rule; got {shown(rule)}")
 
 
 def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *, xp: Namespace) -> Array:
@@ -319,7 +322,7 @@ def _evaluate(rules: Sequence[Rule], S: Array, hyper: Hyper, xp: Namespace) -> A
 def _evaluate_one(rule: Rule, S: Array, hyper: Hyper, xp: Namespace) -> Array:
     C = rule.function(S, hyper, xp)
     if tuple(C.shape) != (S.shape[0], 6):
-        raise ValueError(f"a rule must return an array of shape ({S.shape[0]}, 6); got shape {tuple(C.shape)!r}")
+        raise ValueError(f"a rule must return an array of shape ({S.shape[0]}, 6); got shape {shown(tuple(C.shape))}")
     return C if C.dtype == S.dtype else xp.astype(C, S.dtype)
 
 

@@ -16,6 +16,7 @@ from lars_array._arrays import (
     compute_dtype,
     is_half,
 )
+from lars_array._messages import located, shown
 from lars_array.core import step as core_step
 from lars_array.hyperparams import at_step, inputs_of, needs_buffer
 from lars_array.layers import LayerRows, labels_of
@@ -210,6 +211,8 @@ def update(
     >>> params["w"].round(4)
     array([2.9832, 3.9776])
     """
+    if isinstance(params, State) or isinstance(grads, State):
+        raise TypeError("update takes params, grads and state in this order; got the state before")
     layout = read_parameters(params)
     if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
         raise TypeError("update needs lr")
@@ -220,7 +223,10 @@ def update(
         check_gradient(names[i], gradients[i], arrays[i])
     _check_state(state, names, arrays)
     given = hyper | {"nonfinite": "raise" if nonfinite is None else nonfinite}
-    groups = [at_step(given | group.overrides, state.step) for group in layout.groups]
+    groups = []
+    for number, group in enumerate(layout.groups):
+        with located(f"parameter group {number}" if len(layout.groups) > 1 else ""):
+            groups.append(at_step(given | group.overrides, state.step))
     _refuse_masters(layout, groups)
     if not index:
         return params, state._replace(step=state.step + 1)
@@ -292,7 +298,7 @@ def _refuse_masters(layout: Layout, groups: list[dict[str, Any]]) -> None:
     for group, given in zip(layout.groups, groups, strict=True):
         half = next((name for name, p in zip(group.names, group.arrays, strict=True) if is_half(p)), None)
         if given["master_weights"] and half is not None:
-            raise ValueError(f"master_weights must be False in update, whose state has none for {half!r}")
+            raise ValueError(f"master_weights must be False in update, whose state has none for {shown(half)}")
 
 
 def _flat(layout: Layout) -> tuple[list[str], list[Any]]:
@@ -305,10 +311,10 @@ def _check_state(state: Any, names: list[str], arrays: list[Any]) -> None:
     if not isinstance(state, State):
         raise TypeError(f"state must be what init or update returned; got {type(state).__name__}")
     if set(state.momentum_buffers) != set(names):
-        raise ValueError(f"state must be of parameters named {names!r}; got {list(state.momentum_buffers)!r}")
+        raise ValueError(f"state must be of parameters named {shown(names)}; got {shown(list(state.momentum_buffers))}")
     for field in ("first", "previous_lr"):
         if tuple(getattr(state, field).shape) != (len(names),):
-            shapes = f"({len(names)},); got {tuple(getattr(state, field).shape)!r}"
+            shapes = f"({len(names)},); got {shown(tuple(getattr(state, field).shape))}"
             raise ValueError(f"{field} of state must have the shape {shapes}")
     for name, p in zip(names, arrays, strict=True):
         check_buffer(name, state.momentum_buffers[name], p)

@@ -9,6 +9,7 @@ from typing import Any
 from array_api_compat import size
 
 from lars_array._arrays import COMPUTE, accumulation_dtype, asarray, dtype_name, real_dtype
+from lars_array._messages import shown
 
 __all__ = [
     "CAUSES",
@@ -111,8 +112,8 @@ def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:
         count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
         if count:
             raise NonFiniteError(
-                f"the {kind} of {name!r} has {count} non-finite entries of {size(x)}; nothing was changed"
+                f"the {kind} of {shown(name)} has {count} non-finite entries of {size(x)}; nothing was changed"
             )
     raise NonFiniteError(
-        f"the update of {name!r} overflows {p.dtype!r} or the float64 of its norms; nothing was changed"
+        f"the update of {shown(name)} overflows {shown(p.dtype)} or the float64 of its norms; nothing was changed"
     )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from itertools import chain
+from numbers import Real
+from operator import is_
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context
+from lars_array._messages import located, shown
 from lars_array._stepper import Stepper
 from lars_array.core import Rule
 from lars_array.hyperparams import (
@@ -18,11 +22,14 @@ from lars_array.hyperparams import (
     check_layer_axes,
     complete,
     defaults_from,
+    described,
     options_of,
     readable,
     required,
+    warn_of_sgd,
 )
 from lars_array.layers import LayerOf
+from lars_array.nonfinite import NonFiniteError
 from lars_array.state.checkpoint import read_checkpoint
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
 from lars_array.state.store import KEPT, ParamState
@@ -39,7 +46,8 @@ class LARS:
         v \leftarrow \mu v + (1 - \tau)\,r\,(g + w p), \qquad p \leftarrow p - \text{lr}\,v
 
     for each parameter array p, a layer, with gradient g and momentum buffer v. As in torch's SGD, dampening does not
-    apply to the first step of a layer. With weight decay 0, the default, this is SGD: see `always_adapt`.
+    apply to the first step of a layer. With weight decay 0, the default, this is SGD, see `always_adapt`; the first
+    step warns of that, unless a rule was given, or `adapt` or `always_adapt` differs from its default.
 
     Parameters
     ----------
@@ -106,10 +114,15 @@ class LARS:
     ----------
     param_groups : list of dict
         The hyper-parameters of each group, which may be changed between steps, and its "params" and "names", sequences
-        that must not be changed.
+        that must not be changed: a step after that is rejected.
     steps, skipped_steps : int
         The numbers of steps taken and of steps skipped. On a GPU a step counts as taken until the device has reported
         otherwise.
+
+    Warns
+    -----
+    UserWarning
+        At the first step, if no layer is adapted and nobody has asked for that.
 
     Raises
     ------
@@ -150,7 +163,7 @@ class LARS:
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -164,6 +177,8 @@ class LARS:
         master_weights: bool = False,
         kernel: str | None = None,
     ) -> None:
+        if isinstance(params, Real) and not isinstance(lr, Real):
+            raise TypeError(f"params come first, and then lr; got params={shown(params)} and lr={shown(lr)}")
         self.defaults = defaults_from(locals())
         readable(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         self.steps = 0
@@ -191,7 +206,7 @@ class LARS:
             As for `LARS`; then nothing was added.
         """
         if not isinstance(group, Mapping):
-            raise TypeError(f"group must be a mapping with the key 'params'; got {group!r}")
+            raise TypeError(f"group must be a mapping with the key 'params'; got {shown(group)}")
         self._add([group])
 
     def step(
@@ -240,7 +255,13 @@ class LARS:
             gradients = list(map(_detached, gradients))
         groups = self._hyperparams.read(self.param_groups, self.steps)
         check_layer_axes(groups, self._layer_axes)
-        result = self._stepper.step(self._state, gradients, groups, found_inf)
+        self._check_params()
+        if not self.steps + self.skipped_steps:
+            warn_of_sgd(groups)
+        try:
+            result = self._stepper.step(self._state, gradients, groups, found_inf)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (step {self.steps})") from None
         if result is None:
             self.skipped_steps += 1
             return loss
@@ -369,12 +390,13 @@ class LARS:
         self._state.attach(state)
 
     def __repr__(self) -> str:
-        lines = []
-        for number, group in enumerate(self.param_groups):
-            changed = {key: value for key, value in options_of(group).items() if value != DEFAULTS.get(key, required)}
-            options = ", ".join(f"{key}={value!r}" for key, value in changed.items())
-            lines.append(f"  group {number}: {len(group['params'])} parameters, {options}")
-        return "\n".join(["LARS(", *lines, ")"])
+        return described("LARS", self.param_groups)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lr", *DEFAULTS):
+            place = f"for group in optimizer.param_groups: group[{name!r}] = ..."
+            raise AttributeError(f"hyper-parameters belong to the parameter groups; set {name} by `{place}`")
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
@@ -385,13 +407,13 @@ class LARS:
         layout = read_parameters(params, start=len(self._state.names))
         groups: list[dict[str, Any]] = []
         for group in layout.groups:
-            options = complete(self.defaults | group.overrides)
+            place = f"parameter group {number + len(groups)}"
+            with located(place if number or len(layout.groups) > 1 else ""):
+                options = complete(self.defaults | group.overrides)
+                if options["lr"] is not required:
+                    readable(options, self.steps)
             if options["lr"] is required:
-                which = number + len(groups)
-                raise ValueError(
-                    f"parameter group {which} didn't specify a value of required optimization parameter lr"
-                )
-            readable(options, self.steps)
+                raise ValueError(f"{place} didn't specify a value of required optimization parameter lr")
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
         state = self._state.extended(layout.groups, axes)
@@ -401,6 +423,18 @@ class LARS:
         self.param_groups += groups
         self._layer_axes += axes
         self._order = gradient_order(state.names)
+
+    def _check_params(self) -> None:
+        """Raise if parameters were replaced in a group, which holds those that the optimizer was given."""
+        state, lists = self._state, [group.get("params", ()) for group in self.param_groups]
+        if sum(map(len, lists)) == len(state.params) and all(map(is_, chain.from_iterable(lists), state.params)):
+            return
+        given = [*chain.from_iterable(lists), *state.params]
+        i = next((i for i, p in enumerate(state.params) if given[i] is not p), len(state.params) - 1)
+        raise ValueError(
+            f"the parameters of a group can't be replaced, and {shown(state.names[i])} in parameter group "
+            f"{state.group_of[i]} was; write into its array, p[...] = new, or make another optimizer"
+        )
 
     def _poll_device(self, *, wait: bool = False) -> None:
         """Update the step counters from the device and raise if it rejected a step."""
@@ -418,5 +452,5 @@ def _detached(g: Any) -> Any:
 
 def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:
     if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(f"closure must return the pair (loss, grads); got {returned!r}")
+        raise TypeError(f"closure must return the pair (loss, grads); got {shown(returned)}")
     return returned

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lars_array._messages import listed, near, shown
 from lars_array.core import RULES, Hyper, flash, momentum_form, norms, register, trust_ratio
 
 __all__ = [
@@ -229,6 +230,10 @@ def preset(name: str) -> dict[str, Any]:
     >>> preset("apex")
     {'rule': 'apex', 'trust_coefficient': 0.02, 'trust_clip': True}
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string in lars_array.RULES; got {shown(name)}")
     if name not in RULES:
-        raise ValueError(f"name must be one of {', '.join(sorted(RULES))}; got {name!r}")
+        question = near(name, RULES)
+        known = "lars_array.RULES" if question else listed(sorted(RULES))
+        raise ValueError(f"name must be one of {known}; got {shown(name)}{question}")
     return {"rule": name, **PRESETS.get(name, {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_array._arrays import accumulation_dtype, compute_dtype
+from lars_array._stepper import shown
 from lars_array.hyperparams import complete, needs_buffer
 from lars_array.state.checkpoint import read_checkpoint
-from lars_jax._trees import leaves_as, named_leaves
-from lars_jax.transformation import LarsState, bind_arguments, groups_of
+from lars_jax._messages import check_leaf
+from lars_jax._trees import Leaves, as_jax
+from lars_jax.transformation import LarsState, bind_arguments
 
 __all__ = ["from_state_dict", "regrouped", "to_state_dict"]
 
 
-def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+def to_state_dict(state: Any, params: Any, learning_rate: Any, **options: Any) -> dict[str, Any]:
     """Return the state of `lars` as `lars_array.LARS.load_state_dict` takes it.
 
     Parameters
@@ -29,7 +32,7 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
         The parameters.
     learning_rate : float, array of shape (), or schedule
         As `lars` was given: a state of optax does not hold it.
-    *arguments, **options
+    **options
         The other arguments that `lars` was called with.
 
     Returns
@@ -44,14 +47,13 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
         If there is no such state or it does not fit the parameters, or as `lars` does.
     """
     found = _found(state)
-    names, leaves, structure = named_leaves(params)
-    trace: list[Any] = [None] * len(leaves)
-    if found.trace is not None:
-        trace = leaves_as(structure, found.trace, "the trace of state")
+    tree = Leaves.of(params)
+    names = tree.names
+    trace = [None] * len(names) if found.trace is None else tree.match(found.trace, "the trace of state")
     if found.first.shape != (len(names),):
         raise ValueError(f"state must be of as many leaves as the parameters, {len(names)}; got {found.first.shape[0]}")
-    bound = bind_arguments(learning_rate, *arguments, **options)
-    groups, group_of = groups_of(bound.hyper, params, bound)
+    bound = bind_arguments(learning_rate, **options)
+    groups, group_of = bound.groups(bound.of_leaves(tree))
     param_groups = [
         complete(group) | {"names": [name for name, number in zip(names, group_of) if number == k]}
         for k, group in enumerate(groups)
@@ -83,11 +85,14 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
     ValueError, TypeError
         If the state does not fit the parameters.
     """
-    names, leaves, structure = named_leaves(params)
+    tree = Leaves.of(params)
+    names, leaves = tree.names, list(map(as_jax, tree.values))
+    for name, p in zip(names, leaves):
+        check_leaf(name, p)
     of_groups = _names_of_groups(state_dict)
     given = [name for own in of_groups for name in own]
     _check_names(given, names)
-    array_of = {name: np.asarray(p) for name, p in zip(names, leaves)}
+    array_of = {name: np.broadcast_to(np.zeros((), p.dtype), p.shape) for name, p in zip(names, leaves)}
     read = read_checkpoint(regrouped(state_dict, of_groups), of_groups, [array_of[name] for name in given])
     state = [read.state[name] for name in names]
     if any("master" in own for own in state):
@@ -99,7 +104,7 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
     ]
     return LarsState(
         count=jnp.asarray(read.steps, jnp.int32),
-        trace=structure.unflatten(buffers) if any(map(needs_buffer, read.groups)) else None,
+        trace=tree.structure.unflatten(buffers) if any(map(needs_buffer, read.groups)) else None,
         first=jnp.asarray([v is None for v in known], jnp.bool),
         previous_lr=jnp.asarray([own["previous_lr"] for own in state], accumulation_dtype(jnp)),
     )
@@ -127,8 +132,8 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
             if options[name] != options[names[0]]:
                 differing = {key for key in options[name] if options[name][key] != options[names[0]].get(key)}
                 raise ValueError(
-                    f"state_dict must say the same of {names[0]!r} and {name!r}, which are in one group here; "
-                    f"their {min(differing, default='options')} differs"
+                    f"state_dict must say the same of {shown(names[0])} and {shown(name)}, which are in one group "
+                    f"here; their {min(differing, default='options')} differs"
                 )
         groups.append(options[names[0]] | {"names": list(names)})
     return {**state_dict, "param_groups": groups}
@@ -136,7 +141,7 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
 
 def _names_of_groups(state_dict: Any) -> list[list[str]]:
     if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
-        raise TypeError(f"state_dict must be what state_dict() returned; got {state_dict!r}")
+        raise TypeError(f"state_dict must be what state_dict() returned; got {shown(state_dict)}")
     groups = state_dict["param_groups"]
     if not all(isinstance(group, Mapping) and "names" in group for group in groups):
         raise ValueError("state_dict must hold groups with the key 'names'")
@@ -144,8 +149,12 @@ def _names_of_groups(state_dict: Any) -> list[list[str]]:
 
 
 def _check_names(given: Sequence[str], wanted: Sequence[str]) -> None:
-    if sorted(given) != sorted(wanted):
-        raise ValueError(f"state_dict must be of parameters named {sorted(wanted)!r}; got {sorted(given)!r}")
+    counts = Counter(given)
+    counts.subtract(wanted)
+    for name, surplus in counts.items():
+        if surplus:
+            found = "an unknown or repeated" if surplus > 0 else "no"
+            raise ValueError(f"state_dict must be of parameters named as these are; it has {found} {shown(name)}")
 
 
 def _found(state: Any) -> LarsState:

@@ -11,24 +11,27 @@ import numpy as np
 
 from lars_array import Norms, Rule
 from lars_array._arrays import ArraySpecs, check_parameter
-from lars_array._stepper import KEPT, ParamState, Stepper
+from lars_array._stepper import KEPT, ParamState, Stepper, shown
 from lars_array.hyperparams import (
     DEFAULTS,
     Hyperparams,
     check_layer_axes,
     complete,
     defaults_from,
+    described,
     options_of,
     readable,
-    required,
+    scheduled,
+    warn_of_sgd,
 )
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import read_checkpoint
+from lars_jax._arguments import LarsArguments, check_rate
 from lars_jax._buffers import DonatedBuffers, buffers_of
 from lars_jax._devices import check_has_values
-from lars_jax._trees import leaves_as, named_leaves
+from lars_jax._messages import check_leaf, is_torch, no_parameters
+from lars_jax._trees import Leaves
 from lars_jax.checkpoint import regrouped
-from lars_jax.transformation import LarsArguments, groups_of
 
 __all__ = ["LARS"]
 
@@ -100,7 +103,7 @@ class LARS:
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -116,30 +119,39 @@ class LARS:
         donate: bool = False,
         kernel: str | None = None,
     ) -> None:
-        hyper = defaults_from(locals())
-        names, leaves, self._structure = named_leaves(params)
-        index = [i for i, (name, leaf) in enumerate(zip(names, leaves)) if _is_parameter(name, leaf)]
+        hyper = defaults_from(locals()) | {"layer_axes": 0}  # which leaves have themselves
+        check_rate("lr", lr, params)
+        readable(_with_values(hyper, 0), 0)
+        tree = Leaves.of(params)
+        values = [np.asarray(x) if isinstance(x, np.generic) else x for x in tree.values]
+        is_parameter = list(map(_is_parameter, tree.names, values))
+        index = [i for i, yes in enumerate(is_parameter) if yes]
         if not index:
-            raise ValueError("optimizer got an empty parameter list")
+            raise no_parameters(params)
         for i in index:
-            check_parameter(names[i], leaves[i])
+            check_parameter(tree.names[i], values[i])
+        self._optional = [not yes for yes in is_parameter]
         arguments = LarsArguments(hyper, weight_decay_mask, trust_ratio_mask, layer_axes)
-        groups, group_of = groups_of(hyper, params, arguments)
-        present = sorted({group_of[i] for i in index})
-        self._index = sorted(index, key=group_of.__getitem__)  # of the parameters among the leaves, group by group
-        own_names, given = ([x[i] for i in self._index] for x in (names, leaves))
-        self._others = [None if i in set(index) else leaf for i, leaf in enumerate(leaves)]
+        of_leaves = arguments.of_leaves(tree, self._optional)
+        groups, group_of = arguments.groups([of_leaves[i] for i in index])
+        self._leaves = tree._replace(tree=None, values=[])
+        order = sorted(range(len(index)), key=group_of.__getitem__)
+        self._index = [index[i] for i in order]  # of the parameters among the leaves, group by group
+        own_names, given = [tree.names[i] for i in self._index], [values[i] for i in self._index]
+        self._others = [None if yes else leaf for yes, leaf in zip(is_parameter, values)]
         self._param_groups = [
-            complete(groups[k]) | {"names": [names[i] for i in index if group_of[i] == k]} for k in present
+            complete(group) | {"names": [tree.names[i] for i, own in zip(index, group_of) if own == k]}
+            for k, group in enumerate(groups)
         ]
         self._hyperparams, self._stepper = Hyperparams(), Stepper(kernel)
+        # Groups that a mask excludes from decay, which depends on a schedule whether others have.
+        excluded = {k for k, i in zip(group_of, index) if not of_leaves[i][0]} if callable(weight_decay) else set()
+        self._excluded, self._decay, self._always_adapt = excluded, weight_decay, always_adapt
         self._steps, self._skipped_steps = 0, 0
         self._last: Any = None  # the `StepResult` of the last step
-        for group in self._param_groups:
-            readable(options_of(group), 0)
         self._memory = buffers_of(own_names, given, donate)
         with self._memory.context():
-            group_of = [present.index(group_of[i]) for i in self._index]
+            group_of = [group_of[i] for i in order]
             self._axes = [group["layer_axes"] for group in self._param_groups]
             self._state = _State(self._memory, own_names, group_of, [self._axes[k] for k in group_of], layer_of)
             self._stepper.choose_kernel(self._state.params)
@@ -192,16 +204,22 @@ class LARS:
             As for `lars_array.LARS.step`. On a CUDA device a rejected step returns the parameters as they were; a later
             call raises, before it does anything.
         """
-        given = leaves_as(self._structure, grads, "grads")
+        given = self._leaves.match(grads, "grads", self._optional)
+        for name, is_optional, g in zip(self._leaves.names, self._optional, given):
+            if is_optional and _is_inexact(g):
+                raise TypeError(f"the gradient of {shown(name)} must be None, since only arrays of floats are trained")
+        self._memory.check_context()
         gradients = self._memory.gradients([given[i] for i in self._index])
         check_has_values("found_inf", found_inf)
         result: Any = None
         with self._memory.context():
             try:
                 self._poll_device()
-                options, found = self._memory.numbers(self._param_groups, self._steps, found_inf)
+                options, found = self._memory.numbers(self._options(), found_inf)
                 groups = self._hyperparams.read(options, self._steps)
                 check_layer_axes(groups, self._axes)
+                if not self._steps + self._skipped_steps:
+                    warn_of_sgd(groups)
                 self._memory.acquire()
             except BaseException:
                 self._memory.forget()
@@ -244,13 +262,14 @@ class LARS:
         ValueError, TypeError
             If they do not fit. Then nothing was changed.
         """
-        given = leaves_as(self._structure, params, "params")
+        given = self._leaves.match(params, "params", self._optional)
+        self._memory.check_context()
         new = [given[i] for i in self._index]
         for name, x, p in zip(self._state.names, new, self._state.params):
-            self._memory.check(f"parameter {name!r}", x)
+            self._memory.check(f"parameter {shown(name)}", x)
             if x.shape != p.shape or x.dtype != p.dtype:
                 raise ValueError(
-                    f"parameter {name!r} must keep its shape {p.shape!r} and dtype {p.dtype!r}; "
+                    f"parameter {shown(name)} must keep its shape {p.shape!r} and dtype {p.dtype!r}; "
                     f"got {x.shape!r} and {x.dtype!r}"
                 )
         with self._memory.context():
@@ -323,12 +342,7 @@ class LARS:
             group.update(options | {"layer_axes": group["layer_axes"]})
 
     def __repr__(self) -> str:
-        lines = []
-        for number, group in enumerate(self._param_groups):
-            changed = {key: x for key, x in options_of(group).items() if x != DEFAULTS.get(key, required)}
-            options = ", ".join(f"{key}={x!r}" for key, x in changed.items())
-            lines.append(f"  group {number}: {len(group['names'])} parameters, {options}")
-        return "\n".join(["lars_jax.LARS(", *lines, ")"])
+        return described("lars_jax.LARS", self._param_groups)
 
     def _release(self) -> None:
         """Let `params` be the parameters as they are now."""
@@ -336,7 +350,15 @@ class LARS:
         self._released = self._memory.release()
         for i, x in zip(self._index, self._released, strict=True):
             leaves[i] = x
-        self._tree = self._structure.unflatten(leaves)
+        self._tree = self._leaves.structure.unflatten(leaves)
+
+    def _options(self) -> list[dict[str, Any]]:
+        """Return the hyper-parameters of the groups at this step."""
+        options = [_with_values(options_of(group), self._steps) for group in self._param_groups]
+        if self._excluded and not _with_values({"weight_decay": self._decay}, self._steps)["weight_decay"]:
+            for k in self._excluded:
+                options[k]["always_adapt"] = self._always_adapt
+        return options
 
     def _poll_device(self, *, wait: bool = False) -> None:
         """Update the step counters from the device and raise if it rejected a step."""
@@ -345,6 +367,9 @@ class LARS:
         self._skipped_steps += skipped
         if error is not None:
             raise error
+
+    def __copy__(self) -> LARS:
+        return copy.deepcopy(self)  # two optimizers can't step the same memory
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
@@ -392,6 +417,20 @@ class _State(ParamState):
 
 
 def _is_parameter(name: str, leaf: Any) -> bool:
-    if isinstance(leaf, jax.core.Tracer):
-        check_has_values(f"parameter {name!r}", leaf)
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        check_has_values(f"parameter {shown(name)}", leaf)
+    if is_torch(leaf):
+        check_leaf(name, leaf)
     return isinstance(leaf, (jax.Array, np.ndarray)) and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
+
+
+def _is_inexact(g: Any) -> bool:
+    return isinstance(g, float | complex) or (hasattr(g, "dtype") and jax.numpy.issubdtype(g.dtype, jax.numpy.inexact))
+
+
+def _with_values(options: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Return options with the values of schedules; raise for traced ones, whose derivatives would be lost."""
+    known = scheduled(options, step)
+    for name, x in known.items():
+        check_has_values(name, x)
+    return known

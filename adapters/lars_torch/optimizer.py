@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from lars_array.core import Rule
-from lars_array.hyperparams import defaults_from, required
+from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
@@ -87,6 +87,8 @@ class LARS(Optimizer):
     >>> optimizer.step()
     """
 
+    _has_warned = False  # of a step that is SGD's
+
     def __init__(
         self,
         params: Any,
@@ -98,7 +100,7 @@ class LARS(Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -153,7 +155,10 @@ class LARS(Optimizer):
         """
         number = len(self.param_groups)
         if isinstance(param_group, dict):
-            param_group["params"] = listed(param_group["params"], group=number)
+            params = param_group["params"]
+            if isinstance(params, Mapping):  # as lars_array.param_groups returns
+                params = list(params.items())
+            param_group["params"] = listed(params, group=number)
             param_group |= plain_group(param_group)
             group = self.defaults | param_group
             if group["lr"] is required:
@@ -251,6 +256,11 @@ class LARS(Optimizer):
                     _tracing.plain_step(self)
                 else:
                     self._step()
+
+    def __repr__(self) -> str:
+        found = [str(number) for number, group in enumerate(self.param_groups) if is_sgd(group)]
+        note = f"\nSGD, not adapted: parameter group {', '.join(found)}" if found else ""
+        return super().__repr__() + note
 
     @property
     def skipped_steps(self) -> int:
@@ -421,6 +431,9 @@ class LARS(Optimizer):
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""
+        if not self._has_warned:
+            self._has_warned = True
+            warn_of_sgd(self.param_groups)
         self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
         on: dict[torch.device, dict[int, NamedParam]] = {}

@@ -10,6 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
 from lars_array._arrays import accumulation_dtype, asarray
+from lars_array._messages import shown
 from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve
 from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
 from lars_array.nonfinite import CAUSES, GRADIENT, PARAMETER, UPDATE, NonFiniteError, finite
@@ -33,9 +34,9 @@ class StepCounts(NamedTuple):
         row, cause = divmod(self.offender, len(CAUSES))
         name, kind = names[row], CAUSES[cause]
         if kind == "update":
-            reason = f"the update of {name!r} overflowed its type or the float64 of its norms"
+            reason = f"the update of {shown(name)} overflowed its type or the float64 of its norms"
         else:
-            reason = f"the norm of the {kind} of {name!r} was not finite"
+            reason = f"the norm of the {kind} of {shown(name)} was not finite"
         return NonFiniteError(f"{reason} in an earlier step, which changed nothing")
 
 

@@ -10,9 +10,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_cupy_array, is_numpy_array, is_writeable_array
+from array_api_compat import is_cupy_array, is_jax_array, is_numpy_array, is_writeable_array
 
 from lars_array._arrays import array_at, is_on_accelerator
+from lars_array._messages import shown
 
 __all__ = ["MemoryRanges", "check_writable"]
 
@@ -38,20 +39,19 @@ def check_writable(name: str, p: Any) -> None:
         If it is read-only, or several of its elements share memory.
     """
     if isinstance(p, np.ma.MaskedArray):
-        raise TypeError(f"parameter {name!r} must be a plain array; got a masked one")
+        raise TypeError(f"parameter {shown(name)} must be a plain array; got a masked one")
     if getattr(p, "requires_grad", False):
-        raise TypeError(f"parameter {name!r} must not require gradients of its own; give its detach()")
+        raise TypeError(f"parameter {shown(name)} must not require gradients; use lars_torch.LARS, or detach()")
     if is_numpy_array(p) and not p.flags.writeable:
-        raise ValueError(f"parameter {name!r} must be writable; got a read-only array")
+        raise ValueError(f"parameter {shown(name)} must be writable; got a read-only array")
     if not is_writeable_array(p):
-        kind = type(p).__name__
-        raise TypeError(
-            f"parameter {name!r} must be writable; {kind} is not, use lars_array.init and lars_array.update"
-        )
+        way = "use lars_jax, or lars_array.init" if is_jax_array(p) else "use lars_array.init"
+        kind = f"{type(p).__name__} is not, {way} and lars_array.update"
+        raise TypeError(f"parameter {shown(name)} must be writable; {kind}")
     view = _host_view(p)
     if view is not None and _overlaps_itself(view):
-        strides = f"{view.strides!r} for shape {view.shape!r}"
-        raise ValueError(f"parameter {name!r} must not overlap itself; got strides {strides}")
+        strides = f"{shown(view.strides)} for shape {shown(view.shape)}"
+        raise ValueError(f"parameter {shown(name)} must not overlap itself; got strides {strides}")
 
 
 def _overlaps_itself(p: Any) -> bool:
@@ -145,7 +145,7 @@ class MemoryRanges:
 
     def _label(self, i: int) -> str:
         kind = ("parameter", "the momentum buffer of", "the master copy of")[i // self._count]
-        return f"{kind} {self._names[i % self._count]!r}"
+        return f"{kind} {shown(self._names[i % self._count])}"
 
     def _given_twice(self, i: int, other: int) -> str:
         return f"every parameter must be given once; {self._label(i)} and {self._label(other)} are the same array"
@@ -193,7 +193,7 @@ def _touching(starts: Any, ends: Any, index: Any) -> list[Any]:
 def _length_in(view: Any, stride: int) -> int:
     """Return how many bytes an array spans if steps by multiples of `stride` count as none."""
     reach = [abs(x) * (n - 1) for x, n in zip(view.strides, view.shape) if x % stride]
-    return sum(reach, int(view.itemsize))
+    return int(view.itemsize + sum(reach))
 
 
 def _share(view: Any, other: Any) -> bool:

@@ -244,7 +244,7 @@ def test_a_master_that_is_not_finite_is_told_of() -> None:
     state = optimizer.state_dict()
     state["state"]["w"]["master"][1] = np.inf
     optimizer.load_state_dict(state)
-    message = "the parameter of 'w' has 1 non-finite entries of 3; nothing was changed"
+    message = "the parameter of 'w' has 1 non-finite entries of 3; nothing was changed (step 1)"
     assert_refused(lambda: optimizer.step([np.ones(3, np.float16)]), NonFiniteError, message, optimizer, p)
 
 

@@ -162,7 +162,7 @@ def test_an_array_that_became_read_only_since() -> None:
 def test_immutable_arrays_are_sent_to_the_functions() -> None:
     p = pytest.importorskip("jax").numpy.ones(2)
     kind = type(p).__name__
-    message = f"parameter 'p' must be writable; {kind} is not, use lars_array.init and lars_array.update"
+    message = f"parameter 'p' must be writable; {kind} is not, use lars_jax, or lars_array.init and lars_array.update"
     assert_refused(lambda: LARS({"p": p}, lr=0.5), TypeError, message)
 
 

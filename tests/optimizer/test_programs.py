@@ -112,7 +112,9 @@ def test_parameters_that_move_at_each_step_need_no_new_programs(dtype: str, made
         grads: list[Any] = arrays(rng)
         grads[t % 2] = None
         theirs.step(grads)
-        state.params = [p.copy() for p in state.params]  # as adapters do whose owners replace memory
+        ours.param_groups[0]["params"] = state.params = [
+            p.copy() for p in state.params
+        ]  # as adapters do whose owners replace memory
         ours.step(grads)
         for p, q in zip(state.params, theirs._state.params, strict=True):
             np.testing.assert_array_equal(p, q)
@@ -120,10 +122,10 @@ def test_parameters_that_move_at_each_step_need_no_new_programs(dtype: str, made
             before = len(made)
     assert len(made) == before
     memory = np.ones(20, first[0].dtype)
-    state.params = [memory[:12].reshape(3, 4), memory[11:16], *state.params[2:]]
+    ours.param_groups[0]["params"] = state.params = [memory[:12].reshape(3, 4), memory[11:16], *state.params[2:]]
     with pytest.raises(ValueError, match="must not overlap in memory; parameter '1' and parameter '0' do"):
         ours.step(grads)
-    state.params = [p.copy() for p in theirs._state.params]
+    ours.param_groups[0]["params"] = state.params = [p.copy() for p in theirs._state.params]
     with pytest.raises(ValueError, match="gradient of '2' must not share memory with parameter '2'"):
         ours.step([None, *grads[1:2], state.params[2], *grads[3:]])
     grads = [np.full_like(p, np.nan) for p in state.params]

@@ -169,9 +169,8 @@ def _likes(*types: Any) -> tuple[Any, ...]:
     progress = np.zeros(1, np.int64), none, none, np.empty((0, 3))
     table = np.empty((0, 3), np.int64), none, none, nowhere
     inputs = nowhere, _no_weights(1), *_NO_HYPER
-    at_first(
-        work, np.empty((0, 5), np.int64), progress, table, inputs, _NO_TAPES, np.empty((0, 3)), np.empty((0, 6)), likes
-    )
+    tasks_, S, C = np.empty((0, 5), np.int64), np.empty((0, 3)), np.empty((0, 6))
+    at_first(work, tasks_, progress, table, inputs, _NO_TAPES, S, C, likes, is_new=True)
     return likes
 
 

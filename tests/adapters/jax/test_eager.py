@@ -57,7 +57,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "float64"])
 def test_it_is_the_transformation(donate: bool, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
-        solver = lars(0.1, 0.9, 0.1, trust_coefficient=0.1)
+        solver = lars(0.1, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1)
         optimizer = LARS(draw(0, dtype), donate=donate, **OPTIONS)
         theirs, state = draw(0, dtype), solver.init(draw(0, dtype))
         for t in range(5):
@@ -230,7 +230,10 @@ def test_masks_layers_and_groups() -> None:
     params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
     masks: dict[str, Any] = {"weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim > 1, p)}
     masks |= {"trust_ratio_mask": {"w": True, "b": False}, "layer_axes": {"w": 1, "b": 0}}
-    optimizer, solver = LARS(params, **OPTIONS, **masks), lars(0.1, 0.9, 0.1, trust_coefficient=0.1, **masks)
+    optimizer, solver = (
+        LARS(params, **OPTIONS, **masks),
+        lars(0.1, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1, **masks),
+    )
     grads = {"w": jnp.arange(12.0).reshape(3, 4) + 1, "b": jnp.ones(4)}
     updates, _ = solver.update(grads, solver.init(params), params)
     assert_close(optimizer.step(grads), jax.tree.map(jnp.add, params, updates), 1e-6)
@@ -317,7 +320,7 @@ def _trained_without_the_mishap() -> Any:
         ({"w": jnp.ones(2)}, {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
         ({"n": jnp.arange(2)}, {"lr": 0.1}, ValueError, "optimizer got an empty parameter list"),
         ({"w": np.ones(2)}, {"lr": 0.1}, TypeError, "see jax_enable_x64"),
-        ({"w": jnp.ones(2)}, {"lr": 0.1, "weight_decay_mask": 1}, TypeError, "weight_decay_mask must hold True"),
+        ({"w": jnp.ones(2)}, {"lr": 0.1, "weight_decay_mask": 2}, TypeError, "weight_decay_mask must hold True"),
         ({"w": jnp.ones(2)}, {"lr": 0.1, "rule": "no"}, ValueError, "rule must be one of"),
     ],
 )

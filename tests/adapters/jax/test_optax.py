@@ -110,14 +110,14 @@ def test_masks_of_flash_exclude_what_they_exclude_elsewhere() -> None:
     """A leaf that is not decayed is adapted all the same, as `lars_array.param_groups` has it, and SGD is SGD."""
     params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([3.0, 4.0])}
     grads = jax.tree.map(jnp.ones_like, params)
-    solver = lars(1.0, 0.0, 0.1, weight_decay_mask={"a": True, "b": False}, eps=0.0)
+    solver = lars(1.0, momentum=0.0, weight_decay=0.1, weight_decay_mask={"a": True, "b": False}, eps=0.0)
     updates, _ = solver.update(grads, solver.init(params), params)
     np.testing.assert_allclose(updates["b"], -0.001 * 5 / 2**0.5, rtol=1e-6)
     ratio = 0.001 * 5 / (2**0.5 + 0.5)
     np.testing.assert_allclose(updates["a"], -ratio * (1 + 0.1 * params["a"]), rtol=1e-6)
-    plain = lars(1.0, 0.0, 0.1, weight_decay_mask=False, trust_ratio_mask=False)
+    plain = lars(1.0, momentum=0.0, weight_decay=0.1, weight_decay_mask=False, trust_ratio_mask=False)
     np.testing.assert_array_equal(plain.update(grads, plain.init(params), params)[0]["b"], -grads["b"])
-    sgd = lars(1.0, 0.0, 0.0, weight_decay_mask={"a": True, "b": False})
+    sgd = lars(1.0, momentum=0.0, weight_decay=0.0, weight_decay_mask={"a": True, "b": False})
     np.testing.assert_array_equal(sgd.update(grads, sgd.init(params), params)[0]["b"], -grads["b"])
 
 
@@ -161,7 +161,7 @@ def test_it_converges_and_is_compiled_once(target: Any, options: dict[str, Any])
 def test_the_state_can_be_mapped_over_parameters() -> None:
     params = {"a": jnp.ones(3), "b": [jnp.ones((2, 2))]}
     for momentum in (0.9, 0.0):
-        solver = lars(0.1, momentum)
+        solver = lars(0.1, momentum=momentum)
         state = solver.init(params)
         mapped = optax.tree.map_params(solver, lambda v: v + 1, state)
         if momentum:
@@ -296,7 +296,7 @@ def test_arrays_of_numpy_are_taken_for_jaxs() -> None:
 
 def test_keys_with_dots_are_told_apart() -> None:
     params = {"a.b": jnp.full(2, 3.0), "a": {"b": jnp.full(2, 5.0)}}
-    optimizer, solver = LARS(params, lr=0.1, weight_decay=0.1), lars(0.1, 0.0, 0.1)
+    optimizer, solver = LARS(params, lr=0.1, weight_decay=0.1), lars(0.1, momentum=0.0, weight_decay=0.1)
     updates, _ = solver.update(params, solver.init(params), params)
     assert_trees_close(optimizer.step(params), optax.apply_updates(params, updates), 1e-6)
     assert optimizer.norms().keys() == {"['a']['b']", "['a.b']"}
@@ -328,9 +328,9 @@ def test_a_step_that_is_not_finite_is_skipped_or_taken() -> None:
         (lambda s, st, p: s.init({"n": jnp.arange(3)}), TypeError, "parameter 'n' must be of one of the types"),
         (lambda s, st, p: s.init({"n": "w"}), TypeError, "parameter 'n' must be an array"),
         (
-            lambda s, st, p: lars(0.1, trust_ratio_mask={"a": 1, "b": True}).update(p, st, p),
+            lambda s, st, p: lars(0.1, trust_ratio_mask={"a": 2, "b": True}).update(p, st, p),
             TypeError,
-            "trust_ratio_mask must hold True or False; got 1",
+            "trust_ratio_mask must hold True or False; got 2 for 'a'",
         ),
         (
             lambda s, st, p: lars(0.1, trust_ratio_mask={"a": True}).update(p, st, p),
