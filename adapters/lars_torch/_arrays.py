@@ -14,7 +14,7 @@ import torch.utils.dlpack
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lars_array import _arrays
-from lars_array._arrays import COMPUTE, ArraySpecs, dtype_name, span
+from lars_array._arrays import COMPUTE, ArraySpecs, span
 
 __all__ = [
     "TensorSpecs",
@@ -31,10 +31,12 @@ __all__ = [
 ]
 
 
+_COMPUTE: dict[torch.dtype, torch.dtype] = {getattr(torch, x): getattr(torch, y) for x, y in COMPUTE.items()}
+
+
 def compute_dtype(p: torch.Tensor) -> torch.dtype:
     """Return the type that a parameter is computed in, which its momentum buffer has."""
-    kind: torch.dtype = getattr(torch, COMPUTE[dtype_name(p.dtype)])
-    return kind
+    return _COMPUTE[p.dtype]
 
 
 # --------------------------------------------------------------------------------------------------------- libraries
