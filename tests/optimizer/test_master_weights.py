@@ -427,9 +427,7 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for g in steps:
         here.step([torch.tensor(g)])
     for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
-        monkeypatch.setattr(
-            module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x)
-        )
+        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
     there = LARS({"w": far}, **MASTERS, nonfinite="skip")
     for turn, g in enumerate(steps):
         if turn in (0, 2):  # also before there is a master

@@ -103,6 +103,7 @@ def test_a_distributed_checkpoint_changes_no_bit(flat: bool, tmp_path: Path) -> 
         assert torch.equal(p, q)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="fully_shard trains on a CPU since torch 2.7")
 def test_parameters_that_are_in_several_processes_are_refused() -> None:
     """The norm of a part is not that of the whole."""
     from torch.distributed.device_mesh import init_device_mesh
