@@ -129,14 +129,13 @@ class Stepper:
                     found = self._cut(state, grads, groups, absent)
         if found is None:
             program = StepProgram(state, grads, groups, self._kernel)
-            gradients = program.bind(state, grads, groups)
-            assert gradients is not None
-            found = program, gradients
+            found = program, program.gradients(state, grads)
         program, gradients = found
         if program is not self._program:
             known = [] if self._program is None else [self._program, *self._others]
             self._others = [other for other in known if other.absent != program.absent][:OTHERS]
             self._program = program
+            self._whole = self._whole if absent else program
         return program, gradients
 
     def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
@@ -144,25 +143,20 @@ class Stepper:
         if self._program is None:
             return None
         for program in (self._program, *self._others):
-            is_last = program is self._program
-            if program.absent != absent:
-                if is_last and not program.fits(state, groups):
-                    program.refuse_changed(state, grads)
+            is_last, is_alike = program is self._program, program.absent == absent
+            if not is_alike and state.params is not program.params:
                 continue
-            gradients = program.bind(state, grads, groups, is_last=is_last)
-            moved = program.moved(state) if gradients is None else None
-            if moved is not None:
-                program, gradients = moved, moved.bind(state, grads, groups, is_last=False)
+            placed = program.placed(state, groups)
+            if placed is None and is_last:
+                program.refuse_changed(state, grads)
+            gradients = placed.gradients(state, grads) if is_alike and placed is not None else None
             if gradients is not None:
-                return program, gradients
+                return placed, gradients
         return None
 
     def _cut(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
         """Return a program and its gradients, cut from that of all parameters; None if that does not fit."""
-        whole = self._whole
-        if whole is not None and not whole.fits(state, groups):
-            whole = whole.moved(state)
-        self._whole = whole
+        self._whole = whole = None if self._whole is None else self._whole.placed(state, groups)
         program = None if whole is None else whole.cut(absent, self._program)
         gradients = None if program is None else program.gradients(state, grads)
         return None if gradients is None else (program, gradients)
@@ -218,6 +212,7 @@ class StepProgram:
         # Gradients serve for their types and layouts. They are not kept: the owner of a model frees them after a step.
         self._make_kernel(state, kernel_type, KernelArrays(own, state.view_all(own_grads), buffers, masters))
         self._clear_at = b""  # the addresses of gradients that were last found to share no memory with these
+        self._places: Any = None  # of parameters, buffers and masters: addresses, first bytes and those after the last
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
 
@@ -287,27 +282,11 @@ class StepProgram:
         kept = [[x for x in arrays if x is not None] for arrays in self._lists[1:]]
         self._kept_specs = [state.specs(arrays, self._specs_of) if arrays else None for arrays in kept]
 
-    def bind(
-        self, state: ParamState, grads: Sequence[Any], groups: Groups, *, is_last: bool = True
-    ) -> Gradients | None:
-        """Return the gradients of a step, or None if the program does not fit its arrays any more.
-
-        Raises
-        ------
-        ValueError
-            For a parameter that was changed in place, if this is the program of the last step; or a gradient in memory
-            that the step writes to.
-        """
-        if self.fits(state, groups):
-            return self.gradients(state, grads)
-        if is_last:
-            self.refuse_changed(state, grads)
-        return None
-
     def gradients(self, state: ParamState, grads: Sequence[Any]) -> Gradients | None:
-        """Return the gradients of a step, or None if one of them has another type or layout."""
-        if any(grads[i] is not None for i in self.absent):
-            return None
+        """Return the gradients of a step, or None if one of them has another type or layout.
+
+        Raises ValueError for a gradient in memory that the step writes to.
+        """
         own = self._own(grads)
         begins = self._grad_specs.addresses(own)
         if begins is None:
@@ -316,17 +295,6 @@ class StepProgram:
         rows, views = self._rows, state.view_all
         at = begins if self._offsets is None else begins[self._owner] + self._offsets
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
-
-    def fits(self, state: ParamState, groups: Groups) -> bool:
-        """Return whether parameters and state are where they were, and groups keep what they kept."""
-        _, *kept = self._lists
-        addresses = self._param_specs.addresses(state.params)
-        if addresses is None or addresses.tobytes() != self._addresses.tobytes():
-            return False
-        for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
-            if arrays is not before and not (all(map(is_, arrays, before)) and state.addresses(arrays) == at):
-                return False
-        return groups is self._prepared[0] or _keeps(groups) == self._keeps
 
     def cut(self, absent: list[int], last: StepProgram | None) -> StepProgram | None:
         """Return the program of all parameters but some, from that of all; None if its kernel can't be cut."""
@@ -349,33 +317,48 @@ class StepProgram:
         program._prepared = self._prepared if last is None else last._prepared  # by group, whichever parameters
         return program
 
-    def moved(self, state: ParamState) -> StepProgram | None:
-        """Return this program for arrays that lie elsewhere, if nothing but addresses changes and its kernel can.
+    @property
+    def params(self) -> list[Any]:
+        """The list of parameters that the program was made for."""
+        return self._lists[0]
+
+    def placed(self, state: ParamState, groups: Groups) -> StepProgram | None:
+        """Return this program, or one for arrays that lie elsewhere; None if more than addresses changes.
 
         Raises ValueError for arrays that overlap.
         """
-        move: Any = getattr(self._kernel, "moved", None)
-        lists, own = (state.params, state.buffers, state.masters), self._param_specs
-        is_able = move is not None and own.spans is not None and self._rows is None and self._is_published
-        if not is_able or state.params is self._lists[0] or not state.may_move():
+        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
             return None
-        bounds = []
-        for arrays, before, specs in zip(lists, self._lists, [own, *self._kept_specs]):
-            present = [i for i, x in enumerate(arrays) if x is not None]
-            is_same = len(arrays) == len(before) and present == [i for i, x in enumerate(before) if x is not None]
-            bounds.append(np.zeros((3, len(arrays)), np.int64))
-            if is_same and specs is None:
+        lists = state.params, state.buffers, state.masters
+        addresses = self._param_specs.addresses(state.params)
+        if addresses is None:
+            return None
+        is_same = [addresses.tobytes() == self._addresses.tobytes()]
+        for arrays, before, at in zip(lists[1:], self._lists[1:], self._kept_at, strict=True):
+            is_same.append(arrays is before or (all(map(is_, arrays, before)) and state.addresses(arrays) == at))
+        if all(is_same):
+            return self
+        is_able = hasattr(self._kernel, "moved") and self._rows is None and self._is_published
+        if not is_able or state.params is self.params:
+            return None
+        is_first = self._places is None
+        places = np.zeros((3, 3, len(state.params)), np.int64) if self._places is None else self._places.copy()
+        kinds = zip(places, lists, self._lists, (self._param_specs, *self._kept_specs), is_same, strict=True)
+        for own, arrays, before, specs, is_known in kinds:
+            if is_known and not is_first:
                 continue
-            at = specs.addresses([arrays[i] for i in present]) if is_same and specs is not None else None
-            if (
-                at is None
-                or specs is None
-                or specs.spans is None
-                or (at == 0)[specs.spans[:, 1] > specs.spans[:, 0]].any()
-            ):
+            present = [i for i, x in enumerate(arrays) if x is not None]
+            if present != [i for i, x in enumerate(before) if x is not None] or not state.may_move(arrays):
                 return None
-            bounds[-1][:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
+            if specs is None:
+                continue
+            at = addresses if arrays is state.params else specs.addresses([arrays[i] for i in present])
+            if at is None or (at == 0)[specs.spans[:, 1] > specs.spans[:, 0]].any():
+                return None
+            own[:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
+        return self._moved(state, lists, places)
 
+    def _moved(self, state: ParamState, lists: tuple[list[Any], list[Any], list[Any]], places: Any) -> StepProgram:
         def views() -> list[list[Any]]:
             return [state.view_all(arrays) for arrays in lists]
 
@@ -384,14 +367,13 @@ class StepProgram:
             return [p if x is None else x for p, x in zip(self._own(params), self._own(masters), strict=True)]
 
         program = copy.copy(self)
-        places, starts, ends = (np.stack(rows) for rows in zip(*bounds, strict=True))
-        program._ranges = self._ranges.moved(views, starts.ravel(), ends.ravel())
-        program._kernel = move(lists, places[:, self._index])
-        program._addresses, program._clear_at, program._trained = places[0], b"", trained
+        program._places = places
+        program._ranges = self._ranges.moved(views, places[:, 1].ravel(), places[:, 2].ravel())
+        program._kernel = self._kernel.moved(lists, places[:, 0, self._index])
+        program._addresses, program._clear_at, program._trained = places[0, 0], b"", trained
         program._lists, program._kept_at = lists, (state.addresses(state.buffers), state.addresses(state.masters))
-        if self._like is not None:
-            first = lists[2] if self._own(state.masters)[0] is not None else lists[0]
-            program._like = state.view(self._own(first)[0])
+        params, masters = self._own(state.params), self._own(state.masters)
+        program._like = state.view(params[0] if masters[0] is None else masters[0])
         return program
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:

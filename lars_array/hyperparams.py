@@ -22,6 +22,7 @@ __all__ = [
     "ALIASES",
     "DEFAULTS",
     "GROUP_FIELDS",
+    "INSTEAD",
     "NUMBERS",
     "Hyperparams",
     "at_step",
@@ -97,7 +98,7 @@ ALIASES = {
 }
 
 # What does here what their other options do.
-_INSTEAD = {
+INSTEAD = {
     **dict.fromkeys(("lars_exclude", "is_skipped", "skip_lars", "exclude"), "adapt=False"),
     **dict.fromkeys(
         ("weight_decay_filter", "exclude_from_weight_decay", "exclude_from_wt_decay", "weight_decay_mask", "skip_list"),
@@ -121,8 +122,8 @@ def unknown_option(name: Any) -> str:
     start = f"unknown hyper-parameter {shown(name)}"
     if isinstance(name, str) and name in ALIASES:
         return f"{start}; it is called {ALIASES[name]} here"
-    if isinstance(name, str) and name in _INSTEAD:
-        return f"{start}; use {_INSTEAD[name]}"
+    if isinstance(name, str) and name in INSTEAD:
+        return f"{start}; use {INSTEAD[name]}"
     return start + (near(name, ("lr", *DEFAULTS)) or f"; known are lr, {', '.join(DEFAULTS)}")
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import inf
-from reprlib import repr as short
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 import torch
 
 from lars_array._stepper import KEPT, reads_previous_lr
-from lars_array.hyperparams import DEFAULTS
+from lars_array.hyperparams import DEFAULTS, unknown_option
 from lars_torch._arrays import compute_dtype
 from lars_torch._hyperparams import check_group
-from lars_torch._keys import advice, foreign_keys, resembles, translated
+from lars_torch._keys import foreign_keys, resembles, translated
 
 __all__ = ["load"]
 
@@ -22,7 +22,7 @@ __all__ = ["load"]
 def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: Mapping[str, Any]) -> None:
     """Load `state_dict` into `optimizer`; see `lars_torch.LARS.load_state_dict`."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        got = short(list(state_dict)) if isinstance(state_dict, Mapping) else short(state_dict)
+        got = shown(list(state_dict)) if isinstance(state_dict, Mapping) else shown(state_dict)
         raise TypeError(f"state_dict must be a mapping with the keys 'state' and 'param_groups'; got {got}")
     if "steps" in state_dict:
         state_dict = _from_lars_array(optimizer, state_dict)
@@ -61,10 +61,12 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Te
     for p, key, v in kept:
         if key == "previous_lr":
             if not 0 <= float(v) < inf:
-                raise ValueError(f"previous_lr must be finite and at least 0; got {short(v)}")
+                raise ValueError(f"previous_lr must be finite and at least 0; got {shown(v)}")
+            continue
+        if type(v) is torch.Tensor and v.dtype == p.dtype and v.shape == p.shape and v.layout == torch.strided:
             continue
         if not isinstance(v, torch.Tensor) or v.shape != p.shape or v.layout != torch.strided:
-            found = tuple(v.shape) if isinstance(v, torch.Tensor) else short(v)
+            found = tuple(v.shape) if isinstance(v, torch.Tensor) else shown(v)
             name = next(member.name for member in optimizer._named_params() if member.param is p)
             raise ValueError(f"{key} of {name!r} must have the parameter's shape {tuple(p.shape)!r}; got {found}")
         if v.is_complex() != p.is_complex() or not (v.is_floating_point() or v.is_complex()):
@@ -82,8 +84,8 @@ def _check_origin(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -
         own = [kept for number, kept in state_dict["state"].items() if number in numbers]
         foreign |= {key for kept in own for key in kept} - {*KEPT, "previous_lr"}
     if foreign:
-        reason = "".join(f"; for {key!r}, {advice(key)}" for key in sorted(misnamed)[:1])
-        raise ValueError(f"state_dict must be of LARS or SGD; got one with {short(sorted(map(str, foreign)))}{reason}")
+        reason = "".join(f"; {unknown_option(key)}" for key in sorted(misnamed)[:1])
+        raise ValueError(f"state_dict must be of LARS or SGD; got one with {shown(sorted(map(str, foreign)))}{reason}")
 
 
 def _restore(optimizer: Any, kept: list[tuple[torch.Tensor, str, Any]]) -> None:
@@ -96,18 +98,19 @@ def _restore(optimizer: Any, kept: list[tuple[torch.Tensor, str, Any]]) -> None:
             is_alike = v.dtype == kind and v.device == p.device and v.stride() == p.stride()
             new = v.detach().clone() if is_alike else torch.empty_like(p, dtype=kind, requires_grad=False).copy_(v)
         optimizer.state[p][key] = new
-    for p in list(optimizer.state):
-        if isinstance(optimizer.state[p], dict) and optimizer.state[p].get("momentum_buffer", p) is None:
+    for p, own in list(optimizer.state.items()):
+        if isinstance(own, dict) and own.get("momentum_buffer", p) is None:
             del optimizer.state[p]  # SGD of older torch writes None where there is none
 
 
 def _kept(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Tensor, str, Any]]:
     """Return what a checkpoint holds for parameters: of each the parameter, the key, and the tensor or number."""
-    found = []
+    found, keys = [], (*KEPT, "previous_lr")
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
         for p, number in zip(group["params"], saved["params"]):
-            own = state_dict["state"].get(number, {})
-            found += [(p, key, own[key]) for key in (*KEPT, "previous_lr") if own.get(key) is not None]
+            own = state_dict["state"].get(number)
+            if own:
+                found += [(p, key, v) for key in keys if (v := own.get(key)) is not None]
     return found
 
 
@@ -154,7 +157,7 @@ def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str,
             names = by_position  # torch's parameters have no names to compare: their order counts
         unknown = [name for name in names if name not in index]
         if unknown:
-            raise ValueError(f"state_dict must be of parameters named {short(list(index))}; got {unknown[0]!r}")
+            raise ValueError(f"state_dict must be of parameters named {shown(list(index))}; got {unknown[0]!r}")
         keys = [index[name] for name in names]
         options = {key: group[key] for key in ("lr", *DEFAULTS) if key in group}
         kinds = (*KEPT, "previous_lr") if reads_previous_lr(options.get("rule", "flash")) else tuple(KEPT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from reprlib import repr as short
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def numbers_of(
     for name in NUMBERS:
         if callable(group[name]) or (name == "lr" and not isinstance(group[name], Real | torch.Tensor)):
             rule = f"{name} must be a number or a tensor, see torch.optim.lr_scheduler"
-            raise TypeError(f"{rule}; got {short(group[name])}")
+            raise TypeError(f"{rule}; got {shown(group[name])}")
     found = {name: group[name] for name in NAMES}
     for name, value in found.items():
         if isinstance(value, torch.Tensor):

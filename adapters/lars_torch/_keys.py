@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
-from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 
-from lars_array.hyperparams import DEFAULTS
+from lars_array.hyperparams import ALIASES, DEFAULTS, INSTEAD, unknown_option
 
-__all__ = ["NAMES", "advice", "check_keys", "foreign_keys", "plain", "plain_group", "resembles", "translated"]
+__all__ = ["NAMES", "check_keys", "foreign_keys", "plain", "plain_group", "resembles", "translated"]
 
 NAMES = ("lr", *DEFAULTS)
 OWN = {"params", "param_names", "differentiable", "foreach", "fused", "capturable", *NAMES}
@@ -23,29 +22,16 @@ SCHEDULED |= {"base_momentum", "max_momentum", "min_momentum", "name", "group_na
 # The options of optimizers that pass their own groups on to the one they wrap: SAM and Lookahead.
 WRAPPED = {"rho", "adaptive", "lookahead_alpha", "lookahead_k", "lookahead_step", "counter"}
 
-# How other LARS name what is here a hyper-parameter.
-ALIASES = {
-    **dict.fromkeys(("trust_coeff", "trust_coef", "tcoef", "lars_coeff"), "trust_coefficient"),
-    **dict.fromkeys(("eta", "eeta", "lars_eta"), "trust_coefficient"),
-    **dict.fromkeys(("wd", "lars_weight_decay"), "weight_decay"),
-    **dict.fromkeys(("epsilon", "lars_eps", "lars_epsilon"), "eps"),
-    **dict.fromkeys(("clip", "clip_lr"), "trust_clip"),
-    "learning_rate": "lr",
-    "mu": "momentum",
-    "use_nesterov": "nesterov",
-    "layer_adaptation": "adapt",
-}
-EXCLUDED = ("lars_exclude", "is_skipped")  # these mean adapt=False
-# Exclusions by the number of axes or by name, which are groups here.
-BY_SHAPE = {"exclude_bias_n_norm", "exclude_bias_and_norm", "weight_decay_filter", "lars_adaptation_filter"}
-BY_SHAPE |= {"exclude_from_weight_decay", "exclude_from_layer_adaptation", "skip_list"}
+# Of the keys of other LARS, those that mean adapt=False, and exclusions by the number of axes or by name.
+EXCLUDED = {key for key, advice in INSTEAD.items() if advice == "adapt=False"}
+BY_SHAPE = {key for key, advice in INSTEAD.items() if advice.startswith("param_groups")}
 
 
 def check_keys(group: Mapping[Any, Any], number: int) -> None:
     """Raise ValueError for a key that means nothing here, naming the one that may be meant."""
     unknown = foreign_keys(group, WRAPPED)
     if unknown:
-        raise ValueError(f"parameter group {number} has the unknown key {short(unknown[0])}; {advice(unknown[0])}")
+        raise ValueError(f"{unknown_option(unknown[0])} (parameter group {number})")
 
 
 def foreign_keys(group: Iterable[Any], known: Collection[Any] = ()) -> list[Any]:
@@ -56,20 +42,8 @@ def foreign_keys(group: Iterable[Any], known: Collection[Any] = ()) -> list[Any]
 
 def resembles(key: Any) -> bool:
     """Return whether a key is another spelling of a hyper-parameter."""
-    others = (*ALIASES, *EXCLUDED, *BY_SHAPE)
-    return key in others or bool(get_close_matches(str(key), [name for name in NAMES if len(name) > 3], 1, 0.8))
-
-
-def advice(key: Any) -> str:
-    """Return what to write in the place of an unknown key."""
-    if key in ALIASES:
-        return f"the name here is {ALIASES[key]!r}"
-    if key in EXCLUDED:
-        return "give 'adapt': False instead"
-    if key in BY_SHAPE:
-        return "such parameters are a group of their own here, see lars_torch.param_groups"
-    close = get_close_matches(str(key), NAMES, 1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(NAMES)}"
+    is_near = get_close_matches(str(key), [name for name in NAMES if len(name) > 3], 1, 0.8)
+    return key not in NAMES and (key in ALIASES or key in INSTEAD or bool(is_near))
 
 
 def translated(group: Mapping[Any, Any]) -> dict[Any, Any]:

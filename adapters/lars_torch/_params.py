@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isgenerator
-from reprlib import repr as short
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def listed(params: Any, group: int | None = None) -> Any:
         return params  # torch takes the first in a group, and has a message for each
     if not hasattr(params, "__iter__"):
         kind = type(params).__name__
-        raise TypeError(f"{place} must be an iterable of parameters, and lr a number; got {kind} {short(params)} first")
+        raise TypeError(f"{place} must be an iterable of parameters, and lr a number; got {kind} {shown(params)} first")
     if isgenerator(params) and params.gi_frame is None:
         raise ValueError(f"optimizer got an empty parameter list: {place} is a generator that was used up before")
     return list(params) if isinstance(params, Iterator) or group is not None else params

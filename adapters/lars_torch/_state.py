@@ -263,10 +263,11 @@ class TensorState(ParamState):
         own = (x for x in self._owns if x is not _NOTHING)
         if not all(isinstance(x, MutableMapping) for x in (self._state, *own)):
             raise TypeError("optimizer.state must be a dict of dicts")
-        if not self._layouts:
-            self._check()
-        elif list(map(_layout, self.params)) != self._layouts:
+        layouts = list(map(_layout, self.params)) if self._layouts else []
+        if [x[1:] for x in layouts] != [x[1:] for x in self._layouts]:
             raise OutdatedError
+        if not layouts or layouts != self._layouts:
+            self._check()
         for i, (p, v) in enumerate(zip(self.params, self.buffers, strict=True)):
             kind = compute_dtype(p)
             if not (v is None or isinstance(v, torch.Tensor)):
@@ -319,10 +320,9 @@ class TensorState(ParamState):
             return list(map(torch.Tensor.data_ptr, arrays))  # faster
         return [0 if x is None else x.data_ptr() for x in arrays]
 
-    def may_move(self) -> bool:
+    def may_move(self, arrays: Sequence[Any]) -> bool:
         """See `ParamState.may_move`."""
-        arrays = (x for own in (self.params, self.buffers, self.masters) for x in own if x is not None)
-        return all(x.device == self._device for x in arrays)
+        return all(x.device == self._device for x in arrays if x is not None)
 
     def like_gradient(self, p: torch.Tensor) -> torch.Tensor:
         """See `ParamState.like_gradient`."""
@@ -336,4 +336,4 @@ class TensorState(ParamState):
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from operator import is_
-from reprlib import repr as short
+from reprlib import repr as shown
 from threading import RLock
 from typing import Any
 
@@ -34,8 +34,8 @@ class LARS(Optimizer):
     Parameters
     ----------
     params : iterable of Tensor, of (str, Tensor), or of dict
-        The parameters or parameter groups, as ``torch.optim.SGD`` takes them: float64, float32, float16, bfloat16 or
-        complex, on one device or several. Updated in place; gradients are not modified.
+        The parameters or parameter groups, as ``torch.optim.SGD`` takes them (names since torch 2.6): float64, float32,
+        float16, bfloat16 or complex, on one device or several. Updated in place; gradients are not modified.
     lr : float or Tensor
         Learning rate. Any ``torch.optim.lr_scheduler`` may change it.
     max_grad_norm : float, optional
@@ -46,7 +46,10 @@ class LARS(Optimizer):
         As there; the copies are "master" in the state.
     differentiable : bool
         Whether a step is recorded by autograd. Then steps run on torch's own functions.
-    foreach, fused, capturable : bool, optional
+    fused : bool, optional
+        Whether a step takes the scale and `found_inf` from a ``GradScaler``, as with torch's own optimizers, instead of
+        a pass of the scaler over all gradients.
+    foreach, capturable : bool, optional
         Accepted and ignored: every step handles all tensors at once and each element once. Every step but the first can
         be captured in a CUDA graph; pass the learning rate as a tensor there.
     layer_of : mapping or callable, optional
@@ -59,12 +62,13 @@ class LARS(Optimizer):
         Hyper-parameters of each group, read at each step.
     state : dict
         By parameter ``{"momentum_buffer": Tensor}``, float32 for half precision; nothing before the first step or
-        without momentum. With `master_weights` "master" as well.
+        without momentum. With `master_weights` "master" as well, and "previous_lr" where the rule reads it.
 
     Raises
     ------
     ValueError
-        For hyper-parameters out of range; and as torch's optimizers do.
+        For hyper-parameters out of range, unknown keys of groups, and parameters that are given twice; and as torch's
+        optimizers do.
     TypeError
         For anything but dense tensors of a floating-point type, such as a DTensor; and as torch's optimizers do.
 
@@ -136,7 +140,7 @@ class LARS(Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NAMES:
-            place = f"optimizer.param_groups[0][{name!r}] = {short(value)}"
+            place = f"optimizer.param_groups[0][{name!r}] = {shown(value)}"
             raise AttributeError(f"{name} belongs to the parameter groups: write {place}")
         super().__setattr__(name, value)
 
@@ -233,7 +237,7 @@ class LARS(Optimizer):
         loss = None
         if closure is not None:
             if not callable(closure):
-                raise TypeError(f"closure must be a function that returns the loss; got {short(closure)}")
+                raise TypeError(f"closure must be a function that returns the loss; got {shown(closure)}")
             with torch.enable_grad():
                 loss = closure()
         try:
@@ -378,7 +382,7 @@ class LARS(Optimizer):
             return
         for number, own in enumerate(keys):
             for key in own:
-                if key not in NAMES and resembles(key):
+                if resembles(key):
                     check_keys({key: None}, number)
         self._known_keys = keys
 

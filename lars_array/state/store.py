@@ -238,7 +238,7 @@ class ParamState:
         """Return where momentum buffers or masters lie, if their owner may move them."""
         return None
 
-    def may_move(self) -> bool:
+    def may_move(self, arrays: Sequence[Any]) -> bool:
         """Return whether arrays that lie elsewhere than before can be stepped by the same kernel."""
         return True
 

@@ -22,19 +22,19 @@ def parameter(size: int = 3) -> torch.nn.Parameter:
 # -------------------------------------------------------------------------------------------------------------- groups
 
 MEANT = {
-    "wd": "the name here is 'weight_decay'",
-    "trust_coeff": "the name here is 'trust_coefficient'",
-    "trust_coef": "the name here is 'trust_coefficient'",
-    "eta": "the name here is 'trust_coefficient'",
-    "eeta": "the name here is 'trust_coefficient'",
-    "epsilon": "the name here is 'eps'",
-    "learning_rate": "the name here is 'lr'",
-    "clip_lr": "the name here is 'trust_clip'",
-    "layer_adaptation": "the name here is 'adapt'",
-    "lars_exclude": "give 'adapt': False instead",
-    "is_skipped": "give 'adapt': False instead",
-    "exclude_bias_n_norm": "such parameters are a group of their own here, see lars_torch.param_groups",
-    "weight_decay_filter": "such parameters are a group of their own here, see lars_torch.param_groups",
+    "wd": "it is called weight_decay here",
+    "trust_coeff": "it is called trust_coefficient here",
+    "trust_coef": "it is called trust_coefficient here",
+    "eta": "it is called trust_coefficient here",
+    "eeta": "it is called trust_coefficient here",
+    "epsilon": "it is called eps here",
+    "learning_rate": "it is called lr here",
+    "clip_lr": "it is called trust_clip here",
+    "layer_adaptation": "it is called adapt here",
+    "lars_exclude": "use adapt=False",
+    "is_skipped": "use adapt=False",
+    "exclude_bias_n_norm": "use param_groups(...), which excludes biases and norms",
+    "weight_decay_filter": "use param_groups(..., no_decay=...)",
     "weigth_decay": "did you mean 'weight_decay'?",
     "momentun": "did you mean 'momentum'?",
 }
@@ -50,7 +50,8 @@ def test_a_key_that_means_nothing_is_refused(key: str, advice: str) -> None:
     optimizer = LARS([parameter()], lr=0.1)
     with pytest.raises(ValueError) as caught:
         optimizer.add_param_group({"params": [parameter()], key: 0.5})
-    assert str(caught.value).startswith(f"parameter group 1 has the unknown key '{key}'; {advice}")
+    assert str(caught.value).startswith(f"unknown hyper-parameter '{key}'; {advice}")
+    assert str(caught.value).endswith("(parameter group 1)")
     assert len(str(caught.value)) <= 500 and len(optimizer.param_groups) == 1
 
 
@@ -73,7 +74,7 @@ def test_a_key_put_into_a_group_later_is_refused_if_it_may_mean_something(key: s
         optimizer.step()
     before = p.detach().clone()
     optimizer.param_groups[0][key] = 0.5
-    with pytest.raises(ValueError, match=f"parameter group 0 has the unknown key '{key}'"):
+    with pytest.raises(ValueError, match=rf"unknown hyper-parameter '{key}'; .*\(parameter group 0\)"):
         optimizer.step()
     assert torch.equal(p, before)
     del optimizer.param_groups[0][key]
@@ -206,7 +207,7 @@ def test_groups_of_other_lars_are_translated(peer: str) -> None:
 
 @pytest.mark.parametrize("key", ["exclude_bias_n_norm", "weight_decay_filter", "lars_adaptation_filter"])
 def test_exclusions_by_shape_in_a_checkpoint_are_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=f"for '{key}', such parameters are a group of their own here"):
+    with pytest.raises(ValueError, match=rf"unknown hyper-parameter '{key}'; use param_groups\("):
         loaded({"eta": 0.002, key: True}, {})
 
 

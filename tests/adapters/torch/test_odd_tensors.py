@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -269,6 +271,32 @@ def test_threads_each_with_an_optimizer() -> None:
     for thread in threads:
         thread.join()
     assert params[0][0] < 1 and all(torch.equal(p, params[0]) for p in params)
+
+
+def test_threads_that_share_an_optimizer() -> None:
+    """As A3C's workers do: each replaces the gradients and steps, and its memory is used again at once."""
+    params = [parameter(100, 100) for _ in range(8)]
+    optimizer = LARS(params, lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            for _ in range(150):
+                for p in params:
+                    p.grad = torch.full_like(p, 1e-3)
+                optimizer.step()
+                torch.full((100, 100), 1e30)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and all(bool((p.abs() <= 1).all()) for p in params)
+    copy.deepcopy(optimizer)
+    pickle.loads(pickle.dumps(optimizer)).step()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
