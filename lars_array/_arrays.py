@@ -95,7 +95,8 @@ def gradient_fits(p_dtype: Any, g_dtype: Any) -> bool:
 
 def accumulation_dtype(xp: Any) -> Any:
     """Return float64, or float32 where the namespace has no wider type (JAX without x64)."""
-    return xp.float64 if "float64" in xp.__array_namespace_info__().dtypes(kind="real floating") else xp.float32
+    info = getattr(xp, "__array_namespace_info__", None)  # NumPy 2.0 has none
+    return xp.float64 if info is None or "float64" in info().dtypes(kind="real floating") else xp.float32
 
 
 def real_parts(x: Any, dtype: Any, xp: Any) -> list[Any]:

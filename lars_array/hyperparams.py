@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_jax_array
 
-from lars_array._arrays import accumulation_dtype, asarray, is_array, is_on_accelerator
+from lars_array._arrays import COMPUTE, accumulation_dtype, asarray, is_array, is_on_accelerator
 from lars_array._messages import located, near, shown
 from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs
 from lars_array.nonfinite import POLICIES
@@ -207,9 +207,10 @@ def _known(value: Any) -> float | None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    is_numpy = isinstance(value, np.ndarray | np.generic)
-    is_foreign = not is_numpy and getattr(value, "shape", None) == ()  # perhaps traced
-    if not (is_foreign or _is_real(value) or (is_numpy and value.shape == () and value.dtype.kind in "iuf")):
+    is_scalar = getattr(value, "shape", None) == ()  # perhaps traced, or on a device: its value is not read
+    if isinstance(value, np.ndarray | np.generic):
+        is_scalar = is_scalar and (value.dtype.kind in "iuf" or COMPUTE.get(value.dtype.name) == "float32")
+    if not (is_scalar or _is_real(value)):
         raise TypeError(f"{name} must be a number; got {shown(value)}")
     if _is_real(value) and _is_too_large(value):
         raise ValueError(f"{name} must be at most {MOST:.2g}; got {shown(value)}")

@@ -47,8 +47,8 @@ class LARS:
     ----------
     params : pytree
         The parameters, on the first CPU device or on one CUDA device: a dict, a list, a dataclass, a module of Flax or
-        Equinox. Copied, not modified. Leaves that are no floating-point arrays are returned as they are; NumPy arrays
-        go to the device of the others.
+        Equinox. Copied, not modified. Leaves that are no floating-point arrays are returned as they are, and must have
+        no gradients; NumPy arrays go to the device of the others.
     lr : float or callable
         Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules` and of optax.
         On a CUDA device this, and the other numbers, may be arrays of shape () there, which are not checked.
@@ -186,7 +186,8 @@ class LARS:
         Parameters
         ----------
         grads : pytree
-            In the structure of the parameters; None for a leaf that is skipped. Not modified.
+            In the structure of the parameters, or with their names in dicts or modules of other types, such as a State
+            of Flax for its module; None for a leaf that is skipped. Not modified.
         found_inf : number or array of shape (), optional
             The step is skipped where it isn't zero.
 
@@ -199,7 +200,9 @@ class LARS:
         Raises
         ------
         ValueError, TypeError
-            If `grads` does not fit the parameters, or donated parameters were deleted. Then nothing was changed.
+            If `grads` does not fit the parameters, or these were deleted; for traced numbers, whose derivatives would
+            be lost; and inside of functions that JAX traces, or under ``jax.set_mesh`` of other devices. Then nothing
+            was changed.
         NonFiniteError
             As for `lars_array.LARS.step`. On a CUDA device a rejected step returns the parameters as they were; a later
             call raises, before it does anything.

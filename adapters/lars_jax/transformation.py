@@ -75,7 +75,8 @@ def lars(
 
     By default the step is that of ``flash.core.optimizers.LARS``; ``lars(lr, rule="optax")`` is ``optax.lars(lr)``.
     Arguments as for `lars_array.LARS`, except: numbers may be traced arrays and functions of the number of steps taken;
-    momentum is 0.9 by default; there are no groups, `adapt`, `master_weights` and `kernel`; and those below.
+    all but the first are given by name; momentum is 0.9 by default; there are no groups, `adapt`, `master_weights` and
+    `kernel`; and those below.
 
     Parameters
     ----------
@@ -86,23 +87,26 @@ def lars(
     nonfinite : {"propagate", "skip"}
         A traced step can't raise. With "skip", updates that are not finite become zeros and the state does not change.
     weight_decay_mask, trust_ratio_mask : bool, pytree of bool, or callable
-        Which leaves are decayed, and which are adapted: one value for all; a tree of the parameters' structure, or a
-        prefix of it; or a function that returns one of these, given the parameters. A leaf that is adapted but excluded
-        from decay is adapted by all rules, also by those that leave out layers without decay.
+        Which leaves are decayed, and which are adapted: one value for all; a tree with the names of the parameters', or
+        a prefix of it; or a function that returns one of these, given the parameters. Types of dicts and modules do not
+        count, and a module with ``__call__`` is a tree. A leaf that is adapted but excluded from decay is adapted by
+        all rules, also by those that leave out layers without decay, in all steps in which others are decayed.
     layer_axes : int, pytree of int, or callable, optional
         The number of leading axes of a leaf along which slices are layers, as in the stacked parameters of scanned
-        layers; in the forms of the masks, 0 by default.
+        layers; in the forms of the masks, 0 by default. ``optax.inject_hyperparams`` needs it in its `static_args`.
     layer_of : mapping or callable, optional
         By the paths of leaves with dots, such as "attention.query".
     axis_name : hashable, tuple of hashable, pytree of these, or callable, optional
         Under ``jax.shard_map`` or ``jax.pmap``, the mapped axes that a leaf is split over; None or () for a leaf that
-        every device has whole. One collective sums the norms of the whole model. A stacked leaf must not be split along
-        its `layer_axes`. Arrays that are sharded under ``jax.jit`` do not need this.
+        every device has whole. A tuple is a tree where the parameters are a tuple or list as long. One collective sums
+        the norms of the whole model. A stacked leaf must not be split along its `layer_axes`. Arrays that are sharded
+        under ``jax.jit`` do not need this.
 
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        Its ``update`` needs the parameters. Updates have the parameters' dtypes, and are None where a gradient is;
+        Its ``init`` takes abstract parameters too, and its ``update``, which needs the parameters, states with arrays
+        of NumPy. Updates have the parameters' dtypes, and are None where a gradient is;
         extra arguments are ignored.
 
     Raises

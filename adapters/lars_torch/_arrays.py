@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.utils.dlpack
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lars_array import _arrays
-from lars_array._arrays import COMPUTE, ArraySpecs, span
+from lars_array._arrays import COMPUTE, ArraySpecs, dtype_name, span
 
 __all__ = [
     "TensorSpecs",
@@ -104,20 +105,34 @@ def view(tensor: torch.Tensor) -> Any:
     array
         Of NumPy or CuPy, of the tensor's shape, strides and dtype.
     """
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # NumPy reads its bits, since it has no such type
+    if is_lazy(tensor):
+        raise BufferError("a lazily conjugated or negated tensor has other numbers than its memory")
+    tensor, name = tensor.detach(), dtype_name(tensor.dtype)
+    if name == "bfloat16":  # its bits are read as integers, since NumPy has no such type of its own
         import ml_dtypes
 
-        return _exported(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
-    return _exported(tensor)
+        return _exported(tensor.view(torch.int16), "int16").view(ml_dtypes.bfloat16)
+    return _exported(tensor, name)
 
 
-def _exported(tensor: torch.Tensor) -> Any:
-    if tensor.device.type == "cpu":
-        return np.from_dlpack(tensor)  # not numpy(), after which torch can't free the storage of a living tensor
-    import cupy
+def _exported(tensor: torch.Tensor, dtype: str) -> Any:
+    if tensor.device.type != "cpu":
+        import cupy
 
-    return cupy.from_dlpack(tensor)
+        return cupy.from_dlpack(tensor)
+    if not tensor.numel():
+        return np.empty(tensor.shape, dtype)
+    # Not numpy(), after which torch can't free the storage of a living tensor; nor DLPack, by which NumPy before
+    # 2.3 and torch before 2.9 give memory that can't be written to.
+    size = tensor.element_size()
+    interface = {
+        "version": 3,
+        "typestr": np.dtype(dtype).str,
+        "shape": tensor.shape,
+        "strides": tuple([size * stride for stride in tensor.stride()]),
+        "data": (tensor.data_ptr(), False),
+    }
+    return np.asarray(SimpleNamespace(tensor=tensor, __array_interface__=interface))  # keeps the tensor alive
 
 
 def tensor_of(array: Any) -> torch.Tensor:

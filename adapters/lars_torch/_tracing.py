@@ -51,7 +51,12 @@ def compiled_step(optimizer: Any) -> None:
     _step(params or optimizer._params[:1], grads, index, optimizer._number)
 
 
-@torch.library.custom_op("lars_torch::step", mutates_args={"params"})
+# The schema is written out, since torch before 2.7 infers none from list[...].
+@torch.library.custom_op(
+    "lars_torch::step",
+    mutates_args={"params"},
+    schema="(Tensor(a0!)[] params, Tensor[] grads, int[] index, int number) -> ()",
+)
 def _step(params: list[torch.Tensor], grads: list[torch.Tensor], index: list[int], number: int) -> None:
     """Step the tensors that a graph has in the place of an optimizer's parameters."""
     optimizer = _optimizers[number]

@@ -34,8 +34,8 @@ class LARS(Optimizer):
     Parameters
     ----------
     params : iterable of Tensor, of (str, Tensor), or of dict
-        The parameters or parameter groups, as ``torch.optim.SGD`` takes them: float64, float32, float16, bfloat16 or
-        complex, on one device or several. Updated in place; gradients are not modified.
+        The parameters or parameter groups, as ``torch.optim.SGD`` takes them (names since torch 2.6): float64, float32,
+        float16, bfloat16 or complex, on one device or several. Updated in place; gradients are not modified.
     lr : float or Tensor
         Learning rate. Any ``torch.optim.lr_scheduler`` may change it.
     max_grad_norm : float, optional

@@ -282,7 +282,7 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-@pytest.mark.parametrize("rule", ["flash", "timm", "paddle", "optax"])
+@pytest.mark.parametrize("rule", ["flash", "optax"])
 def test_weight_decay_is_one_algorithm_in_all_its_forms(form: str, decay: float, rule: str) -> None:
     options: dict[str, Any] = {"rule": rule, "weight_decay_mask": MASK, "eps": 1e-8}
     plain = updated(params(), grads(), lars(0.1, weight_decay=decay, **options))
@@ -346,7 +346,7 @@ def split(axis_name: Any, tree: Any, g: Any, mapped: list[Any]) -> Any:
         (((), "x"), ["x"]),
         (lambda p: ("x", None), ["x"]),
     ],
-    ids=str,
+    ids=lambda x: "" if callable(x) else str(x),
 )
 def test_names_of_axes_may_be_any_and_tuples_of_them(axis_name: Any, mapped: list[Any]) -> None:
     tree, g = tuple(params().values()), tuple(grads().values())

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 
-import lars_array
 import lars_jax
 from lars_jax import LARS, LarsState, lars
 
@@ -116,7 +115,7 @@ def test_numbers_of_python_with_gradients_are_refused_eagerly() -> None:
 
 
 @pytest.mark.parametrize("flag", ["jax_debug_infs", "jax_debug_nans"])
-@pytest.mark.parametrize("rule", sorted(lars_array.RULES))
+@pytest.mark.parametrize("rule", ["flash", "timm", "kozistr", "optax", "simclr-popular", "nvidia", "nus", "tf-contrib"])
 def test_debuggers_stop_on_nothing_of_ours(rule: str, flag: str) -> None:
     p = {"w": jnp.array([3.0, 4.0]), "zero": jnp.zeros(3), "empty": jnp.zeros((0, 2))}
     g = {"w": jnp.array([0.5, 1.0]), "zero": jnp.zeros(3), "empty": jnp.zeros((0, 2))}

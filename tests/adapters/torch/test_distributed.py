@@ -132,6 +132,7 @@ def test_sharded_states_keep_the_last_learning_rates() -> None:
         assert all(map(torch.equal, models[0].parameters(), other.parameters()))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="fully_shard trains on a CPU since torch 2.7")
 def test_parameters_that_are_in_several_processes_are_refused() -> None:
     """The norm of a part is not that of the whole."""
     from torch.distributed.device_mesh import init_device_mesh
