@@ -1,13 +1,13 @@
-# Needs Python 3.11 or newer and make. Everything else goes into .venv.
+# Needs Python 3.11 or newer and make. Everything else goes into .venv and, of the last targets, .venv-*.
 
 PYTHON ?= $(shell for candidate in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs bench gpu mutation clean
+.PHONY: help demo test test-lowest test-newest lint types docs bench gpu mutation clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 	@echo
 	@echo "Arguments go in ARGS: make test ARGS='-k schedules'"
 
@@ -35,8 +35,26 @@ gpu: ## On a machine with a GPU: tests, compute-sanitizer, benchmark, by what PY
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
 	NUMBA_DISABLE_JIT=1 .venv/bin/python -m mutmut run $(ARGS)
 
+# The subset that shows whether a release of a library will do. Each run makes its environment anew: its versions, and
+# the Python that PYTHON names, may be others.
+SUBSET = tests/adapters tests/golden tests/core/test_lars_step.py tests/core/test_stages.py \
+	tests/kernels/test_agreement.py tests/optimizer/test_interface.py lars_array adapters README.md docs
+
+test-lowest: .venv-uv/bin/uv ## Run a part of the tests with the lowest versions that pyproject.toml allows
+	$(call run_with,lowest-direct)
+
+test-newest: .venv-uv/bin/uv ## Run a part of the tests with the newest versions that there are
+	$(call run_with,highest)
+
+define run_with
+	@.venv-uv/bin/uv venv --quiet --clear --python "$(PYTHON)" .venv-$@
+	@.venv-uv/bin/uv pip install --quiet --python .venv-$@ --resolution $(1) --editable '.[versions]'
+	@.venv-uv/bin/uv pip list --quiet --python .venv-$@ | grep -E '^(array-api|jax|ml|numba|numpy|optax|torch) ?'
+	.venv-$@/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --quiet $(SUBSET) $(ARGS)
+endef
+
 clean: ## Remove everything that make makes
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build demo-output dist docs/_build mutants
+	rm -rf .venv .venv-* .hypothesis .mypy_cache .pytest_cache .ruff_cache build demo-output dist docs/_build mutants
 
 .venv/%.installed: pyproject.toml .venv/bin/pip
 	@echo "Installing lars-array[$*] into .venv. The first time takes a few minutes."
@@ -52,3 +70,7 @@ clean: ## Remove everything that make makes
 .venv/bin/pip:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear .venv
+
+.venv-uv/bin/uv:
+	@$(PYTHON) -m venv --clear .venv-uv
+	@.venv-uv/bin/python -m pip install --disable-pip-version-check -qq uv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,8 @@ def gradient_fits(p_dtype: Any, g_dtype: Any) -> bool:
 
 def accumulation_dtype(xp: Any) -> Any:
     """Return float64, or float32 where the namespace has no wider type (JAX without x64)."""
-    return xp.float64 if "float64" in xp.__array_namespace_info__().dtypes(kind="real floating") else xp.float32
+    info = getattr(xp, "__array_namespace_info__", None)  # NumPy 2.0 has none
+    return xp.float64 if info is None or "float64" in info().dtypes(kind="real floating") else xp.float32
 
 
 def real_parts(x: Any, dtype: Any, xp: Any) -> list[Any]:
@@ -183,6 +185,14 @@ class ArraySpecs:
         if list(map(type, arrays)) != self._types or self.read(arrays) != self._columns:
             return None
         return self._addresses(arrays)
+
+    def at(self, index: Sequence[int]) -> ArraySpecs:
+        """Return the types and layouts of some of the arrays."""
+        specs = copy.copy(self)
+        specs._types = [self._types[i] for i in index]
+        specs._columns = [[column[i] for i in index] for column in self._columns]
+        specs.spans = None if self.spans is None else self.spans[index]
+        return specs
 
     def form(self, i: int) -> tuple[Any, Any]:
         """Return dtype and shape of an array."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import product
 from numbers import Real
 from operator import is_, mul
@@ -64,6 +66,7 @@ class Stepper:
         self._kernel: Any = None
         self._program: StepProgram | None = None  # of the last step
         self._others: list[StepProgram] = []
+        self._whole: StepProgram | None = None  # of all parameters, from which programs of some are cut
 
     def choose_kernel(self, params: Sequence[Any]) -> None:
         """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
@@ -110,40 +113,57 @@ class Stepper:
 
         All checks that need no sums are done then. Parameters and errors are those of `step`.
         """
-        program, gradients = self._known(state, grads, groups)
-        if program is None or gradients is None:
+        absent = _absent(grads)
+        found = self._known(state, grads, groups, absent) or self._cut(state, grads, groups, absent)
+        if found is None:
             state.prepare()
             if self._kernel is None:
                 self.choose_kernel(state.view_all(state.params))
+            is_other = self._program is not None and absent != self._program.absent
+            kinds = {type(g) for g in grads if g is not None}  # JAX's step takes NumPy's gradients too
+            is_other = is_other and kinds == {type(state.like_gradient(state.params[0]))}
+            if is_other and _is_complete(state, absent, groups):
+                filled = [state.like_gradient(p) if g is None else g for g, p in zip(grads, state.params, strict=True)]
+                with suppress(ValueError, TypeError):  # of a parameter that sits out, such as a read-only one
+                    self._whole = StepProgram(state, filled, groups, self._kernel)
+                    found = self._cut(state, grads, groups, absent)
+        if found is None:
             program = StepProgram(state, grads, groups, self._kernel)
-            gradients = program.bind(state, grads, groups)
-            assert gradients is not None
+            found = program, program.gradients(state, grads)
+        program, gradients = found
         if program is not self._program:
             known = [] if self._program is None else [self._program, *self._others]
             self._others = [other for other in known if other.absent != program.absent][:OTHERS]
             self._program = program
+            self._whole = self._whole if absent else program
         return program, gradients
 
-    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> Any:
-        """Return a program of an earlier step that fits these arrays, where parameters may have moved; else None."""
+    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
+        """Return a program of an earlier step and its gradients, where arrays may have moved; None if none fits."""
         if self._program is None:
-            return None, None
-        absent = None
+            return None
         for program in (self._program, *self._others):
-            is_last = program is self._program
-            if not is_last and program.absent != (absent := absent or _absent(grads)):
+            is_last, is_alike = program is self._program, program.absent == absent
+            if not is_alike and state.params is not program.params:
                 continue
-            gradients = program.bind(state, grads, groups, is_last=is_last)
-            moved = program.moved(state) if gradients is None else None
-            if moved is not None:
-                program, gradients = moved, moved.bind(state, grads, groups)
+            placed = program.placed(state, groups)
+            if placed is None and is_last:
+                program.refuse_changed(state, grads)
+            gradients = placed.gradients(state, grads) if is_alike and placed is not None else None
             if gradients is not None:
-                return program, gradients
-        return None, None
+                return placed, gradients
+        return None
+
+    def _cut(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
+        """Return a program and its gradients, cut from that of all parameters; None if that does not fit."""
+        self._whole = whole = None if self._whole is None else self._whole.placed(state, groups)
+        program = None if whole is None else whole.cut(absent, self._program)
+        gradients = None if program is None else program.gradients(state, grads)
+        return None if gradients is None else (program, gradients)
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs hold addresses, and another machine may have another fastest kernel.
-        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None, "_others": []}
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None, "_others": [], "_whole": None}
 
 
 class StepProgram:
@@ -184,7 +204,7 @@ class StepProgram:
         self.xp = array_namespace(own[0])
         self._keeps = _keeps(groups)
         buffers, masters = self._keep(state, params)
-        specs_of = getattr(kernel_type, "specs", None)
+        self._specs_of = specs_of = getattr(kernel_type, "specs", None)
         self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
         self._note_lists(state)
@@ -192,6 +212,7 @@ class StepProgram:
         # Gradients serve for their types and layouts. They are not kept: the owner of a model frees them after a step.
         self._make_kernel(state, kernel_type, KernelArrays(own, state.view_all(own_grads), buffers, masters))
         self._clear_at = b""  # the addresses of gradients that were last found to share no memory with these
+        self._places: Any = None  # of parameters, buffers and masters: addresses, first bytes and those after the last
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
 
@@ -258,31 +279,14 @@ class StepProgram:
     def _note_lists(self, state: ParamState) -> None:
         self._lists = state.params, state.buffers, state.masters
         self._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
+        kept = [[x for x in arrays if x is not None] for arrays in self._lists[1:]]
+        self._kept_specs = [state.specs(arrays, self._specs_of) if arrays else None for arrays in kept]
 
-    def bind(
-        self, state: ParamState, grads: Sequence[Any], groups: Groups, *, is_last: bool = True
-    ) -> Gradients | None:
-        """Return the gradients of a step, or None if the program does not fit its arrays any more.
+    def gradients(self, state: ParamState, grads: Sequence[Any]) -> Gradients | None:
+        """Return the gradients of a step, or None if one of them has another type or layout.
 
-        Raises
-        ------
-        ValueError
-            For a parameter that was changed in place, if this is the program of the last step; or a gradient in memory
-            that the step writes to.
+        Raises ValueError for a gradient in memory that the step writes to.
         """
-        params, *kept = self._lists
-        addresses = self._param_specs.addresses(state.params)
-        if addresses is None or addresses.tobytes() != self._addresses.tobytes():
-            if is_last and state.params is params:
-                self._refuse_changed(state, grads)
-            return None
-        for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
-            if arrays is not before and not (all(map(is_, arrays, before)) and state.addresses(arrays) == at):
-                return None
-        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
-            return None
-        if any(grads[i] is not None for i in self.absent):
-            return None
         own = self._own(grads)
         begins = self._grad_specs.addresses(own)
         if begins is None:
@@ -292,33 +296,84 @@ class StepProgram:
         at = begins if self._offsets is None else begins[self._owner] + self._offsets
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
 
-    def moved(self, state: ParamState) -> StepProgram | None:
-        """Return this program for parameters that lie elsewhere, if nothing but addresses changes and its kernel can.
+    def cut(self, absent: list[int], last: StepProgram | None) -> StepProgram | None:
+        """Return the program of all parameters but some, from that of all; None if its kernel can't be cut."""
+        part: Any = getattr(self._kernel, "part", None)
+        if part is None or self.absent or self._rows is not None or not self._is_published:
+            return None
+        left_out = set(absent)
+        index = [i for i in range(len(self._names)) if i not in left_out]
+        program = copy.copy(self)
+        program.absent, program._index = absent, index
+        program._names = program._row_names = [self._names[i] for i in index]
+        for name in ("_group_of", "_position", "_row_param", "_row_group", "_hyper_row", "_next_row", "_limit"):
+            setattr(program, name, getattr(self, name)[index])
+        program._owner = np.arange(len(index), dtype=np.int32)
+        program._used_groups = np.unique(program._group_of).tolist()
+        program._square_limit = None if self._square_limit is None else self._square_limit[index]
+        program._trained = lambda: [self._trained()[i] for i in index]
+        program._grad_specs, program._kernel = self._grad_specs.at(index), part(index)
+        program._clear_at, program._device_rows = b"", None
+        program._prepared = self._prepared if last is None else last._prepared  # by group, whichever parameters
+        return program
 
-        Raises ValueError for parameters that overlap.
+    @property
+    def params(self) -> list[Any]:
+        """The list of parameters that the program was made for."""
+        return self._lists[0]
+
+    def placed(self, state: ParamState, groups: Groups) -> StepProgram | None:
+        """Return this program, or one for arrays that lie elsewhere; None if more than addresses changes.
+
+        Raises ValueError for arrays that overlap.
         """
-        move: Any = getattr(self._kernel, "moved", None)
-        spans = self._param_specs.spans
-        params, addresses = state.params, self._param_specs.addresses(state.params)
-        is_able = move is not None and spans is not None and self._rows is None and self._is_published
-        if not is_able or addresses is None or params is self._lists[0]:
+        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
             return None
-        if bool((addresses == 0).any()):  # freed, or empty: to be looked at
+        lists = state.params, state.buffers, state.masters
+        addresses = self._param_specs.addresses(state.params)
+        if addresses is None:
             return None
-        program, masters = copy.copy(self), self._own(self._kept[1])
+        is_same = [addresses.tobytes() == self._addresses.tobytes()]
+        for arrays, before, at in zip(lists[1:], self._lists[1:], self._kept_at, strict=True):
+            is_same.append(arrays is before or (all(map(is_, arrays, before)) and state.addresses(arrays) == at))
+        if all(is_same):
+            return self
+        is_able = hasattr(self._kernel, "moved") and self._rows is None and self._is_published
+        if not is_able or state.params is self.params:
+            return None
+        is_first = self._places is None
+        places = np.zeros((3, 3, len(state.params)), np.int64) if self._places is None else self._places.copy()
+        kinds = zip(places, lists, self._lists, (self._param_specs, *self._kept_specs), is_same, strict=True)
+        for own, arrays, before, specs, is_known in kinds:
+            if is_known and not is_first:
+                continue
+            present = [i for i, x in enumerate(arrays) if x is not None]
+            if present != [i for i, x in enumerate(before) if x is not None] or not state.may_move(arrays):
+                return None
+            if specs is None:
+                continue
+            at = addresses if arrays is state.params else specs.addresses([arrays[i] for i in present])
+            if at is None or (at == 0)[specs.spans[:, 1] > specs.spans[:, 0]].any():
+                return None
+            own[:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
+        return self._moved(state, lists, places)
 
-        def views() -> list[Any]:
-            return state.view_all(params)
+    def _moved(self, state: ParamState, lists: tuple[list[Any], list[Any], list[Any]], places: Any) -> StepProgram:
+        def views() -> list[list[Any]]:
+            return [state.view_all(arrays) for arrays in lists]
 
         def trained() -> list[Any]:
-            return [p if x is None else x for p, x in zip(self._own(views()), masters, strict=True)]
+            params, _, masters = views()
+            return [p if x is None else x for p, x in zip(self._own(params), self._own(masters), strict=True)]
 
-        program._ranges = self._ranges.moved(views, addresses + spans[:, 0], addresses + spans[:, 1])
-        program._kernel = move(params, addresses[self._index])
-        program._lists, program._addresses, program._clear_at = (params, *self._lists[1:]), addresses, b""
-        program._trained = trained
-        if masters[0] is None:
-            program._like = state.view(self._own(params)[0])
+        program = copy.copy(self)
+        program._places = places
+        program._ranges = self._ranges.moved(views, places[:, 1].ravel(), places[:, 2].ravel())
+        program._kernel = self._kernel.moved(lists, places[:, 0, self._index])
+        program._addresses, program._clear_at, program._trained = places[0, 0], b"", trained
+        program._lists, program._kept_at = lists, (state.addresses(state.buffers), state.addresses(state.masters))
+        params, masters = self._own(state.params), self._own(state.masters)
+        program._like = state.view(params[0] if masters[0] is None else masters[0])
         return program
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
@@ -334,8 +389,10 @@ class StepProgram:
         if found is not None:
             raise ValueError(f"the gradient of {shown(self._names[found[0]])} must not share memory with {found[1]}")
 
-    def _refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
+    def refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
         """Raise for a parameter that its owner has changed, unless it sits out this step or sat out the last."""
+        if state.params is not self._lists[0]:
+            return
         for i in self._position.tolist():
             if grads[i] is None:
                 continue
@@ -456,6 +513,7 @@ class StepProgram:
         return result
 
 
+@cache
 def reads_previous_lr(rule: Any) -> bool:
     """Return whether steps by a rule depend on the learning rate of the step before."""
     from lars_array.kernels.tape import INPUTS, record  # only what asks pays for the import
@@ -470,6 +528,16 @@ def _check_found_inf(x: Any) -> None:
     is_number = x.dtype.kind in "biuf" if is_numpy else isinstance(x, Real) or is_array(x)
     if not is_number or tuple(getattr(x, "shape", ())) != ():
         raise TypeError(f"found_inf must be a number, or an array of shape (); got {shown(x)}")
+
+
+def _is_complete(state: ParamState, index: Sequence[int], groups: Groups) -> bool:
+    """Return whether the parameters at `index` have all that their groups keep for them: taking part makes nothing."""
+    keeps = _keeps(groups)
+    for i in index:
+        buffer, master = keeps[state.group_of[i]]
+        if (buffer and state.buffers[i] is None) or (master and state.masters[i] is None and is_half(state.params[i])):
+            return False
+    return True
 
 
 def _absent(grads: Sequence[Any]) -> list[int]:

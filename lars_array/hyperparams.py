@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_jax_array
 
-from lars_array._arrays import accumulation_dtype, asarray, is_array, is_on_accelerator
+from lars_array._arrays import COMPUTE, accumulation_dtype, asarray, is_array, is_on_accelerator
 from lars_array._messages import located, near, shown
 from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs
 from lars_array.nonfinite import POLICIES
@@ -22,6 +22,7 @@ __all__ = [
     "ALIASES",
     "DEFAULTS",
     "GROUP_FIELDS",
+    "INSTEAD",
     "NUMBERS",
     "Hyperparams",
     "at_step",
@@ -97,7 +98,7 @@ ALIASES = {
 }
 
 # What does here what their other options do.
-_INSTEAD = {
+INSTEAD = {
     **dict.fromkeys(("lars_exclude", "is_skipped", "skip_lars", "exclude"), "adapt=False"),
     **dict.fromkeys(
         ("weight_decay_filter", "exclude_from_weight_decay", "exclude_from_wt_decay", "weight_decay_mask", "skip_list"),
@@ -121,8 +122,8 @@ def unknown_option(name: Any) -> str:
     start = f"unknown hyper-parameter {shown(name)}"
     if isinstance(name, str) and name in ALIASES:
         return f"{start}; it is called {ALIASES[name]} here"
-    if isinstance(name, str) and name in _INSTEAD:
-        return f"{start}; use {_INSTEAD[name]}"
+    if isinstance(name, str) and name in INSTEAD:
+        return f"{start}; use {INSTEAD[name]}"
     return start + (near(name, ("lr", *DEFAULTS)) or f"; known are lr, {', '.join(DEFAULTS)}")
 
 
@@ -206,9 +207,10 @@ def _known(value: Any) -> float | None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    is_numpy = isinstance(value, np.ndarray | np.generic)
-    is_foreign = not is_numpy and getattr(value, "shape", None) == ()  # perhaps traced
-    if not (is_foreign or _is_real(value) or (is_numpy and value.shape == () and _is_real(value.item()))):
+    is_scalar = getattr(value, "shape", None) == ()  # perhaps traced, or on a device: its value is not read
+    if isinstance(value, np.ndarray | np.generic):
+        is_scalar = is_scalar and (value.dtype.kind in "iuf" or COMPUTE.get(value.dtype.name) == "float32")
+    if not (is_scalar or _is_real(value)):
         raise TypeError(f"{name} must be a number; got {shown(value)}")
     if _is_real(value) and _is_too_large(value):
         raise ValueError(f"{name} must be at most {MOST:.2g}; got {shown(value)}")
@@ -335,19 +337,26 @@ def needs_buffer(group: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------- groups that are plain SGD
 
 
-def warn_of_sgd(groups: Iterable[Mapping[str, Any]], *, stacklevel: int = 3) -> None:
+# Warnings are of the line that called these.
+_NOT_THE_CALLER = ("lars_array", "lars_torch", "lars_jax", "torch", "jax", "optax", "contextlib")
+
+
+def warn_of_sgd(groups: Iterable[Mapping[str, Any]]) -> None:
     """Warn if no layer is adapted, and nobody has asked for that: an optimizer calls this before its first step.
 
     The default weight decay of 0 leaves layers to SGD, as flash does. Who has given a rule, `adapt` or `always_adapt`
     has thought of it.
     """
     groups = list(groups)
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
     if groups and all(is_sgd(group) and group["adapt"] and group["rule"] is DEFAULTS["rule"] for group in groups):
         warnings.warn(
             "no layer is adapted: with weight_decay=0 and the default rule LARS is plain SGD. Give a weight_decay, "
             "always_adapt=True or another rule; or adapt=False, if SGD is what you want",
             UserWarning,
-            stacklevel=stacklevel,
+            stacklevel=level,
         )
 
 

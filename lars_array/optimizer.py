@@ -46,7 +46,8 @@ class LARS:
         v \leftarrow \mu v + (1 - \tau)\,r\,(g + w p), \qquad p \leftarrow p - \text{lr}\,v
 
     for each parameter array p, a layer, with gradient g and momentum buffer v. As in torch's SGD, dampening does not
-    apply to the first step of a layer. With weight decay 0, the default, this is SGD: see `always_adapt`.
+    apply to the first step of a layer. With weight decay 0, the default, this is SGD, see `always_adapt`; the first
+    step warns of that, unless a rule was given, or `adapt` or `always_adapt` differs from its default.
 
     Parameters
     ----------
@@ -113,10 +114,15 @@ class LARS:
     ----------
     param_groups : list of dict
         The hyper-parameters of each group, which may be changed between steps, and its "params" and "names", sequences
-        that must not be changed.
+        that must not be changed: a step after that is rejected.
     steps, skipped_steps : int
         The numbers of steps taken and of steps skipped. On a GPU a step counts as taken until the device has reported
         otherwise.
+
+    Warns
+    -----
+    UserWarning
+        At the first step, if no layer is adapted and nobody has asked for that.
 
     Raises
     ------

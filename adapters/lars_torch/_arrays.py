@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from lars_array._arrays import COMPUTE, ArraySpecs, dtype_name, span
 __all__ = [
     "TensorSpecs",
     "check_gradient",
+    "check_is_memory",
     "check_tensor",
     "compute_dtype",
     "is_lazy",
@@ -29,10 +32,12 @@ __all__ = [
 ]
 
 
+_COMPUTE: dict[torch.dtype, torch.dtype] = {getattr(torch, x): getattr(torch, y) for x, y in COMPUTE.items()}
+
+
 def compute_dtype(p: torch.Tensor) -> torch.dtype:
     """Return the type that a parameter is computed in, which its momentum buffer has."""
-    kind: torch.dtype = getattr(torch, COMPUTE[dtype_name(p.dtype)])
-    return kind
+    return _COMPUTE[p.dtype]
 
 
 # --------------------------------------------------------------------------------------------------------- libraries
@@ -100,20 +105,34 @@ def view(tensor: torch.Tensor) -> Any:
     array
         Of NumPy or CuPy, of the tensor's shape, strides and dtype.
     """
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # NumPy reads its bits, since it has no such type
+    if is_lazy(tensor):
+        raise BufferError("a lazily conjugated or negated tensor has other numbers than its memory")
+    tensor, name = tensor.detach(), dtype_name(tensor.dtype)
+    if name == "bfloat16":  # its bits are read as integers, since NumPy has no such type of its own
         import ml_dtypes
 
-        return _exported(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
-    return _exported(tensor)
+        return _exported(tensor.view(torch.int16), "int16").view(ml_dtypes.bfloat16)
+    return _exported(tensor, name)
 
 
-def _exported(tensor: torch.Tensor) -> Any:
-    if tensor.device.type == "cpu":
-        return np.from_dlpack(tensor)  # not numpy(), after which torch can't free the storage of a living tensor
-    import cupy
+def _exported(tensor: torch.Tensor, dtype: str) -> Any:
+    if tensor.device.type != "cpu":
+        import cupy
 
-    return cupy.from_dlpack(tensor)
+        return cupy.from_dlpack(tensor)
+    if not tensor.numel():
+        return np.empty(tensor.shape, dtype)
+    # Not numpy(), after which torch can't free the storage of a living tensor; nor DLPack, by which NumPy before
+    # 2.3 and torch before 2.9 give memory that can't be written to.
+    size = tensor.element_size()
+    interface = {
+        "version": 3,
+        "typestr": np.dtype(dtype).str,
+        "shape": tensor.shape,
+        "strides": tuple([size * stride for stride in tensor.stride()]),
+        "data": (tensor.data_ptr(), False),
+    }
+    return np.asarray(SimpleNamespace(tensor=tensor, __array_interface__=interface))  # keeps the tensor alive
 
 
 def tensor_of(array: Any) -> torch.Tensor:
@@ -146,6 +165,15 @@ class TensorSpecs(ArraySpecs):
             i for i, x in enumerate(tensors) if x.is_complex() or x.numel() < 2 or not x.is_contiguous()
         ]
         super().__init__(tensors)
+
+    def at(self, index: Sequence[int]) -> TensorSpecs:
+        """See `ArraySpecs.at`."""
+        specs, lazy = copy.copy(self), dict(zip(self._can_be_lazy, self._columns[-1], strict=True))
+        specs._types, specs.spans = [self._types[i] for i in index], self.spans[index]
+        specs._can_be_lazy = [k for k, i in enumerate(index) if i in lazy]
+        specs._columns = [[column[i] for i in index] for column in self._columns[:-1]]
+        specs._columns.append([lazy[i] for i in index if i in lazy])
+        return specs
 
     def addresses(self, arrays: Sequence[Any]) -> Any:
         """See `ArraySpecs.addresses`."""
@@ -182,7 +210,7 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
     ValueError
         If its storage was freed.
     """
-    _check_is_memory(f"parameter {name!r}", p)
+    check_is_memory(f"parameter {name!r}", p)
     if is_lazy(p):
         raise TypeError(f"parameter {name!r} must not be a lazily conjugated or negated view")
     if p.numel() and not p.data_ptr() and p.device.type != "meta":
@@ -192,13 +220,17 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
 
 def check_gradient(name: str, g: torch.Tensor, p: torch.Tensor) -> None:
     """Refuse a gradient that does not fit its parameter."""
-    _check_is_memory(f"the gradient of {name!r}", g)
+    check_is_memory(f"the gradient of {name!r}", g)
     _arrays.check_gradient(name, g, p)
 
 
-def _check_is_memory(name: str, tensor: torch.Tensor) -> None:
+def check_is_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError for a tensor that is not all of a layer: sparse, spread over processes, or wrapping others."""
     kind = type(tensor)
     if is_traceable_wrapper_subclass(tensor) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}")
+        way_out = ""
+        if kind.__name__ == "DTensor":
+            way_out = ": keep parameters whole, as DistributedDataParallel and ZeroRedundancyOptimizer do"
+        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}{way_out}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be dense, LARS needs its norm; got one of {tensor.layout}")

@@ -15,7 +15,8 @@ and optionally
     specs(arrays) -> ArraySpecs            a faster comparison of arrays; a static method
     .fused(...)                            sums, coefficients and, if asked, apply in one go: `kernels.compiled`
     .enqueue(...)                          a whole step without waiting for its result: `kernels.cuda`
-    .moved(params, addresses)              the kernel for parameters of the same types and layouts that lie elsewhere
+    .moved(held, places) -> Kernel         the kernel for arrays of the same types and layouts that lie elsewhere
+    .part(index) -> Kernel                 the kernel for some of its layers
     .is_capturing() -> bool                whether launches are captured in a graph
 """
 

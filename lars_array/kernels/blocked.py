@@ -208,6 +208,7 @@ class _Pieces:
     def _copied_blocks(self, arrays: Sequence[Any]) -> Iterator[list[Any]]:
         """Yield blocks of any strides and types; changes in a block are cast and stored when the next is asked for."""
         kind = np.dtype(compute_dtype(arrays[0], np))
+        arrays = list(map(np.atleast_1d, arrays))  # views; NumPy before 2.3 buffers nothing of arrays without an axis
         read, write = ([access, "contig", "aligned", "nbo"] for access in ("readonly", "readwrite"))
         access: Any = [read if k == 1 or not self._writes else write for k in range(len(arrays))]
         types = [kind] * len(arrays)

@@ -100,14 +100,11 @@ class MemoryRanges:
                 self._unseen[id(array)] = i
         self._sort(np.array(bounds, np.int64).reshape(-1, 3))
 
-    def moved(self, params: Callable[[], list[Any]], starts: Any, ends: Any) -> MemoryRanges:
-        """Return these ranges with those of all parameters elsewhere; `params` returns the arrays, for messages."""
-        ranges, (_, buffers, masters) = copy.copy(self), self._arrays()
-        ranges._arrays = lambda: (params(), buffers, masters)
-        bounds = np.stack([self._starts, self._ends, self._index], axis=1)
-        own = np.flatnonzero(self._index < self._count)
-        bounds[own, 0], bounds[own, 1] = starts[self._index[own]], ends[self._index[own]]
-        ranges._sort(bounds)
+    def moved(self, arrays: Callable[[], Any], starts: Any, ends: Any) -> MemoryRanges:
+        """Return these ranges elsewhere: of all parameters, then buffers, then masters; `arrays` is for messages."""
+        ranges = copy.copy(self)
+        ranges._arrays = arrays
+        ranges._sort(np.stack([starts[self._index], ends[self._index], self._index], axis=1))
         return ranges
 
     def _sort(self, bounds: Any) -> None:

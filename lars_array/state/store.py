@@ -238,6 +238,14 @@ class ParamState:
         """Return where momentum buffers or masters lie, if their owner may move them."""
         return None
 
+    def may_move(self, arrays: Sequence[Any]) -> bool:
+        """Return whether arrays that lie elsewhere than before can be stepped by the same kernel."""
+        return True
+
+    def like_gradient(self, p: Any) -> Any:
+        """Return an array of the type and layout that the gradient of a parameter is expected to have."""
+        return p
+
     def check_gradient(self, name: str, g: Any, p: Any) -> None:
         """Raise unless a gradient fits its parameter."""
         check_gradient(name, g, p)

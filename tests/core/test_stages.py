@@ -72,6 +72,17 @@ def test_sums_are_accumulated_wide(xp: Any) -> None:
     assert_close(S[:, :2] / 1e60, np.array([[25.0, 25.0]]), 1e-6)
 
 
+def test_a_namespace_may_be_older_than_the_inspection_of_namespaces() -> None:
+    class Numpy20:
+        def __getattr__(self, name: str) -> Any:
+            if name == "__array_namespace_info__":
+                raise AttributeError(name)
+            return getattr(np, name)
+
+    p = np.asarray([3e30, 4e30], np.float32)
+    assert np.array_equal(sums([p], [p], [None], xp=Numpy20()), sums([p], [p], [None], xp=np))
+
+
 def test_sequences_of_different_lengths_are_refused() -> None:
     for lengths in ((1, 2, 2), (2, 1, 2), (2, 2, 1)):
         with pytest.raises(ValueError, match="argument"):

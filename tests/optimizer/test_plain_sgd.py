@@ -95,8 +95,9 @@ def warned(step: Callable[[], None]) -> list[str]:
 def test_the_default_is_told_once_for_each_optimizer(make: Make) -> None:
     for _ in range(2):
         front = make(lr=0.1, momentum=0.9)
-        with pytest.warns(UserWarning, match=MESSAGE):
+        with pytest.warns(UserWarning, match=MESSAGE) as found:
             front.step()
+        assert [x.filename for x in found] == [__file__]  # the line that stepped
         assert [warned(front.step) for _ in range(3)] == [[], [], []]
 
 
@@ -117,7 +118,7 @@ def test_the_default_is_told_once_for_each_optimizer(make: Make) -> None:
         {"groups": [{}, {"adapt": False}]},
         {"groups": [{"always_adapt": True}, {}]},
     ],
-    ids=str,
+    ids=lambda options: str(list(options)),
 )
 def test_who_adapts_something_or_has_thought_of_it_hears_nothing(make: Make, options: dict[str, Any]) -> None:
     front = make(lr=0.1, **options)

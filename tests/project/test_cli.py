@@ -56,7 +56,13 @@ def test_info_asks_metadata_and_imports_no_array_library():
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+def needed_by_the_demo():
+    for library in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(library)
+
+
 def test_demo_gets_its_options(monkeypatch, tmp_path):
+    needed_by_the_demo()
     calls = []
     demo = types.SimpleNamespace(main=lambda **options: calls.append(options) or 0)
     monkeypatch.setitem(sys.modules, "lars_array.demo", demo)
@@ -69,6 +75,7 @@ def test_demo_gets_its_options(monkeypatch, tmp_path):
 
 
 def test_demo_says_what_is_missing(monkeypatch, capsys):
+    needed_by_the_demo()
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main(["demo"]) == 2
     shown = capsys.readouterr()

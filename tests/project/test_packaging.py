@@ -26,6 +26,7 @@ def wheel(sdist, tmp_path_factory):
 
 
 def build(target, source, directory):
+    pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(directory)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (artifact,) = directory.iterdir()

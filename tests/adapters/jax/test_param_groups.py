@@ -44,7 +44,6 @@ ALL = {*WEIGHTS, "attention.bias", "norm.scale", "head.bias", "temperature"}
         ({"no_decay": [is_bias_or_norm, "head"]}, {"attention.kernel"}, WEIGHTS),
         ({"no_decay": ["kernel$"], "no_adapt": lambda name, p: p.ndim == 3}, ALL - WEIGHTS, ALL - {"attention.kernel"}),
     ],
-    ids=str,
 )
 def test_masks_exclude_what_the_groups_of_arrays_do(options: Any, decayed: set[str], adapted: set[str]) -> None:
     assert masked(**options) == (decayed, adapted)

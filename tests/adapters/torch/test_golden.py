@@ -19,9 +19,7 @@ def run(case: Case, call: Call, dtype: torch.dtype, **options: Any) -> tuple[lis
     params = [torch.nn.Parameter(p) for p in initial]
     if options.get("differentiable"):
         params = [p.detach().clone().requires_grad_().clone() for p in initial]
-    groups = [
-        {"params": [(layer["name"], p)]} | own for layer, p, own in zip(layers, params, call.options, strict=True)
-    ]
+    groups = [{"params": [p]} | own for p, own in zip(params, call.options, strict=True)]
     optimizer = LARS(groups, lr=0.0, **options)
     trajectory = []
     for lr, grads in zip(case.data["lr"], case.data["grads"], strict=True):

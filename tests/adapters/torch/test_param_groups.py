@@ -102,7 +102,7 @@ def test_by_default_what_has_one_axis_biases_and_norms_are_excluded() -> None:
             },
         ),
     ],
-    ids=str,
+    ids=lambda x: "",
 )
 def test_criteria_of_all_kinds(options: dict[str, Any], expected: Any) -> None:
     assert names(param_groups(Model(), 0.1, named=True, **options)) == expected

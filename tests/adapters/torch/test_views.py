@@ -49,6 +49,36 @@ def test_a_view_keeps_memory_alive_and_is_not_kept() -> None:
     assert alive() is None
 
 
+def test_a_step_asks_for_no_dlpack_whose_memory_is_read_only_in_older_numpy_and_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_only(x: Any) -> Any:
+        array = np.array(x)
+        array.setflags(write=False)
+        return array
+
+    monkeypatch.setattr(np, "from_dlpack", read_only)
+    for dtype in DTYPES:
+        p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        p.grad = torch.full_like(p, 0.5)
+        LARS([p], lr=1.0, momentum=0.9).step()
+        assert torch.equal(p, torch.full_like(p, 0.5))
+
+
+def test_a_view_lets_its_tensor_free_its_storage() -> None:
+    tensor = torch.ones(3)
+    view(tensor)[...] = 2
+    tensor.untyped_storage().resize_(0)  # numpy() would forbid this for ever
+    with pytest.raises((TypeError, ValueError)):  # in words of NumPy's, which differ from release to release
+        view(tensor)
+
+
+@pytest.mark.parametrize("lazy", [lambda z: z.conj(), lambda z: z.conj().imag], ids=["conj", "neg"])
+def test_a_lazy_tensor_has_no_view(lazy: Any) -> None:
+    with pytest.raises(BufferError, match="other numbers than its memory"):
+        view(lazy(torch.ones(3, dtype=torch.complex64)))
+
+
 def test_momentum_buffers_are_the_memory_that_is_stepped() -> None:
     p = torch.nn.Parameter(torch.ones(5))
     optimizer = LARS([p], lr=0.1, momentum=0.9)

@@ -66,6 +66,7 @@ def run_under_sanitizers(path: Path, *arguments: str) -> Any:
 
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitizers, over the tests of the logic that are no trajectories."""
+    pytest.importorskip("ml_dtypes")
     path = cuda_on_cpu.build(tmp_path, sanitized=True)
     chosen = "forwards or types or structures or half or depend"
     file = str(Path(__file__).with_name("test_logic.py"))
