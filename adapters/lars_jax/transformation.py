@@ -14,7 +14,7 @@ import optax
 import lars_array
 from lars_array import core
 from lars_array._arrays import accumulation_dtype, check_buffer, check_gradient, compute_dtype
-from lars_array._stepper import finite_layers, shown
+from lars_array._stepper import finite_layers, max_finite, shown
 from lars_array.core import Rule
 from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer, warn_of_sgd
 from lars_array.layers import LayerOf, LayerRows, labels_of
@@ -184,7 +184,8 @@ def lars(
         if not has_warned:
             has_warned = True
             warn_of_sgd({**group, "adapt": adapts is True} for _, adapts, _ in options)
-        inputs = _inputs(group, rows.spread(options), first, previous_lr, like=ps[0])
+        limit = max_finite(rows.spread(ps), like=ps[0], xp=jnp)
+        inputs = _inputs(group, rows.spread(options), first, previous_lr, limit, like=ps[0])
         axes = mapped_axes(axis_name, tree)
         reduce = partial(sum_over_devices, axes=[axes[i] for i in rows.spread(index)])
         stages: dict[str, Any] = {"xp": NAMESPACE, "reduce": reduce, "third": core.displacement}
@@ -242,14 +243,20 @@ def _arguments_of(given: Mapping[str, Any]) -> LarsArguments:
 
 
 def _inputs(
-    group: dict[str, Any], options: Sequence[tuple[Any, Any, int]], first: Any, previous_lr: Any, *, like: Any
+    group: dict[str, Any],
+    options: Sequence[tuple[Any, Any, int]],
+    first: Any,
+    previous_lr: Any,
+    limit: Any,
+    *,
+    like: Any,
 ) -> core.RuleInputs:
     """Return the inputs of a step with hyper-parameters that only the masks make differ between rows."""
     most = float(jnp.finfo(accumulation_dtype(jnp)).max)  # an infinite constant would stop jax_debug_infs
     bounds = group["trust_bounds"] or core.resolve(group["rule"]).trust_bounds or (0.0, most)
     norm = group["max_grad_norm"]
     finite = {"trust_bounds": tuple(min(x, most) for x in bounds), "max_grad_norm": most if norm is None else norm}
-    inputs = inputs_of([group | finite], [0] * len(options), first, previous_lr, like=like, xp=jnp)
+    inputs = inputs_of([group | finite], [0] * len(options), first, previous_lr, limit, like=like, xp=jnp)
     decayed, adapted = (_booleans([row[k] for row in options]) for k in (0, 1))
     w, always = inputs.hyper.weight_decay, inputs.hyper.always_adapt
     hyper = inputs.hyper._replace(
