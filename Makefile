@@ -4,7 +4,7 @@ PYTHON ?= $(shell for candidate in python3.14 python3.13 python3.12 python3.11 p
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-newest lint types docs bench gpu mutation clean
+.PHONY: help demo test test-lowest test-newest lint types docs bench gpu mutation clients clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -52,6 +52,12 @@ define run_with
 	@.venv-uv/bin/uv pip list --quiet --python .venv-$@ | grep -E '^(array-api|jax|ml|numba|numpy|optax|torch) ?'
 	.venv-$@/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --quiet $(SUBSET) $(ARGS)
 endef
+
+clients: ## Train with Lightning, transformers, flax and others, and write tests/clients/RESULTS.md
+	@$(PYTHON) -m venv --clear .venv-clients
+	@.venv-clients/bin/python -m pip install --disable-pip-version-check -qq -r tests/clients/requirements.txt --editable '.[fast,jax,torch]'
+	@.venv-clients/bin/python -m pip install --disable-pip-version-check -qq --no-deps lightly lightly-utils torchmetrics
+	.venv-clients/bin/python tests/clients/run.py $(ARGS)
 
 clean: ## Remove everything that make makes
 	rm -rf .venv .venv-* .hypothesis .mypy_cache .pytest_cache .ruff_cache build demo-output dist docs/_build mutants
