@@ -58,7 +58,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 _FOUND = object()  # a found_inf that is known to be true
 
-OTHERS = 3  # programs that are kept beside that of the last step: other parameters may take part in every other
+MOST_PROGRAMS = 4  # that are kept: other parameters may have gradients in every other step
 
 
 class Stepper:
@@ -73,9 +73,7 @@ class Stepper:
     def __init__(self, kernel: str | None = None) -> None:
         self._kernel_name = kernel
         self._kernel: Any = None
-        self._program: StepProgram | None = None  # of the last step
-        self._others: list[StepProgram] = []
-        self._whole: StepProgram | None = None  # of all parameters, from which programs of some are cut
+        self._programs: list[StepProgram] = []  # the last used first, none of the same parameters as another
 
     def choose_kernel(self, params: Sequence[Any]) -> None:
         """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
@@ -122,57 +120,63 @@ class Stepper:
 
         All checks that need no sums are done then. Parameters and errors are those of `step`.
         """
-        absent = _absent(grads)
-        found = self._known(state, grads, groups, absent) or self._cut(state, grads, groups, absent)
-        if found is None:
-            state.prepare()
-            if self._kernel is None:
-                self.choose_kernel(state.view_all(state.params))
-            is_other = self._program is not None and absent != self._program.absent
-            kinds = {type(g) for g in grads if g is not None}  # JAX's step takes NumPy's gradients too
-            is_other = is_other and kinds == {type(state.like_gradient(state.params[0]))}
-            if is_other and _is_complete(state, absent, groups):
-                filled = [state.like_gradient(p) if g is None else g for g, p in zip(grads, state.params, strict=True)]
-                with suppress(ValueError, TypeError):  # of a parameter that sits out, such as a read-only one
-                    self._whole = StepProgram(state, filled, groups, self._kernel)
-                    found = self._cut(state, grads, groups, absent)
+        found = self._known(state, grads, groups)
+        if found is not None:
+            return found
+        if self._programs:
+            self._programs[0].refuse_changed(state, grads)
+        state.prepare()
+        if self._kernel is None:
+            self.choose_kernel(state.view_all(state.params))
+        filled = self._filled(state, grads, groups)
+        if filled is not None:
+            with suppress(ValueError, TypeError):  # of a parameter that sits out, such as a read-only one
+                self._programs.insert(1, StepProgram(state, filled, groups, self._kernel))
+                found = self._known(state, grads, groups)
         if found is None:
             program = StepProgram(state, grads, groups, self._kernel)
-            found = program, program.gradients(state, grads)
-        program, gradients = found
-        if program is not self._program:
-            known = [] if self._program is None else [self._program, *self._others]
-            self._others = [other for other in known if other.absent != program.absent][:OTHERS]
-            self._program = program
-            self._whole = self._whole if absent else program
-        return program, gradients
+            gradients: Any = program.gradients(state, grads)
+            found = program, gradients
+            self._use(groups, program)
+        return found
 
-    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
-        """Return a program of an earlier step and its gradients, where arrays may have moved; None if none fits."""
-        if self._program is None:
-            return None
-        for program in (self._program, *self._others):
-            is_last, is_alike = program is self._program, program.absent == absent
-            if not is_alike and state.params is not program.params:
-                continue
-            placed = program.placed(state, groups)
-            if placed is None and is_last:
-                program.refuse_changed(state, grads)
-            gradients = placed.gradients(state, grads) if is_alike and placed is not None else None
-            if gradients is not None:
-                return placed, gradients
+    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients] | None:
+        """Return a known program and its gradients, or one cut from that of all parameters; None if none fits."""
+        absent = _absent(grads)
+        for wanted in (absent, []) if absent else (absent,):
+            known = next((program for program in self._programs if program.absent == wanted), None)
+            placed = None if known is None else known.placed(state, groups)
+            program = placed if placed is None or wanted == absent else placed.cut(absent)
+            gradients = None if program is None else program.gradients(state, grads)
+            if program is not None and gradients is not None:
+                self._use(groups, *([program] if program is placed else [program, placed]))
+                return program, gradients
         return None
 
-    def _cut(self, state: ParamState, grads: Sequence[Any], groups: Groups, absent: list[int]) -> Any:
-        """Return a program and its gradients, cut from that of all parameters; None if that does not fit."""
-        self._whole = whole = None if self._whole is None else self._whole.placed(state, groups)
-        program = None if whole is None else whole.cut(absent, self._program)
-        gradients = None if program is None else program.gradients(state, grads)
-        return None if gradients is None else (program, gradients)
+    def _filled(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> list[Any] | None:
+        """Return gradients of all parameters, where programs of some are to be cut from one of all; else None."""
+        absent = _absent(grads)
+        is_other = absent and self._programs and absent != self._programs[0].absent
+        kinds = {type(g) for g in grads if g is not None}  # JAX's step takes NumPy's gradients too
+        is_able = hasattr(self._kernel, "part") and kinds == {type(state.like_gradient(state.params[0]))}
+        if not (is_other and is_able and _is_complete(state, absent, groups)):
+            return None
+        return [state.like_gradient(p) if g is None else g for g, p in zip(grads, state.params, strict=True)]
+
+    def _use(self, groups: Groups, *programs: Any) -> None:
+        """Put programs first, the one of this step before the others, and forget others of the same parameters."""
+        if self._programs[:1] == [programs[0]]:
+            return
+        for last in self._programs[:1]:
+            if last._prepared[0] is groups:  # by group, whichever parameters
+                programs[0]._prepared = last._prepared
+        absent = [program.absent for program in programs]
+        others = [program for program in self._programs if program.absent not in absent]
+        self._programs = [*programs, *others][:MOST_PROGRAMS]
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs hold addresses, and another machine may have another fastest kernel.
-        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None, "_others": [], "_whole": None}
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_programs": []}
 
 
 class StepProgram:
@@ -221,7 +225,6 @@ class StepProgram:
         # Gradients serve for their types and layouts. They are not kept: the owner of a model frees them after a step.
         self._make_kernel(state, kernel_type, KernelArrays(own, state.view_all(own_grads), buffers, masters))
         self._clear_at = b""  # the addresses of gradients that were last found to share no memory with these
-        self._places: Any = None  # of parameters, buffers and masters: addresses, first bytes and those after the last
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
 
@@ -292,7 +295,8 @@ class StepProgram:
         self._lists = state.params, state.buffers, state.masters
         self._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
         kept = [[x for x in arrays if x is not None] for arrays in self._lists[1:]]
-        self._kept_specs = [state.specs(arrays, self._specs_of) if arrays else None for arrays in kept]
+        kept_specs = [state.specs(arrays, self._specs_of) if arrays else None for arrays in kept]
+        self._specs: list[Any] = [self._param_specs, *kept_specs]
 
     def gradients(self, state: ParamState, grads: Sequence[Any]) -> Gradients | None:
         """Return the gradients of a step, or None if one of them has another type or layout.
@@ -308,7 +312,7 @@ class StepProgram:
         at = begins if self._offsets is None else begins[self._owner] + self._offsets
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
 
-    def cut(self, absent: list[int], last: StepProgram | None) -> StepProgram | None:
+    def cut(self, absent: list[int]) -> StepProgram | None:
         """Return the program of all parameters but some, from that of all; None if its kernel can't be cut."""
         part: Any = getattr(self._kernel, "part", None)
         if part is None or self.absent or self._rows is not None or not self._is_published:
@@ -323,16 +327,10 @@ class StepProgram:
         program._owner = np.arange(len(index), dtype=np.int32)
         program._used_groups = np.unique(program._group_of).tolist()
         program._square_limit = None if self._square_limit is None else self._square_limit[index]
-        program._trained = lambda: [self._trained()[i] for i in index]
+        program._trained = lambda: list(map(self._trained().__getitem__, index))
         program._grad_specs, program._kernel = self._grad_specs.at(index), part(index)
         program._clear_at, program._device_rows = b"", None
-        program._prepared = self._prepared if last is None else last._prepared  # by group, whichever parameters
         return program
-
-    @property
-    def params(self) -> list[Any]:
-        """The list of parameters that the program was made for."""
-        return self._lists[0]
 
     def placed(self, state: ParamState, groups: Groups) -> StepProgram | None:
         """Return this program, or one for arrays that lie elsewhere; None if more than addresses changes.
@@ -345,29 +343,27 @@ class StepProgram:
         addresses = self._param_specs.addresses(state.params)
         if addresses is None:
             return None
-        is_same = [addresses.tobytes() == self._addresses.tobytes()]
+        stay = [addresses.tobytes() == self._addresses.tobytes()]
         for arrays, before, at in zip(lists[1:], self._lists[1:], self._kept_at, strict=True):
-            is_same.append(arrays is before or (all(map(is_, arrays, before)) and state.addresses(arrays) == at))
-        if all(is_same):
+            stay.append(arrays is before or (all(map(is_, arrays, before)) and state.addresses(arrays) == at))
+        if all(stay):
             return self
         is_able = hasattr(self._kernel, "moved") and self._rows is None and self._is_published
-        if not is_able or state.params is self.params:
+        if not is_able or state.params is self._lists[0]:
             return None
-        is_first = self._places is None
-        places = np.zeros((3, 3, len(state.params)), np.int64) if self._places is None else self._places.copy()
-        kinds = zip(places, lists, self._lists, (self._param_specs, *self._kept_specs), is_same, strict=True)
-        for own, arrays, before, specs, is_known in kinds:
-            if is_known and not is_first:
-                continue
+        places = np.zeros((3, 3, len(addresses)), np.int64)  # by list: address, first byte, and the one after the last
+        for own, arrays, before, specs, stays in zip(places, lists, self._lists, self._specs, stay, strict=True):
             present = [i for i, x in enumerate(arrays) if x is not None]
-            if present != [i for i, x in enumerate(before) if x is not None] or not state.may_move(arrays):
+            is_like = stays or (
+                present == [i for i, x in enumerate(before) if x is not None] and state.may_move(arrays)
+            )
+            if not is_like:
                 return None
-            if specs is None:
-                continue
-            at = addresses if arrays is state.params else specs.addresses([arrays[i] for i in present])
-            if at is None or (at == 0)[specs.spans[:, 1] > specs.spans[:, 0]].any():
-                return None
-            own[:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
+            if present:
+                at = addresses if specs is self._param_specs else specs.addresses([arrays[i] for i in present])
+                if at is None or (at == 0)[specs.spans[:, 1] > specs.spans[:, 0]].any():
+                    return None
+                own[:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
         return self._moved(state, lists, places)
 
     def _moved(self, state: ParamState, lists: tuple[list[Any], list[Any], list[Any]], places: Any) -> StepProgram:
@@ -376,16 +372,17 @@ class StepProgram:
 
         def trained() -> list[Any]:
             params, _, masters = views()
-            return [p if x is None else x for p, x in zip(self._own(params), self._own(masters), strict=True)]
+            return [params[i] if masters[i] is None else masters[i] for i in position]
 
+        position = self._position.tolist()  # closures must not hold this program, which holds the memory of before
         program = copy.copy(self)
-        program._places = places
         program._ranges = self._ranges.moved(views, places[:, 1].ravel(), places[:, 2].ravel())
         program._kernel = self._kernel.moved(lists, places[:, 0, self._index])
         program._addresses, program._clear_at, program._trained = places[0, 0], b"", trained
-        program._lists, program._kept_at = lists, (state.addresses(state.buffers), state.addresses(state.masters))
-        params, masters = self._own(state.params), self._own(state.masters)
-        program._like = state.view(params[0] if masters[0] is None else masters[0])
+        program._lists, program._kept = lists, []
+        program._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
+        i = position[0]
+        program._like = state.view(state.params[i] if state.masters[i] is None else state.masters[i])
         return program
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
@@ -484,10 +481,8 @@ class StepProgram:
     def _commit(self, state: ParamState, groups: Groups) -> None:
         """Update the state after a step that was taken."""
         rates = np.array([group["lr"] for group in groups], float)[self._group_of]
-        if self.absent:
-            rates, own = state.previous_lr.copy(), rates
-            rates[self._index] = own
-        state.previous_lr = rates
+        state.previous_lr = state.previous_lr.copy()
+        state.previous_lr[self._index] = rates
         self._publish(state)
         self._hyper_row = self._next_row
 

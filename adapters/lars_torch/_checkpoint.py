@@ -64,7 +64,7 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Te
                 raise ValueError(f"previous_lr must be finite and at least 0; got {shown(v)}")
             continue
         if type(v) is torch.Tensor and v.dtype == p.dtype and v.shape == p.shape and v.layout == torch.strided:
-            continue
+            continue  # as for most, and faster
         if not isinstance(v, torch.Tensor) or v.shape != p.shape or v.layout != torch.strided:
             found = tuple(v.shape) if isinstance(v, torch.Tensor) else shown(v)
             name = next(member.name for member in optimizer._named_params() if member.param is p)
@@ -88,6 +88,7 @@ def _check_origin(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -
         raise ValueError(f"state_dict must be of LARS or SGD; got one with {shown(sorted(map(str, foreign)))}{reason}")
 
 
+@torch.no_grad()
 def _restore(optimizer: Any, kept: list[tuple[torch.Tensor, str, Any]]) -> None:
     """Copy momentum buffers and masters once more, since torch casts them to the parameters' type."""
     for p, key, v in kept:
@@ -96,7 +97,7 @@ def _restore(optimizer: Any, kept: list[tuple[torch.Tensor, str, Any]]) -> None:
         else:
             kind = compute_dtype(p)
             is_alike = v.dtype == kind and v.device == p.device and v.stride() == p.stride()
-            new = v.detach().clone() if is_alike else torch.empty_like(p, dtype=kind, requires_grad=False).copy_(v)
+            new = v.clone() if is_alike else torch.empty_like(p, dtype=kind, requires_grad=False).copy_(v)
         optimizer.state[p][key] = new
     for p, own in list(optimizer.state.items()):
         if isinstance(own, dict) and own.get("momentum_buffer", p) is None:
@@ -140,7 +141,7 @@ def _translated(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a checkpoint of another LARS with the names of this one."""
     state = dict(state_dict["state"])
     for number, own in state.items():
-        if isinstance(own, Mapping) and "momentum_buffer" not in own and isinstance(own.get("mu"), torch.Tensor):
+        if isinstance(own, dict) and "momentum_buffer" not in own and isinstance(own.get("mu"), torch.Tensor):
             state[number] = {"momentum_buffer" if key == "mu" else key: v for key, v in own.items()}  # FAIR's
     return {**state_dict, "state": state, "param_groups": [*map(translated, state_dict["param_groups"])]}
 

@@ -27,7 +27,7 @@ EXCLUDED = {key for key, advice in INSTEAD.items() if advice == "adapt=False"}
 BY_SHAPE = {key for key, advice in INSTEAD.items() if advice.startswith("param_groups")}
 
 
-def check_keys(group: Mapping[Any, Any], number: int) -> None:
+def check_keys(group: Iterable[Any], number: int) -> None:
     """Raise ValueError for a key that means nothing here, naming the one that may be meant."""
     unknown = foreign_keys(group, WRAPPED)
     if unknown:

@@ -97,7 +97,7 @@ class TensorState(ParamState):
         self._known_buffers: list[Any] = []
         self._rated: tuple[Any, list[int]] = None, []  # hyper-parameters, and the parameters whose rule reads a rate
         self._rates: list[Any] = []  # of these, as the optimizer's state holds them
-        self._known_versions: list[tuple[int, int]] = []
+        self._known_versions = [(-1, 0)] * len(self.owners)
         self._cast: dict[int, torch.Tensor] = {}  # momentum buffers that were cast for a step
         # Of these the first step drops masters, which remain where an owner has cast half precision.
         self._without_master = [p for p, half in zip(self.owners, halves) if not half]
@@ -141,10 +141,9 @@ class TensorState(ParamState):
         versions = self._versions()
         if versions == self._known_versions:
             return
-        before = self._known_versions or [(-1, 0)] * len(versions)
         for i, (p, master) in enumerate(zip(self.params, self.masters, strict=True)):
             # A compiled graph writes to parameters after the step: values decide.
-            if versions[i] != before[i] and master is not None and not torch.equal(p, master.to(p.dtype)):
+            if versions[i] != self._known_versions[i] and master is not None and not torch.equal(p, master.to(p.dtype)):
                 self.masters[i] = None
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -153,8 +152,7 @@ class TensorState(ParamState):
     def note_versions(self, grads: Sequence[Any]) -> None:
         """Note how often parameters that were stepped had been written to, this step included."""
         if self._has_halves:
-            before = self._known_versions or [(-1, 0)] * len(grads)
-            pairs = zip(self._versions(), before, grads, self.masters, strict=True)
+            pairs = zip(self._versions(), self._known_versions, grads, self.masters, strict=True)
             self._known_versions = [known if g is None or m is None else now for now, known, g, m in pairs]
 
     def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
@@ -232,7 +230,7 @@ class TensorState(ParamState):
         if self.device is not None or list(layer_axes) != self._axes_of_groups:
             return False
         self.previous_lr, self.skipped, self.result = np.zeros(len(self.owners)), 0, None
-        self._known_versions = []
+        self._known_versions = [(-1, 0)] * len(self.owners)
         return True
 
     def poll(self, *, wait: bool = False) -> None:

@@ -279,8 +279,7 @@ class LARS(Optimizer):
         dict of str to Norms
             By name of parameter, or by its number where it has no name.
         """
-        results = [part.result for part in self._parts if part.result is not None]
-        return {name: norms for result in results for name, norms in result.norms().items()}
+        return {name: norms for result in self._results for name, norms in result.norms().items()}
 
     def trust_ratios(self) -> dict[str, float]:
         """Return the trust ratios that the last step was taken with, see `lars_array.LARS.trust_ratios`.
@@ -290,8 +289,11 @@ class LARS(Optimizer):
         dict of str to float
             By name of parameter, or by its number where it has no name.
         """
-        results = [part.result for part in self._parts if part.result is not None]
-        return {name: ratio for result in results for name, ratio in result.trust_ratios().items()}
+        return {name: ratio for result in self._results for name, ratio in result.trust_ratios().items()}
+
+    @property
+    def _results(self) -> list[Any]:
+        return [part.result for part in self._parts if part.result is not None]
 
     def synchronize(self) -> None:
         """Wait for all devices, and raise if one has rejected a step, see `lars_array.LARS.synchronize`."""
@@ -305,17 +307,18 @@ class LARS(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called for copies and pickles, and by load_state_dict for what it has read.
         super().__setstate__(state)
-        self.__dict__.setdefault("_kernel", None)
-        self.__dict__.setdefault("_layer_of", None)
-        self.__dict__.setdefault("_lock", RLock())
-        self.__dict__.setdefault("_steps", 0)
         if "_number" not in self.__dict__:  # graphs go on referring to one that was loaded into
-            self._number = _tracing.number(self)
-        self._params = [p for group in self.param_groups for p in group["params"]]
+            blank: dict[str, Any] = {"_kernel": None, "_layer_of": None, "_lock": RLock(), "_steps": 0, "_parts": []}
+            self.__dict__ |= blank | self.__dict__ | {"_number": _tracing.number(self)}
+        lists = [group["params"] for group in self.param_groups]
+        self._params = [p for params in lists for p in params]
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-        if not self._restarts():
+            group |= self.defaults | group
+        axes = [group["layer_axes"] for group in self.param_groups]
+        # What is known of parameters stays if only numbers and buffers are others.
+        if self._parts and _are_same(lists, self._lists) and all(part.restart(axes) for part in self._parts):
+            self._skipped = 0
+        else:
             self._reset()
 
     # ------------------------------------------------------------------------------------------------- by device
@@ -339,17 +342,6 @@ class LARS(Optimizer):
         """Return the layer that each parameter is part of."""
         names = [member.name for member in self._named_params()]
         return dict(zip(names, labels_of(self._layer_of, names), strict=True))
-
-    def _restarts(self) -> bool:
-        """Keep what is known of parameters after a checkpoint was loaded, if only numbers and buffers are others."""
-        lists = [group["params"] for group in self.param_groups]
-        axes = [group["layer_axes"] for group in self.param_groups]
-        if not (self.__dict__.get("_parts") and _are_same(lists, self._lists)):
-            return False
-        if not all(part.restart(axes) for part in self._parts):
-            return False
-        self._skipped = 0
-        return True
 
     def _reset(self) -> None:
         """Forget all but `state` and `param_groups`."""
@@ -381,9 +373,7 @@ class LARS(Optimizer):
         if keys == self._known_keys:
             return
         for number, own in enumerate(keys):
-            for key in own:
-                if resembles(key):
-                    check_keys({key: None}, number)
+            check_keys(filter(resembles, own), number)
         self._known_keys = keys
 
     def _locked_step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None) -> None:
@@ -425,9 +415,10 @@ class LARS(Optimizer):
             for part in self._parts:
                 part.groups(self.param_groups, grad_scale)
             self._skipped += bool(self._parts and found_inf is not None and bool(found_inf))
-        if len(steps) < len(self._parts) and steps:  # the last step is not that of the other parts
-            for part in self._parts:
-                part.result = part.result if part in [stepped for stepped, *_ in steps] else None
+        stepped = [part for part, *_ in steps]
+        for part in self._parts if steps else ():
+            if part not in stepped:
+                part.result = None  # it is not of the last step
         for part, own, groups in steps:
             # Kernels go past autograd, which must not compute gradients from values that were overwritten.
             torch.autograd.graph.increment_version(part.step(own, groups, found_inf))

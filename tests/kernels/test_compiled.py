@@ -338,7 +338,7 @@ p = np.arange(1.0, 4.0)
 optimizer = LARS([p], lr=0.5, momentum=0.9, rule="flash")
 for _ in range(2):
     optimizer.step([np.ones(3)])
-print(type(optimizer._stepper._program._kernel).__module__.split(".")[2], *p.tolist())
+print(type(optimizer._stepper._programs[0]._kernel).__module__.split(".")[2], *p.tolist())
 """
 
 

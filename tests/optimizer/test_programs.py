@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -131,3 +133,17 @@ def test_parameters_that_move_at_each_step_need_no_new_programs(dtype: str, made
     grads = [np.full_like(p, np.nan) for p in state.params]
     with pytest.raises(ValueError, match="the gradient of '0' has 12 non-finite entries"):
         ours.step(grads)
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+def test_memory_that_parameters_have_left_is_freed(alternate: bool) -> None:
+    rng = np.random.default_rng(0)
+    optimizer = LARS(arrays(rng), 0.1, momentum=0.9, kernel="compiled")
+    state, grads, left = optimizer._state, arrays(rng), []
+    optimizer.step(grads)
+    for t in range(20):
+        left.append(weakref.ref(state.params[0]))
+        optimizer.param_groups[0]["params"] = state.params = [p.copy() for p in state.params]
+        optimizer.step([None, *grads[1:]] if alternate and t % 2 else grads)
+    gc.collect()
+    assert all(p() is None for p in left[:-8])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -113,3 +115,13 @@ def test_a_step_takes_at_most_half_as_long_again_as_sgd(change: Callable[[Loop],
     # The fastest fifth of this thread's own time, which steps arrays so small: others on this machine do not count.
     ours, theirs = (statistics.mean(sorted(own[10:])[:10]) for own in times)
     assert ours <= 1.5 * theirs, f"{1e3 * ours:.2f} ms, torch's SGD {1e3 * theirs:.2f} ms"
+
+
+def test_states_that_were_loaded_before_are_freed() -> None:
+    loop, buffers = Loop(LARS), []
+    for _ in range(8):
+        loaded(loop)
+        buffers.append(weakref.ref(loop.optimizer.state[loop.params[0]]["momentum_buffer"]))
+        loop.optimizer.step()
+    gc.collect()
+    assert [v() is None for v in buffers[:-1]] == [True] * 7
