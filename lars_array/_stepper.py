@@ -38,7 +38,7 @@ from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
 # Adapters import the names from other modules here.
-__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr"]
+__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "max_finite", "reads_previous_lr"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -214,15 +214,19 @@ class StepProgram:
         self._kernel = make_kernel(kernel_type, arrays, self.xp)
         self._row_param, self._row_group = self._position[self._owner], self._group_of[self._owner]
         self._used_groups = np.unique(self._group_of).tolist()
-        # Of the hyper-parameters each group has two rows, without and with a momentum buffer: now, and after a step.
+        self._trained = trained = arrays.trained
+        kinds = [real_dtype(p, self.xp) for p in trained]
+        wide = np.array([kind == self.xp.float64 for kind in kinds])
+        # Of the hyper-parameters each group has four rows: for two types, with and without a momentum buffer; now, and
+        # after a step.
         first = np.array([v is None for v in self._own(state.buffers)], bool)
         keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
-        self._hyper_row, self._next_row = (2 * self._row_group + x[self._owner] for x in (first, first & ~keeps))
-        self._trained = trained = arrays.trained
+        begin = 4 * self._row_group + 2 * wide
+        self._hyper_row, self._next_row = (begin + x[self._owner] for x in (first, first & ~keeps))
         dtypes = [g.dtype for g in arrays.grads]
         self._limit = max_finite(trained, like=trained[0], xp=self.xp)
         self._square_limit = max_square_sum(trained, dtypes, like=trained[0], xp=self.xp)
-        self._least_limit = min(float(self.xp.finfo(x).max) for x in {real_dtype(p, self.xp) for p in trained})
+        self._least_limit = min(float(self.xp.finfo(x).max) for x in set(kinds))
 
     # ----------------------------------------------------------------------------------------------- arrays of a step
 
@@ -309,11 +313,12 @@ class StepProgram:
         """Return S, C and the result from a kernel that computes coefficients by itself, None without one."""
         if self._joined or not hasattr(self._kernel, "fused"):
             return None
-        if groups is not self._prepared[0]:  # two rows a group: without and with a momentum buffer
-            count = len(groups)
-            both = [k for k in range(count) for _ in range(2)]
-            like = self._trained[0]
-            inputs = inputs_of(groups, both, [False, True] * count, [0.0] * 2 * count, like=like, xp=self.xp)
+        if groups is not self._prepared[0]:
+            count, like = len(groups), self._trained[0]
+            group_of = [k for k in range(count) for _ in range(4)]
+            limit = np.tile(np.repeat([np.finfo(kind).max for kind in ("f4", "f8")], 2), count)
+            lists = group_of, [False, True] * 2 * count, [0.0] * 4 * count
+            inputs = inputs_of(groups, *lists, limit, like=like, xp=self.xp)
             self._prepared = groups, inputs, self._kernel.prepare(inputs)
         _, inputs, prepared = self._prepared
         if prepared is None:
@@ -329,10 +334,10 @@ class StepProgram:
 
     def _staged(self, state: ParamState, grads: Gradients, groups: Groups) -> tuple[Any, Any, StepResult]:
         """Return S, C and the result from a kernel that only takes sums."""
-        (group_of, first), previous_lr = np.divmod(self._hyper_row, 2), state.previous_lr[self._row_param]
-        lists = group_of.tolist(), first.astype(bool).tolist(), previous_lr.tolist()
+        first, previous_lr = self._hyper_row % 2 == 1, state.previous_lr[self._row_param]
+        lists = self._row_group.tolist(), first.tolist(), previous_lr.tolist()
         like, xp = self._trained[0], self.xp
-        inputs = inputs_of(groups, *lists, like=like, xp=xp)
+        inputs = inputs_of(groups, *lists, self._limit, like=like, xp=xp)
         outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
         result = StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
         return outputs.S, outputs.C, result
@@ -346,12 +351,9 @@ class StepProgram:
             return False
         of_rows = [policies[k] for k in self._row_group.tolist()]
         offenders = [i for i, policy in enumerate(of_rows) if policy != "propagate" and not bool(ok[i])]
-        trained, arrays = self._trained, grads.arrays
-        if self._joined:  # the sums of a layer are not finite if one of its parts isn't: name that one
-            offenders.sort(key=lambda i: all(bool(self.xp.all(self.xp.isfinite(x[i]))) for x in (arrays, trained)))
-        for i in offenders:
-            if of_rows[i] == "raise":
-                refuse_nonfinite(self._row_names[i], trained[i], arrays[i], xp=self.xp)
+        offenders.sort(key=lambda i: of_rows[i] != "raise")
+        if offenders and of_rows[offenders[0]] == "raise":
+            refuse_nonfinite(offenders, self._row_names, self._trained, grads.arrays, xp=self.xp)
         return bool(offenders)
 
     def _commit(self, state: ParamState, groups: Groups) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite, isnan
 from numbers import Integral, Real
+from sys import float_info
 from types import NoneType
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from array_api_compat import is_jax_array
 
 from lars_array._arrays import accumulation_dtype, asarray, is_array, is_on_accelerator
-from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs
+from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs, with_max_ratio
 from lars_array.nonfinite import POLICIES
 
 __all__ = [
@@ -76,8 +77,8 @@ def defaults_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
 # Those that are numbers, each of which may be a function of the step.
 NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps", "rescale_grad", "max_grad_norm")
 
-# The fields of `Hyper` that come from a group's hyper-parameters; the last two are state.
-GROUP_FIELDS = Hyper._fields[:-2]
+# The fields of `Hyper` that come from a group's hyper-parameters.
+GROUP_FIELDS = Hyper._fields[: Hyper._fields.index("first")]
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -331,7 +332,14 @@ def row_values(group: Mapping[str, Any]) -> list[Any]:
 
 
 def inputs_of(
-    groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], first: Any, previous_lr: Any, *, like: Any, xp: Any
+    groups: Sequence[Mapping[str, Any]],
+    group_of: Sequence[int],
+    first: Any,
+    previous_lr: Any,
+    limit: Any = float_info.max,
+    *,
+    like: Any,
+    xp: Any,
 ) -> RuleInputs:
     """Return the inputs of a step, with the hyper-parameters of the groups spread over rows.
 
@@ -345,6 +353,8 @@ def inputs_of(
         True where the layer has no momentum buffer yet.
     previous_lr : numbers, shape (rows,)
         Learning rate of each layer's last step.
+    limit : array of shape (rows,)
+        The largest number of each layer's compute dtype, see `nonfinite.max_finite`.
     like : array
         An array on the device of the result.
     xp : Array API namespace
@@ -369,7 +379,7 @@ def inputs_of(
         table = _table([list(columns[name]) for name in names], kind, like, xp)
         spread = xp.take(table, index, axis=1)
         fields |= {name: spread[row, :] for row, name in enumerate(names)}
-    return with_rules(Hyper(**fields), groups, group_of, xp=xp)
+    return with_rules(with_max_ratio(Hyper(**fields), limit, xp=xp), groups, group_of, xp=xp)
 
 
 def with_rules(hyper: Hyper, groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], *, xp: Any) -> RuleInputs:

@@ -35,13 +35,21 @@ Namespace = Any
 def _raw_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     """Return RAW, or 1 where a norm is zero."""
     p_norm, g_norm, _ = norms(S, xp)
-    return trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, (p_norm > 0) & (g_norm > 0), hyper, xp)
+    return trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, ~((p_norm == 0) | (g_norm == 0)), hyper, xp)
 
 
 def _sum_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     """Return SUM with the norm of the third sum, or 1 where a norm is zero."""
     p_norm, _, d_norm = norms(S, xp)
-    return trust_ratio(p_norm, d_norm, (p_norm > 0) & (d_norm > 0), hyper, xp)
+    return trust_ratio(p_norm, d_norm, ~((p_norm == 0) | (d_norm == 0)), hyper, xp)
+
+
+def _buffer_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    """Return RAW for a step that scales the whole buffer, which may be far larger than the gradient.
+
+    It is at most the root of the largest ratio: that of the least gradients whose square the compute dtype can hold.
+    """
+    return _raw_ratio(S, hyper._replace(max_ratio_root=xp.sqrt(hyper.max_ratio_root)), xp)
 
 
 @register("paper", "mmselfsup")
@@ -88,7 +96,7 @@ def kozistr(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     """
     p_norm, g_norm, _ = norms(S, xp)
     denominator = g_norm + hyper.weight_decay * p_norm
-    ratio = trust_ratio(p_norm, denominator, (p_norm > 0) & (denominator > 0), hyper, xp)
+    ratio = trust_ratio(p_norm, denominator, ~((p_norm == 0) | (denominator == 0)), hyper, xp)
     return momentum_form(ratio, hyper.lr, hyper.weight_decay, hyper, xp, dampen_first_step=True)
 
 
@@ -149,7 +157,7 @@ def nus(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     Sources: NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch lars.py; ColossalAI colossalai/nn/optimizer/lars.py. tinygrad 0.14.0
     (classic=False) is the same without the 50.
     """
-    ratio = _raw_ratio(S, hyper, xp)
+    ratio = _buffer_ratio(S, hyper, xp)
     return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, hyper.weight_decay, hyper, xp)
 
 
@@ -159,7 +167,7 @@ def tf_contrib(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
     Add the L2 penalty to the loss. Source: tensorflow 1.x contrib/opt/python/training/lars_optimizer.py.
     """
-    ratio = _raw_ratio(S, hyper, xp)
+    ratio = _buffer_ratio(S, hyper, xp)
     return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, xp.zeros_like(ratio), hyper, xp)
 
 

@@ -13,7 +13,7 @@ import optax
 import lars_array
 from lars_array import core
 from lars_array._arrays import accumulation_dtype, check_buffer, check_gradient, check_parameter, compute_dtype
-from lars_array._stepper import finite_layers
+from lars_array._stepper import finite_layers, max_finite
 from lars_array.core import Rule
 from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer
 from lars_array.layers import LayerOf, LayerRows, labels_of
@@ -171,7 +171,8 @@ def lars(
         rows = LayerRows.of(own, ps, [groups[k]["layer_axes"] for k in group_of], labels)
         of_rows, of_leaves = jnp.asarray(rows.spread(index)), jnp.asarray(index)
         first, previous_lr = state.first[of_rows], state.previous_lr[of_rows]
-        inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, like=ps[0], xp=jnp)
+        limit = max_finite(rows.spread(ps), like=ps[0], xp=jnp)
+        inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, limit, like=ps[0], xp=jnp)
         axes = mapped_axes(axis_name, params)
         reduce = partial(sum_over_devices, axes=[axes[i] for i in rows.spread(index)])
         stages: dict[str, Any] = {"xp": jnp, "reduce": reduce, "third": core.displacement}
