@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from ways import NAMES, WAYS
 
+from lars_array import init, lars_step, update
+
 BASE: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -65,3 +67,24 @@ def test_clipping_by_a_norm_that_is_nan_or_infinite(way: str, rule: str) -> None
     with np.errstate(all="ignore"):
         assert np.isnan(WAYS[way](p, [bad], **given)[0]).all()
         np.testing.assert_array_equal(WAYS[way](p, [huge], **given)[0], p)
+
+
+@pytest.mark.parametrize("rule", NAMES)
+def test_a_float64_gradient_beyond_float32_is_skipped_under_x64(rule: str) -> None:
+    """What is finite is decided in the type that is computed in, by every function that takes JAX arrays."""
+    jax, lars_jax = pytest.importorskip("jax"), pytest.importorskip("lars_jax")
+    given: dict[str, Any] = {**BASE, "rule": rule, "nonfinite": "skip"}
+    with jax.enable_x64(True):
+        for kind, beyond in (("float32", 1e39), ("float32", 1e160), ("bfloat16", -1e39)):
+            params = {"w": jax.numpy.ones(3, kind), "b": jax.numpy.ones((), kind)}
+            grads = {"w": jax.numpy.array([1.0, beyond, 1.0]), "b": jax.numpy.array(1.0)}
+            solver = lars_jax.lars(given["lr"], **{name: x for name, x in given.items() if name != "lr"})
+            for step in (solver.update, jax.jit(solver.update)):
+                updates, state = step(grads, solver.init(params), params)
+                assert int(state.count) == 0 and not any(bool(x.any()) for x in jax.tree.leaves((updates, state.trace)))
+            new, after = update(params, grads, init(params), **given)
+            assert int(after.step) == 0 and bool((new["w"] == 1).all() and (new["b"] == 1).all())
+            assert bool((lars_step(params["w"], grads["w"], **given)[0] == 1).all())
+            optimizer = lars_jax.LARS(params, **given)
+            optimizer.step(grads)
+            assert (optimizer.steps, optimizer.skipped_steps) == (0, 1)
