@@ -282,7 +282,7 @@ class StepProgram:
         is_wide = {dtype: kind == self.xp.float64 for dtype, kind in kinds.items()}
         # Of the hyper-parameters each group has four rows: for two types, with and without a momentum buffer; now, and
         # after a step.
-        begin = 4 * self._row_group + 2 * np.array([is_wide[p.dtype] for p in trained])
+        begin = 4 * self._row_group + 2 * np.array([is_wide[p.dtype] for p in trained], np.int32)
         self._hyper_row, self._next_row = (begin + x[self._owner] for x in (first, first & ~keeps))
         dtypes = [g.dtype for g in arrays.grads]
         self._limit = max_finite(trained, like=trained[0], xp=self.xp)
