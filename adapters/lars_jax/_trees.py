@@ -93,7 +93,8 @@ def spread(
         Its name in messages.
     value : object, tree, or callable
         One value for all leaves; a tree of values by the names of the leaves, or of branches that they are on; or a
-        function that returns one of these, given the parameters. A module with ``__call__`` is a tree if it fits.
+        function that returns one of these, given the parameters, with None for other leaves. A module with ``__call__``
+        is a tree if it fits.
     leaves : Leaves
         The parameters.
     wanted : str
@@ -119,8 +120,9 @@ def spread(
         if is_result or not callable(value):
             assert problem is not None
             raise problem
+        present = [None if optional and optional[i] else leaf for i, leaf in enumerate(leaves.values)]
         try:
-            value = value(leaves.tree)
+            value = value(leaves.structure.unflatten(present) if any(optional) else leaves.tree)
         except Exception:
             if problem is None:  # a function
                 raise

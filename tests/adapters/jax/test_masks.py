@@ -364,3 +364,12 @@ def test_a_tuple_of_names_is_leaf_by_leaf_for_a_tuple_of_parameters() -> None:
     assert mapped_axes({"w": ("x", "y"), "b": None}, named) == [(), ("x", "y")]
     assert mapped_axes((("x", "y"), None), pair) == [("x", "y"), ()]
     assert mapped_axes((), pair) == mapped_axes(None, pair) == [(), ()]
+
+
+def test_functions_see_parameters_alone() -> None:
+    """A whole module is given to the eager optimizer, with functions among its leaves."""
+    equinox = pytest.importorskip("equinox")
+    model = equinox.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
+    mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    optimizer = LARS(model, 0.1, weight_decay=0.1, weight_decay_mask=mask)
+    assert sorted(len(group["names"]) for group in optimizer.param_groups) == [2, 2]
