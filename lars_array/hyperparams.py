@@ -396,7 +396,12 @@ class Hyperparams:
     def __reduce__(self) -> tuple[Any, ...]:
         return Hyperparams, ()
 
-    def read(self, param_groups: Sequence[Mapping[str, Any]], step: int) -> Sequence[Mapping[str, Any]]:
+    def read(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        step: int,
+        evaluated: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters, one mapping per group.
 
         Parameters
@@ -405,6 +410,8 @@ class Hyperparams:
             The parameter groups.
         step : int
             Number of steps taken before.
+        evaluated : sequence of mappings, optional
+            Their hyper-parameters with schedules evaluated, if the caller has done that.
 
         Returns
         -------
@@ -416,7 +423,7 @@ class Hyperparams:
         ValueError, TypeError
             As `at_step` does.
         """
-        all_options = [scheduled(options_of(group), step) for group in param_groups]
+        all_options = evaluated or [scheduled(options_of(group), step) for group in param_groups]
         seen = [_comparable(options) for options in all_options]
         before, groups = self._last
         if not (seen and len(seen) == len(before) and all(map(_is_same, seen, before))):

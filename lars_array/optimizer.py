@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from itertools import chain
 from numbers import Real
@@ -18,27 +17,21 @@ from lars_array._stepper import Stepper
 from lars_array.core import Rule
 from lars_array.hyperparams import (
     DEFAULTS,
-    Hyperparams,
-    check_layer_axes,
     complete,
     defaults_from,
     described,
-    options_of,
     readable,
     required,
-    warn_of_sgd,
 )
 from lars_array.layers import LayerOf
-from lars_array.nonfinite import NonFiniteError
-from lars_array.state.checkpoint import read_checkpoint
+from lars_array.state.checkpoint import StatefulOptimizer
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
-from lars_array.state.store import KEPT, ParamState
-from lars_array.telemetry import Norms, StepResult
+from lars_array.state.store import ParamState
 
 __all__ = ["LARS"]
 
 
-class LARS:
+class LARS(StatefulOptimizer):
     r"""Layer-wise adaptive rate scaling (You et al. 2017), with the arguments of ``flash.core.optimizers.LARS``.
 
     .. math::
@@ -181,15 +174,9 @@ class LARS:
             raise TypeError(f"params come first, and then lr; got params={shown(params)} and lr={shown(lr)}")
         self.defaults = defaults_from(locals())
         readable(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
-        self.steps = 0
-        self.skipped_steps = 0
-        self.param_groups: list[dict[str, Any]] = []
-        self._layer_axes: list[int] = []  # of each group
+        super().__init__(Stepper(kernel))
         self._order: list[int] | None = None  # of the gradients in an iterable
-        self._last: StepResult | None = None
-        self._hyperparams = Hyperparams()
         self._state = ParamState(layer_of)
-        self._stepper = Stepper(kernel)
         self._add(params)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -253,21 +240,9 @@ class LARS:
         gradients = match_gradients(grads, self._state.names, self._order)
         if set(map(type, gradients)) != {np.ndarray}:
             gradients = list(map(_detached, gradients))
-        groups = self._hyperparams.read(self.param_groups, self.steps)
-        check_layer_axes(groups, self._layer_axes)
+        groups = self._read_groups()
         self._check_params()
-        if not self.steps + self.skipped_steps:
-            warn_of_sgd(groups)
-        try:
-            result = self._stepper.step(self._state, gradients, groups, found_inf)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} (step {self.steps})") from None
-        if result is None:
-            self.skipped_steps += 1
-            return loss
-        self.steps += 1
-        if result.names:
-            self._last = result
+        self._take_step(gradients, groups, found_inf)
         return loss
 
     def refresh_masters(self) -> None:
@@ -277,41 +252,6 @@ class LARS:
         average. Without it the next step overwrites that, see `master_weights`. Momentum buffers are kept.
         """
         self._state.masters = [None] * len(self._state.masters)
-
-    def synchronize(self) -> None:
-        """Wait for the device, and update `steps` and `skipped_steps`.
-
-        Raises
-        ------
-        NonFiniteError
-            If the device has rejected a step since the last call that raised. The rejected step changed nothing; later
-            steps were taken.
-        """
-        self._poll_device(wait=True)
-
-    def norms(self) -> dict[str, Norms]:
-        """Return the norms of the last step, at no extra pass over memory; waits for the device.
-
-        On a GPU this includes a last step that was skipped or rejected.
-
-        Returns
-        -------
-        dict of str to Norms
-            By name, for the parameters that had a gradient. Slices of a stacked parameter have names such as "w[0]";
-            parameters joined into one layer have the norms of the layer. Empty before the first step.
-        """
-        return {} if self._last is None else self._last.norms()
-
-    def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios of the last step; see `norms`.
-
-        Returns
-        -------
-        dict of str to float
-            By name, for the parameters that had a gradient; 1.0 for layers that were not adapted. Empty before the
-            first step.
-        """
-        return {} if self._last is None else self._last.trust_ratios()
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the optimizer's state, without the parameters.
@@ -327,14 +267,7 @@ class LARS:
         NonFiniteError
             As `synchronize` does.
         """
-        self.synchronize()
-        state = self.state_views()
-        for own in state.values():
-            for key in own.keys() & KEPT:
-                with device_context(own[key]):
-                    own[key] = array_namespace(own[key]).asarray(own[key], copy=True)
-        groups = [copy.deepcopy(options_of(group)) | {"names": list(group["names"])} for group in self.param_groups]
-        return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
+        return self._saved(_copied)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a copy of the state that `state_dict` returned.
@@ -349,13 +282,8 @@ class LARS:
         ValueError, TypeError
             If it does not fit these parameters; then nothing was changed.
         """
-        state = self._state
-        with device_context(state.params[0]):
-            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], state.params)
-            state.attach(read.state, copied=True)
-        self.steps, self.skipped_steps = read.steps, read.skipped_steps
-        for group, options in zip(self.param_groups, read.groups):
-            group.update(options | {"layer_axes": group["layer_axes"]})
+        with device_context(self._state.params[0]):
+            self._load(state_dict)
 
     def state_views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
         """Return the "state" of `state_dict` with the buffers and masters themselves instead of copies.
@@ -392,16 +320,6 @@ class LARS:
     def __repr__(self) -> str:
         return described("LARS", self.param_groups)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("lr", *DEFAULTS):
-            place = f"for group in optimizer.param_groups: group[{name!r}] = ..."
-            raise AttributeError(f"hyper-parameters belong to the parameter groups; set {name} by `{place}`")
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.synchronize()
-        return self.__dict__ | {"_last": None if self._last is None else self._last.settled()}
-
     def _add(self, params: Any) -> None:
         number = len(self.param_groups)
         layout = read_parameters(params, start=len(self._state.names))
@@ -436,13 +354,10 @@ class LARS:
             f"{state.group_of[i]} was; write into its array, p[...] = new, or make another optimizer"
         )
 
-    def _poll_device(self, *, wait: bool = False) -> None:
-        """Update the step counters from the device and raise if it rejected a step."""
-        steps, skipped, error = self._state.poll_device(wait=wait)
-        self.steps += steps
-        self.skipped_steps += skipped
-        if error is not None:
-            raise error
+
+def _copied(array: Any) -> Any:
+    with device_context(array):
+        return array_namespace(array).asarray(array, copy=True)
 
 
 def _detached(g: Any) -> Any:

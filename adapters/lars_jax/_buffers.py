@@ -331,7 +331,7 @@ def buffers_of(names: Sequence[str], leaves: Sequence[Any], donates: bool) -> Do
     ImportError
         If they lie on a CUDA device and CuPy is not installed.
     """
-    home = None
+    home: Any = None  # a parameter and its device
     for name, leaf in zip(names, leaves):
         check_has_values(f"parameter {shown(name)}", leaf)
         if not isinstance(leaf, jax.Array):
@@ -342,15 +342,15 @@ def buffers_of(names: Sequence[str], leaves: Sequence[Any], donates: bool) -> Do
                 f"parameter {shown(name)} must lie on the first CPU device or on one CUDA device, else use "
                 f"lars_jax.lars; got {', '.join(map(str, found))}"
             )
-        if home is not None and found[0] != home[1]:
+        home = home or (name, found[0])
+        if found[0] != home[1]:
             raise TypeError(
                 f"parameters must lie on one device, else use lars_jax.lars; {shown(home[0])} lies on {home[1]} and "
                 f"{shown(name)} on {found[0]}"
             )
-        home = name, found[0]
-    if home is None or not is_cuda(home[1]):
-        return DonatedBuffers(first_cpu(), names, leaves, donates)
-    return CudaBuffers(home[1], names, leaves, donates)
+    if home and is_cuda(home[1]):
+        return CudaBuffers(home[1], names, leaves, donates)
+    return DonatedBuffers(first_cpu(), names, leaves, donates)
 
 
 def _restored(kind: Any, number: int, *arguments: Any) -> DonatedBuffers:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import all_leaves
 
-from lars_jax._trees import Leaves, spread
+from lars_jax._trees import Leaves
 
 __all__ = ["NAMESPACE", "mapped_axes", "sum_over_devices"]
 
@@ -38,8 +38,12 @@ NAMESPACE = SimpleNamespace(**vars(jnp) | {"stack": _stack_replicated})
 def mapped_axes(axis_name: Any, leaves: Leaves) -> list[Axes]:
     """Return the mapped axes that each leaf is split over, as `lars` was given them."""
     value = () if axis_name is None else axis_name
-    # A tuple is a tree where the parameters are one too, else several names.
-    return [names or () for names in spread("axis_name", value, leaves, "names of mapped axes", _name, _names)]
+    wanted = "names of mapped axes"
+    try:
+        found = leaves.spread("axis_name", value, wanted, _name)
+    except (TypeError, ValueError):  # a tuple is a tree where the parameters are one too, else several names
+        found = leaves.spread("axis_name", value, wanted, _names)
+    return [names or () for names in found]
 
 
 def sum_over_devices(S: Any, axes: Sequence[Axes]) -> Any:

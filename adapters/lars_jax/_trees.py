@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from operator import index
 from typing import Any, NamedTuple
@@ -14,9 +15,9 @@ import numpy as np
 from jax.tree_util import GetAttrKey, all_leaves, keystr, tree_flatten_with_path
 
 from lars_array._stepper import shown
-from lars_jax._messages import check_tree
+from lars_jax._messages import check_leaf, check_tree
 
-__all__ = ["Leaves", "as_bool", "as_count", "as_jax", "spread"]
+__all__ = ["Leaves", "as_bool", "as_count", "as_jax"]
 
 Path = tuple[str, ...]
 
@@ -33,18 +34,32 @@ class Leaves(NamedTuple):
     values: list[Any]
     structure: Any
     paths: list[Path]
+    boxed: dict[Path, int]  # by the path of an object with one attribute, in which Flax keeps an array
 
     @classmethod
-    def of(cls, tree: Any) -> Leaves:
-        """Return the leaves of a tree."""
-        check_tree("params", tree)
-        found, structure = tree_flatten_with_path(tree)
+    def of(cls, tree: Any, what: str = "params", is_leaf: Callable[[Any], bool] | None = None) -> Leaves:
+        """Return the leaves of a tree; `what` is its name in messages."""
+        check_tree(what, tree)
+        found, structure = tree_flatten_with_path(tree, is_leaf=is_leaf)
         names = [keystr(path, simple=True, separator=".") or "0" for path, _ in found]
-        repeated = {name for name, count in Counter(names).items() if count > 1}
-        names = [keystr(path) if name in repeated else name for name, (path, _) in zip(names, found)]
-        return cls(tree, names, [leaf for _, leaf in found], structure, [_keys(path) for path, _ in found])
+        counts = Counter(names)
+        names = [keystr(path) if counts[name] > 1 else name for name, (path, _) in zip(names, found)]
+        paths = [tuple(keystr((key,), simple=True) for key in path) for path, _ in found]
+        boxes = {i: paths[i][:-1] for i, (keys, _) in enumerate(found) if keys and isinstance(keys[-1], GetAttrKey)}
+        of_boxes = Counter(boxes.values())
+        boxed = {path: i for i, path in boxes.items() if of_boxes[path] == 1}
+        return cls(tree, names, [leaf for _, leaf in found], structure, paths, boxed)
 
-    def match(self, other: Any, what: str, optional: Sequence[bool] | None = None) -> list[Any]:
+    @classmethod
+    def of_arrays(cls, tree: Any) -> Leaves:
+        """Return the leaves of a tree as JAX arrays; raise TypeError for one that can't be a parameter of `lars`."""
+        leaves = cls.of(tree)
+        values = list(map(as_jax, leaves.values))
+        for name, p in zip(leaves.names, values):
+            check_leaf(name, p)
+        return leaves._replace(values=values)
+
+    def match(self, other: Any, what: str, optional: Collection[str] = ()) -> list[Any]:
         """Return one entry of another tree, or None, for each leaf.
 
         Parameters
@@ -54,150 +69,116 @@ class Leaves(NamedTuple):
             dicts and modules, such as a State of Flax for its module. A module may hold more than `other` does.
         what : str
             Its name in messages.
-        optional : sequence of bool, optional
-            Which leaves may be missing.
+        optional : collection of str, optional
+            The names of leaves that may be missing.
 
         Raises
         ------
         ValueError
             If it has other names.
         """
-        check_tree(what, other)
-        try:
-            found = list(self.structure.flatten_up_to(other))
+        with suppress(ValueError, TypeError):
+            found = self.structure.flatten_up_to(other)
             if all_leaves([x for x in found if x is not None]):
-                return found
-        except (ValueError, TypeError):
-            pass
-        entries = _Entries(other)
-        places = [entries.at(path) for path in self.paths]
-        needed = [True] * len(places) if optional is None else [not x for x in optional]
-        missing = [name for name, place, is_needed in zip(self.names, places, needed) if is_needed and place is None]
-        counts = Counter(place for place in places if place is not None)
-        if counts and _may_lack(self.structure, jax.tree.structure(other)):
-            missing = []
-        extra = [keys for i, keys in enumerate(entries.paths) if entries.values[i] is not None and counts[i] != 1]
+                return list(found)
+        tree = Leaves.of(other, what, lambda x: x is None)
+        places, missing = self._places(tree, optional)
+        counts = Counter(places)
+        extra = [name for i, name in enumerate(tree.names) if tree.values[i] is not None and counts[i] != 1]
         if missing or extra or other is None:
-            raise ValueError(f"{what} must have the structure of the parameters; {_difference(missing, extra, other)}")
-        return [None if place is None else entries.values[place] for place in places]
+            difference = _difference(missing, extra, other)
+            raise ValueError(f"{what} must have the structure of the parameters; {difference}")
+        return [None if i is None else tree.values[i] for i in places]
 
+    def spread(
+        self, option: str, value: Any, wanted: str, read: Callable[[Any], Any], optional: Collection[str] = ()
+    ) -> list[Any]:
+        """Return the value of an option for each leaf, None for one that needs none.
 
-def spread(
-    option: str, value: Any, leaves: Leaves, wanted: str, *reads: Callable[[Any], Any], optional: Sequence[bool] = ()
-) -> list[Any]:
-    """Return an option's value for each leaf, None for one that needs none.
+        Parameters
+        ----------
+        option : str
+            Its name in messages.
+        value : object, tree, or callable
+            One value for all leaves; a tree of values by the names of the leaves, or of branches that they are on; or a
+            function that returns one of these, given the parameters, with None for other leaves. A module with
+            ``__call__`` is a tree if it fits.
+        wanted : str
+            What the option holds, for messages.
+        read : callable
+            Returns the value for an entry of the tree, None for what is no entry.
+        optional : collection of str, optional
+            The names of leaves for which there may be no value.
 
-    Parameters
-    ----------
-    option : str
-        Its name in messages.
-    value : object, tree, or callable
-        One value for all leaves; a tree of values by the names of the leaves, or of branches that they are on; or a
-        function that returns one of these, given the parameters, with None for other leaves. A module with ``__call__``
-        is a tree if it fits.
-    leaves : Leaves
-        The parameters.
-    wanted : str
-        What the option holds, for messages.
-    *reads : callable
-        Each returns the value for an entry of the tree, or None for what is none; the first that fits all is used.
-    optional : sequence of bool
-        For which leaves there may be no value.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a value is of another type, or the tree does not fit.
-    """
-    for is_result in (False, True):
-        problem: Exception | None = None
-        if is_result or not (callable(value) and all_leaves([value])):
-            for read in reads:
-                found = _spread(option, value, leaves, wanted, read, optional)
-                if not isinstance(found, Exception):
-                    return found
-                problem = found
-        if is_result or not callable(value):
-            assert problem is not None
-            raise problem
-        present = [None if optional and optional[i] else leaf for i, leaf in enumerate(leaves.values)]
+        Raises
+        ------
+        TypeError, ValueError
+            If a value is of another type, or the tree does not fit.
+        """
+        leaves = [None if name in optional else leaf for name, leaf in zip(self.names, self.values)]
+        params = self.structure.unflatten(leaves) if optional else self.tree
+        if callable(value) and all_leaves([value]):
+            value = value(params)
         try:
-            value = value(leaves.structure.unflatten(present) if any(optional) else leaves.tree)
-        except Exception:
-            if problem is None:  # a function
+            return self._spread(option, value, wanted, read, optional)
+        except (TypeError, ValueError) as problem:
+            if not callable(value):
                 raise
-            raise problem from None
-    raise AssertionError
+            try:
+                value = value(params)
+            except Exception:
+                raise problem from None
+        return self._spread(option, value, wanted, read, optional)
+
+    def _spread(
+        self, option: str, value: Any, wanted: str, read: Callable[[Any], Any], optional: Collection[str]
+    ) -> list[Any]:
+        tree = Leaves.of(value, option, lambda x: x is None or read(x) is not None)
+        places, missing = self._places(tree, optional)
+        unused = set(range(len(tree.names))) - set(places)
+        extra = [i for i in sorted(unused) if tree.values[i] is not None]
+        if _is_module_beside(tree.structure, self.structure):
+            extra = []
+        if extra:
+            empty = set(Leaves.of(self.tree, is_leaf=lambda x: not jax.tree.leaves(x)).paths) - set(self.paths)
+            extra = [i for i in extra if empty.isdisjoint(_upwards(tree.paths[i]))]
+        if missing or extra:
+            difference = _difference(missing, [tree.names[i] for i in extra], value)
+            raise ValueError(f"{option} must have the structure of the parameters, or begin as it does; {difference}")
+        found = [None if i is None else read(tree.values[i]) for i in places]
+        for name, i, x in zip(self.names, places, found):
+            if i is not None and x is None and name not in optional:
+                raise TypeError(f"{option} must hold {wanted}; got {shown(tree.values[i])} for {shown(name)}")
+        return found
+
+    def _places(self, other: Leaves, optional: Collection[str]) -> tuple[list[int | None], list[str]]:
+        """Return the place of each leaf's entry in another tree, and the names of leaves that should have one.
+
+        It is at the path of the leaf, above it, or in the only attribute there.
+        """
+        at = {path: i for i, path in enumerate(other.paths)}
+        places = [next((at[x] for x in _upwards(path) if x in at), other.boxed.get(path)) for path in self.paths]
+        if any(i is not None for i in places) and _is_module_beside(self.structure, other.structure):
+            return places, []
+        return places, [name for name, i in zip(self.names, places) if i is None and name not in optional]
 
 
-def _spread(
-    option: str, value: Any, leaves: Leaves, wanted: str, read: Callable[[Any], Any], optional: Sequence[bool]
-) -> list[Any] | Exception:
-    one = None if value is None else read(value)
-    if one is not None:
-        return [one] * len(leaves.names)
-    entries = _Entries(value, lambda x: read(x) is not None)
-    values = [read(x) for x in entries.values]
-    places = [entries.at(path) for path in leaves.paths]
-    found = [None if place is None else values[place] for place in places]
-    lacking = [i for i, x in enumerate(found) if x is None and not (optional and optional[i])]
-    extra = set(range(len(values))) - set(places)
-    extra = {i for i in extra if entries.values[i] is not None}
-    if _may_lack(of_value := jax.tree.structure(value), leaves.structure):
-        extra = set()
-    if extra:
-        empty = _Entries(leaves.tree, lambda x: not jax.tree.leaves(x))
-        nodes = {path for path, x in zip(empty.paths, empty.values) if not jax.tree.leaves(x)}
-        extra = {i for i in extra if not any(entries.paths[i][:n] in nodes for n in range(len(entries.paths[i]) + 1))}
-    given = [i for i in lacking if places[i] is not None]
-    if given and not extra:
-        name, x = leaves.names[given[0]], entries.values[places[given[0]]]  # type: ignore[index]
-        return TypeError(f"{option} must hold {wanted}; got {shown(x)} for {shown(name)}")
-    if len(lacking) < len(found) and _may_lack(leaves.structure, of_value):
-        lacking = []
-    if lacking or extra:
-        missing = [leaves.names[i] for i in lacking]
-        difference = _difference(missing, [entries.paths[i] for i in sorted(extra)], value)
-        return ValueError(f"{option} must have the structure of the parameters, or begin as it does; {difference}")
-    return found
+def _upwards(path: Path) -> Iterator[Path]:
+    """Yield a path and those above it."""
+    return (path[:length] for length in range(len(path), -1, -1))
 
 
-class _Entries:
-    """The leaves of a tree by the names on their paths, None among them."""
-
-    def __init__(self, tree: Any, is_entry: Callable[[Any], bool] = lambda x: False) -> None:
-        found, _ = tree_flatten_with_path(tree, is_leaf=lambda x: x is None or is_entry(x))
-        self.values = [value for _, value in found]
-        self.paths = [_keys(path) for path, _ in found]
-        self._places = {path: i for i, path in enumerate(self.paths)}
-        # Flax keeps an array in an object with one attribute, which may be in one of two trees only.
-        boxes = {i: keys[:-1] for i, keys in enumerate(self.paths) if keys and isinstance(found[i][0][-1], GetAttrKey)}
-        counts = Counter(boxes.values())
-        self._boxed = {path: i for i, path in boxes.items() if counts[path] == 1}
-
-    def at(self, path: Path) -> int | None:
-        """Return the place of the entry for a leaf: at its path, above it, or in the only attribute there."""
-        above = (path[:length] for length in range(len(path), -1, -1))
-        return next((self._places[x] for x in above if x in self._places), self._boxed.get(path))
-
-
-def _keys(path: Sequence[Any]) -> Path:
-    return tuple(keystr((key,), simple=True) for key in path)
-
-
-def _may_lack(tree: Any, other: Any) -> bool:
-    """Return whether a structure is a module's, which may hold more than there are entries for in another's."""
+def _is_module_beside(tree: Any, other: Any) -> bool:
+    """Return whether a structure is a module's, and another isn't, which need not have all that the module holds."""
     kind, _ = tree.node_data() or (tuple, None)
     of_other, _ = other.node_data() or (None, None)
     return kind is not of_other and not issubclass(kind, (Mapping, list, tuple))
 
 
-def _difference(missing: Sequence[str], extra: Sequence[Path], given: Any) -> str:
-    if all_leaves([given]):
-        return f"got {shown(given)}"
+def _difference(missing: Sequence[str], extra: Sequence[str], given: Any) -> str:
     parts = [f"it has nothing for {shown(missing[0])}"] if missing else []
-    parts += [f"no parameter is at {shown('.'.join(extra[0]))}"] if extra else []
-    return " and ".join(parts) or f"got {shown(given)}"
+    parts += [f"no parameter is at {shown(extra[0])}"] if extra else []
+    return f"got {shown(given)}" if all_leaves([given]) or not parts else " and ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------- entries as values
@@ -214,15 +195,12 @@ def as_bool(x: Any) -> Any:
         return None
     if isinstance(x, jax.core.Tracer):
         return x
-    value = np.asarray(x).item()
-    return bool(value) if value in (0, 1) else None
+    return {0: False, 1: True}.get(np.asarray(x).item())
 
 
 def as_count(x: Any) -> int | None:
-    """Return an integer of at least 0, None for anything else."""
-    if isinstance(x, bool | jax.core.Tracer) or getattr(getattr(x, "dtype", None), "kind", "") == "b":
-        return None
+    """Return an integer of at least 0, None for anything else, such as a traced one."""
     try:
-        return index(x) if index(x) >= 0 else None
+        return index(x) if not isinstance(x, bool) and index(x) >= 0 else None
     except TypeError:
         return None

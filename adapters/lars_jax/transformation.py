@@ -16,14 +16,22 @@ from lars_array import core
 from lars_array._arrays import accumulation_dtype, check_buffer, check_gradient, compute_dtype
 from lars_array._stepper import finite_layers, max_finite, shown
 from lars_array.core import Rule
-from lars_array.hyperparams import DEFAULTS, at_step, defaults_from, inputs_of, needs_buffer, warn_of_sgd
+from lars_array.hyperparams import (
+    DEFAULTS,
+    NUMBERS,
+    at_step,
+    defaults_from,
+    inputs_of,
+    needs_buffer,
+    scheduled,
+    warn_of_sgd,
+)
 from lars_array.layers import LayerOf, LayerRows, labels_of
-from lars_jax._arguments import LarsArguments, check_rate, is_schedule
+from lars_jax._arguments import LarsArguments, check_rate
 from lars_jax._collective import NAMESPACE, mapped_axes, sum_over_devices
-from lars_jax._messages import check_leaf
 from lars_jax._trees import Leaves, as_jax
 
-__all__ = ["LarsState", "bind_arguments", "lars"]
+__all__ = ["LarsState", "bind_arguments", "lars", "momentum_buffers"]
 
 
 class LarsState(NamedTuple):
@@ -145,39 +153,38 @@ def lars(
     has_warned = False
 
     def init(params: Any) -> LarsState:
-        tree = Leaves.of(params)
-        leaves = list(map(as_jax, tree.values))
-        for name, p in zip(tree.names, leaves):
-            check_leaf(name, p)
-        trace = [jnp.zeros_like(p, dtype=compute_dtype(p, jnp)) for p in leaves]
+        tree = Leaves.of_arrays(params)
+        trace = [jnp.zeros_like(p, dtype=compute_dtype(p, jnp)) for p in tree.values]
         return LarsState(
             count=jnp.zeros((), jnp.int32),
             trace=tree.structure.unflatten(trace) if keeps else None,
-            first=jnp.ones(len(leaves), jnp.bool),
-            previous_lr=jnp.zeros(len(leaves), accumulation_dtype(jnp)),
+            first=jnp.ones(len(trace), jnp.bool),
+            previous_lr=jnp.zeros(len(trace), accumulation_dtype(jnp)),
         )
 
     def update(updates: Any, state: LarsState, params: Any = None, **extra: Any) -> tuple[Any, LarsState]:
         del extra
         _check_order(updates, state, params)
-        tree = Leaves.of(params)
-        leaves = list(map(as_jax, tree.values))
+        tree = Leaves.of_arrays(params)
         grads = list(map(as_jax, tree.match(updates, "updates")))
-        trace = list(map(as_jax, tree.match(state.trace, "the trace of state"))) if keeps else [None] * len(leaves)
-        state = state._replace(
-            **{name: jnp.asarray(getattr(state, name)) for name in ("count", "first", "previous_lr")}
-        )
-        _check(state, tree.names, leaves, grads, trace)
+        trace = momentum_buffers(state, tree) if keeps else [None] * len(grads)
+        for name, p, g, v in zip(tree.names, tree.values, grads, trace):
+            if g is not None:
+                check_gradient(name, g, p)
+            if keeps:
+                check_buffer(name, v, p)
+        small = {name: jnp.asarray(getattr(state, name)) for name in ("count", "first", "previous_lr")}
+        state = state._replace(**small)
         index = [i for i, g in enumerate(grads) if g is not None]
         if not index:
             return updates, state._replace(count=optax.safe_increment(state.count))
 
-        lists: Any = tree.names, leaves, grads, trace, arguments.of_leaves(tree), labels_of(layer_of, tree.names)
+        lists: Any = tree.names, tree.values, grads, trace, arguments.of_leaves(tree), labels_of(layer_of, tree.names)
         own, ps, gs, vs, options, labels = ([x[i] for i in index] for x in lists)
         rows = LayerRows.of(own, ps, [axes for _, _, axes in options], labels)
         of_rows, of_leaves = jnp.asarray(rows.spread(index)), jnp.asarray(index)
         first, previous_lr = state.first[of_rows], state.previous_lr[of_rows]
-        now = arguments.scheduled(state.count)
+        now = scheduled(arguments.hyper, state.count)
         check_rate("learning_rate", now["lr"])
         group = at_step(now, state.count)
         nonlocal has_warned
@@ -238,7 +245,9 @@ def _arguments_of(given: Mapping[str, Any]) -> LarsArguments:
     for name in ("weight_decay_mask", "trust_ratio_mask"):
         if given[name] is None:
             raise TypeError(f"{name} must be a bool, a pytree of bool, or a function; got None")
-    at_step({name: 0.0 if is_schedule(name, x) else x for name, x in hyper.items()}, 0)
+    # Schedules are first evaluated by a step; until then numbers stand in that are valid together.
+    stand_ins = dict.fromkeys(NUMBERS, 1.0) | {"dampening": 0.0}
+    at_step({name: stand_ins.get(name, x) if callable(x) else x for name, x in hyper.items()}, 0)
     return LarsArguments(hyper, given["weight_decay_mask"], given["trust_ratio_mask"], 0 if axes is None else axes)
 
 
@@ -283,13 +292,9 @@ def _check_order(updates: Any, state: Any, params: Any) -> None:
         raise ValueError("update of lars needs params: update(grads, state, params)")
 
 
-def _check(state: LarsState, names: list[str], leaves: list[Any], grads: list[Any], trace: list[Any]) -> None:
-    """Raise for arrays that do not fit, naming the leaf."""
-    if state.first.shape != (len(names),):
-        raise ValueError(f"state must be of as many leaves as the parameters, {len(names)}; got {state.first.shape[0]}")
-    for name, p, g, v in zip(names, leaves, grads, trace, strict=True):
-        check_leaf(name, p)
-        if g is not None:
-            check_gradient(name, g, p)
-        if v is not None:
-            check_buffer(name, v, p)
+def momentum_buffers(state: LarsState, tree: Leaves) -> list[Any]:
+    """Return the momentum buffer of each leaf; raise ValueError if the state is of other leaves."""
+    found = list(map(as_jax, tree.match(state.trace, "the trace of state")))
+    if state.first.shape != (len(found),):
+        raise ValueError(f"state must be of as many leaves as the parameters, {len(found)}; got {state.first.shape[0]}")
+    return found

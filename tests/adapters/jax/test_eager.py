@@ -273,6 +273,17 @@ def test_parameters_can_be_replaced(donate: bool) -> None:
         optimizer.replace_params({"w": jnp.ones(3), "b": [jnp.ones(7)]})
 
 
+def test_numbers_of_numpy_and_leaves_that_are_not_trained_are_replaced_too(donate: bool) -> None:
+    tree = {"scale": np.float32(2.0), "count": 3, "key": jnp.zeros(2, jnp.uint32), "w": np.ones(2, np.float32)}
+    optimizer = LARS(tree, lr=0.5, donate=donate)
+    optimizer.replace_params(tree | {"scale": np.float32(3.0), "count": 4, "key": jnp.ones(2, jnp.uint32)})
+    after = copy.deepcopy(optimizer).step({"scale": np.float32(2.0), "count": None, "key": None, "w": None})
+    assert float(after["scale"]) == 2.0 and after["count"] == 4 and after["key"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="parameter 'scale' must keep its shape"):
+        optimizer.replace_params(tree | {"scale": jnp.ones(2), "count": 5})
+    assert optimizer.step({"scale": None, "count": None, "key": None, "w": None})["count"] == 4
+
+
 def test_tracers_are_sent_to_the_transformation() -> None:
     optimizer = LARS(draw(0), **OPTIONS)
     before = bits(optimizer.params)

@@ -214,6 +214,30 @@ def test_hyper_parameters_can_be_injected_and_changed() -> None:
     assert update._cache_size() == compiled
 
 
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9, "nesterov": True}, {"rescale_grad": 0.5}, {"max_grad_norm": 0.1}, {"dampening": 0.5}]
+)
+def test_every_number_may_be_a_schedule(options: dict[str, Any]) -> None:
+    def schedule(value: float) -> Any:
+        return lambda step: jnp.where(step < 0, 0.0, value)
+
+    scheduled = {name: x if name == "nesterov" else schedule(x) for name, x in options.items()}
+    p, g = jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])
+    plain, solver = lars(0.1, weight_decay=0.1, **options), lars(schedule(0.1), weight_decay=0.1, **scheduled)
+    state, other = plain.init(p), solver.init(p)
+    for _ in range(2):
+        expected, state = plain.update(g, state, p)
+        found, other = jax.jit(solver.update)(g, other, p)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("params", [jnp.ones(2), {"a": jnp.ones(2)}], ids=["one leaf", "a dict"])
+def test_a_state_without_momentum_is_none_with_it(params: Any) -> None:
+    state = lars(0.1, momentum=0.0).init(params)
+    with pytest.raises((TypeError, ValueError), match=r"the (trace of state|momentum buffer of '0') must"):
+        lars(0.1).update(params, state, params)
+
+
 def test_it_takes_part_in_chains_and_wrappers() -> None:
     params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
     grads = jax.tree.map(jnp.ones_like, params)

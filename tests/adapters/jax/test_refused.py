@@ -357,6 +357,26 @@ def test_a_representation_is_short() -> None:
     assert len(text) < 500 and "2 parameters, lr=0.1" in text
 
 
+def test_messages_of_a_step_name_it(donate: bool) -> None:
+    optimizer = LARS(draw(0), lr=lambda step: 0.1 - step, donate=donate, weight_decay_mask={"w": True, "b": False})
+    optimizer.step(draw(1))
+    with pytest.raises(ValueError, match=r"Invalid learning rate: -0\.9 \(parameter group 0, step 1\)"):
+        optimizer.step(draw(1))
+    with pytest.raises(AttributeError, match=r"set lr by `for group in optimizer\.param_groups"):
+        optimizer.lr = 0.2
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
+    with pytest.raises(NonFiniteError, match=r"the gradient of 'b' .* \(step 1\)"):
+        optimizer.step({"w": None, "b": jnp.full(7, jnp.inf)})
+
+
+def test_a_refused_found_inf_keeps_no_gradients(donate: bool) -> None:
+    optimizer, gone = started(donate), jnp.asarray(0.0)
+    gone.delete()
+    with pytest.raises(ValueError, match="found_inf was deleted"):
+        optimizer.step(draw(2), found_inf=gone)
+    assert optimizer._memory._used == []
+
+
 def test_a_rejected_step_still_says_so(donate: bool) -> None:
     optimizer = started(donate)
     with pytest.raises(NonFiniteError, match="the gradient of 'w' has 15 non-finite entries of 15"):
