@@ -123,17 +123,20 @@ class LARS(StatefulOptimizer):
         tree = Leaves.of(params)
         values = [np.asarray(x) if isinstance(x, np.generic) else x for x in tree.values]
         is_parameter = list(map(_is_parameter, tree.names, values))
-        self._index = [i for i, yes in enumerate(is_parameter) if yes]  # of the parameters among the leaves
-        self._others = {name for name, yes in zip(tree.names, is_parameter) if not yes}
-        if not self._index:
+        index = [i for i, yes in enumerate(is_parameter) if yes]
+        if not index:
             raise no_parameters(params)
-        names, given = [tree.names[i] for i in self._index], [values[i] for i in self._index]
-        for name, p in zip(names, given):
-            check_parameter(name, p)
+        for i in index:
+            check_parameter(tree.names[i], values[i])
+        self._others = {name for name, yes in zip(tree.names, is_parameter) if not yes}
         arguments = LarsArguments(hyper, weight_decay_mask, trust_ratio_mask, layer_axes)
         of_leaves = arguments.of_leaves(tree, self._others)
-        self.param_groups = arguments.groups(names, [of_leaves[i] for i in self._index])
+        self.param_groups = arguments.groups([tree.names[i] for i in index], [of_leaves[i] for i in index])
         self._layer_axes = [group["layer_axes"] for group in self.param_groups]
+        names = [name for group in self.param_groups for name in group["names"]]
+        place = {name: i for i, name in enumerate(tree.names)}
+        self._index = [place[name] for name in names]  # of the parameters among the leaves, group by group
+        given = [values[i] for i in self._index]
         # Whether groups without decay are adapted by all rules depends, at each step, on the decay of the others.
         self._decay, self._always_adapt = weight_decay, always_adapt
         self._excluded = [k for k, group in enumerate(self.param_groups) if group["weight_decay"] is not weight_decay]
@@ -308,9 +311,8 @@ class _State(ParamState):
     ) -> None:
         super().__init__(layer_of)
         self.memory, self.names, self.params = memory, names, memory.arrays
-        group_of = {name: k for k, group in enumerate(groups) for name in group["names"]}
-        self.group_of = np.array([group_of[name] for name in names], np.int32)
-        self.layer_axes = [groups[group_of[name]]["layer_axes"] for name in names]
+        self.group_of = np.array([k for k, group in enumerate(groups) for _ in group["names"]], np.int32)
+        self.layer_axes = [group["layer_axes"] for group in groups for _ in group["names"]]
         self.buffers, self.masters = [None] * len(names), [None] * len(names)
         self.previous_lr = np.zeros(len(names))
         self.rows()  # which refuses what can't be layers

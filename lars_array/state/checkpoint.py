@@ -130,10 +130,8 @@ class StatefulOptimizer:
 
     def _load(self, state_dict: Any) -> None:
         """Load a copy of a state dict whose groups have the names of these."""
-        state, names = self._state, [group["names"] for group in self.param_groups]
-        params = dict(zip(state.names, state.params))
-        read = read_checkpoint(state_dict, names, [params[name] for name in chain(*names)])
-        state.attach(read.state, copied=True)
+        read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._state.params)
+        self._state.attach(read.state, copied=True)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options | {"layer_axes": group["layer_axes"]})
