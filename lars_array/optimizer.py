@@ -112,11 +112,6 @@ class LARS(StatefulOptimizer):
         The numbers of steps taken and of steps skipped. On a GPU a step counts as taken until the device has reported
         otherwise.
 
-    Warns
-    -----
-    UserWarning
-        At the first step, if no layer is adapted and nobody has asked for that.
-
     Raises
     ------
     ValueError
@@ -124,6 +119,11 @@ class LARS(StatefulOptimizer):
         read-only, overlap in memory or are on several devices.
     TypeError
         For parameters that are not floating-point arrays, and values of the wrong type.
+
+    Warns
+    -----
+    UserWarning
+        At the first step, if no layer is adapted and nobody has asked for that.
 
     Notes
     -----

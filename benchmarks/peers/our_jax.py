@@ -18,7 +18,7 @@ def build(params: list[Any], grads: list[Any], *, donate: bool) -> Run:
 
     from lars_jax import lars
 
-    optimizer = lars(LR, MOMENTUM, DECAY, trust_coefficient=ETA)
+    optimizer = lars(LR, momentum=MOMENTUM, weight_decay=DECAY, trust_coefficient=ETA)
 
     def update(params: Any, state: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state, params)
