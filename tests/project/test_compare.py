@@ -24,6 +24,7 @@ LARS = "small: lars_array, raise"
 
 def test_two_checkouts_are_compared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Both are this one."""
+    pytest.importorskip("torch")
     file = tmp_path / "found.json"
     arguments = [str(CHECKOUT), str(CHECKOUT), "--case", "small: lars_[at]*", "--rounds", "3", "--json", str(file)]
     assert command.main(["compare", *arguments]) == 0
@@ -49,6 +50,8 @@ def test_a_folder_without_a_library_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("case", ["small: *jax*", "host-161"])
 def test_all_others_run_as_well(case: str) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
     worker = Worker()
     for name in chosen([case]):
         first = worker.answer({"do": "build", "name": name})
