@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj, is_cupy_array, is_jax_array
+
+from lars_array._messages import shown
 
 __all__ = [
     "COMPUTE",
@@ -183,6 +186,14 @@ class ArraySpecs:
             return None
         return self._addresses(arrays)
 
+    def at(self, index: Sequence[int]) -> ArraySpecs:
+        """Return the types and layouts of some of the arrays."""
+        specs = copy.copy(self)
+        specs._types = [self._types[i] for i in index]
+        specs._columns = [[column[i] for i in index] for column in self._columns]
+        specs.spans = None if self.spans is None else self.spans[index]
+        return specs
+
     def form(self, i: int) -> tuple[Any, Any]:
         """Return dtype and shape of an array."""
         return self._columns[0][i], self._columns[1][i]
@@ -226,58 +237,68 @@ def span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[i
 def changed_in_place(name: str, dtype: Any, shape: Any, p: Any) -> ValueError:
     """Return the error for a parameter whose owner has changed its memory, shape or dtype in place."""
     return ValueError(
-        f"parameter {name!r} was modified in place: expected shape {shape!r} and dtype {dtype!r} at its original "
-        f"address; found {p.shape!r} and {p.dtype!r}"
+        f"parameter {shown(name)} was modified in place: expected shape {shown(shape)} and dtype {shown(dtype)} "
+        f"at its original address; found {shown(p.shape)} and {shown(p.dtype)}"
     )
 
 
 def check_parameter(name: str, p: Any) -> None:
     """Raise TypeError unless `p` is an array of a type that can be computed in."""
     if not is_array(p):
-        raise TypeError(f"parameter {name!r} must be an array; got {p!r}")
+        is_tree = isinstance(p, Mapping) and any(is_array(x) or isinstance(x, Mapping) for x in p.values())
+        way = "; trees of arrays are for lars_jax" if is_tree else ""
+        raise TypeError(f"parameter {shown(name)} must be an array; got {shown(p)}{way}")
     if dtype_name(p.dtype) not in COMPUTE:
-        raise TypeError(f"parameter {name!r} must be of one of the types {', '.join(COMPUTE)}; got {p.dtype!r}")
+        raise TypeError(
+            f"parameter {shown(name)} must be of one of the types {', '.join(COMPUTE)}; got {shown(p.dtype)}"
+        )
 
 
 def check_gradient(name: str, g: Any, p: Any) -> None:
     """Raise TypeError or ValueError unless `g` has the library, shape and device of `p` and a type that fits."""
     if not is_array(g):
-        raise TypeError(f"the gradient of {name!r} must be an array; got {g!r}")
+        raise TypeError(f"the gradient of {shown(name)} must be an array; got {shown(g)}")
     if isinstance(g, np.ma.MaskedArray):
-        raise TypeError(f"the gradient of {name!r} must be a plain array; got a masked one")
+        raise TypeError(f"the gradient of {shown(name)} must be a plain array; got a masked one")
     if type(g) is not type(p) and array_namespace(g) is not array_namespace(p):
         raise TypeError(
-            f"the gradient of {name!r} must be an array of {_library(p)}, as the parameter; got {_library(g)}"
+            f"the gradient of {shown(name)} must be an array of {_library(p)}, as the parameter; got {_library(g)}"
         )
     if not gradient_fits(p.dtype, g.dtype):
         if dtype_name(p.dtype).startswith("complex"):
-            raise TypeError(f"the gradient of {name!r} must have the parameter's dtype {p.dtype!r}; got {g.dtype!r}")
+            raise TypeError(
+                f"the gradient of {shown(name)} must have the parameter's dtype {shown(p.dtype)}; got {shown(g.dtype)}"
+            )
         real = ", ".join(x for x in COMPUTE if not x.startswith("complex"))
-        raise TypeError(f"the gradient of {name!r} must be of one of the real types {real}; got {g.dtype!r}")
+        raise TypeError(f"the gradient of {shown(name)} must be of one of the real types {real}; got {shown(g.dtype)}")
     if g.shape != p.shape:
-        raise ValueError(
-            f"the gradient of {name!r} must have the parameter's shape {tuple(p.shape)!r}; got {tuple(g.shape)!r}"
-        )
+        shapes = f"{shown(tuple(p.shape))}; got {shown(tuple(g.shape))}"
+        raise ValueError(f"the gradient of {shown(name)} must have the parameter's shape {shapes}")
     if not isinstance(p, np.ndarray) and not is_jax_array(p) and device(g) != device(p):
-        raise ValueError(f"the gradient of {name!r} must be on the parameter's device {device(p)!r}; got {device(g)!r}")
+        devices = f"{shown(device(p))}; got {shown(device(g))}"
+        raise ValueError(f"the gradient of {shown(name)} must be on the parameter's device {devices}")
 
 
 def check_buffer(name: str, v: Any, p: Any, kind: str = "momentum buffer") -> None:
     """Raise TypeError or ValueError unless `v` has the library and shape of `p` and the type it is computed in."""
-    xp = array_namespace(p)
-    if not is_array(v) or array_namespace(v) is not xp:
-        raise TypeError(f"the {kind} of {name!r} must be an array of {_library(p)}; got {type(v).__name__}")
+    xp = np if type(p) is np.ndarray else array_namespace(p)  # which takes microseconds
+    if type(v) is not type(p) and (not is_array(v) or array_namespace(v) is not array_namespace(p)):
+        raise TypeError(f"the {kind} of {shown(name)} must be an array of {_library(p)}; got {type(v).__name__}")
     if v.dtype != compute_dtype(p, xp):
-        raise TypeError(f"the {kind} of {name!r} must have dtype {compute_dtype(p, xp)!r}; got {v.dtype!r}")
+        raise TypeError(
+            f"the {kind} of {shown(name)} must have dtype {shown(compute_dtype(p, xp))}; got {shown(v.dtype)}"
+        )
     if v.shape != p.shape:
-        shapes = f"{tuple(p.shape)!r}; got {tuple(v.shape)!r}"
-        raise ValueError(f"the {kind} of {name!r} must have the parameter's shape {shapes}")
+        shapes = f"{shown(tuple(p.shape))}; got {shown(tuple(v.shape))}"
+        raise ValueError(f"the {kind} of {shown(name)} must have the parameter's shape {shapes}")
 
 
 def check_master(name: str, master: Any, p: Any) -> None:
     """Raise as `check_buffer` does, and ValueError for a parameter that is not of half precision."""
     if not is_half(p):
-        raise ValueError(f"parameter {name!r} must be of half precision to have a master copy; got {p.dtype!r}")
+        raise ValueError(
+            f"parameter {shown(name)} must be of half precision to have a master copy; got {shown(p.dtype)}"
+        )
     check_buffer(name, master, p, "master copy")
 
 

@@ -1,14 +1,18 @@
 """One optimizer step: checks the arrays, runs a kernel, and updates the state.
 
-The stepper owns neither parameters nor state: both are arguments, as in torch's functional optimizers. It keeps one
-`StepProgram`, which is valid as long as the same parameters take part in steps and arrays keep their types and
-layouts; a step then needs nothing but the addresses of its arrays.
+The stepper owns neither parameters nor state: both are arguments, as in torch's functional optimizers. It keeps a few
+`StepProgram`s, each of which is valid as long as the same parameters take part in steps and arrays keep their types
+and layouts; a step then needs nothing but the addresses of its arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import product
+from numbers import Real
 from operator import is_, mul
 from typing import Any
 
@@ -27,6 +31,7 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
+from lars_array._messages import shown
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
@@ -38,11 +43,22 @@ from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
 # Adapters import the names from other modules here.
-__all__ = ["KEPT", "ParamState", "StepProgram", "Stepper", "finite_layers", "reads_previous_lr"]
+__all__ = [
+    "KEPT",
+    "ParamState",
+    "StepProgram",
+    "Stepper",
+    "finite_layers",
+    "max_finite",
+    "reads_previous_lr",
+    "shown",
+]
 
 Groups = Sequence[Mapping[str, Any]]
 
 _FOUND = object()  # a found_inf that is known to be true
+
+MOST_PROGRAMS = 4  # that are kept: other parameters may have gradients in every other step
 
 
 class Stepper:
@@ -57,7 +73,7 @@ class Stepper:
     def __init__(self, kernel: str | None = None) -> None:
         self._kernel_name = kernel
         self._kernel: Any = None
-        self._program: StepProgram | None = None
+        self._programs: list[StepProgram] = []  # the last used first, none of the same parameters as another
 
     def choose_kernel(self, params: Sequence[Any]) -> None:
         """Choose the kernel for `params`; raise ValueError if the one asked for can't take them."""
@@ -90,6 +106,7 @@ class Stepper:
             For sums that are not finite, where the group's `nonfinite` is "raise".
         """
         if found_inf is not None:
+            _check_found_inf(found_inf)
             stays = is_array(found_inf) and is_on_accelerator(found_inf) and is_on_accelerator(state.params[0])
             found_inf = found_inf if stays else _FOUND if bool(found_inf) else None
         if all(g is None for g in grads):
@@ -103,21 +120,63 @@ class Stepper:
 
         All checks that need no sums are done then. Parameters and errors are those of `step`.
         """
-        program = self._program
-        gradients = None if program is None else program.bind(state, grads, groups)
-        if program is None or gradients is None:
-            state.prepare()
-            if self._kernel is None:
-                self.choose_kernel(state.view_all(state.params))
+        found = self._known(state, grads, groups)
+        if found is not None:
+            return found
+        if self._programs:
+            self._programs[0].refuse_changed(state, grads)
+        state.prepare()
+        if self._kernel is None:
+            self.choose_kernel(state.view_all(state.params))
+        filled = self._filled(state, grads, groups)
+        if filled is not None:
+            with suppress(ValueError, TypeError):  # of a parameter that sits out, such as a read-only one
+                self._programs.insert(1, StepProgram(state, filled, groups, self._kernel))
+                found = self._known(state, grads, groups)
+        if found is None:
             program = StepProgram(state, grads, groups, self._kernel)
-            gradients = program.bind(state, grads, groups)
-            assert gradients is not None
-            self._program = program
-        return program, gradients
+            gradients: Any = program.gradients(state, grads)
+            found = program, gradients
+            self._use(groups, program)
+        return found
+
+    def _known(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients] | None:
+        """Return a known program and its gradients, or one cut from that of all parameters; None if none fits."""
+        absent = _absent(grads)
+        for wanted in (absent, []) if absent else (absent,):
+            known = next((program for program in self._programs if program.absent == wanted), None)
+            placed = None if known is None else known.placed(state, groups)
+            program = placed if placed is None or wanted == absent else placed.cut(absent)
+            gradients = None if program is None else program.gradients(state, grads)
+            if program is not None and gradients is not None:
+                self._use(groups, *([program] if program is placed else [program, placed]))
+                return program, gradients
+        return None
+
+    def _filled(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> list[Any] | None:
+        """Return gradients of all parameters, where programs of some are to be cut from one of all; else None."""
+        absent = _absent(grads)
+        is_other = absent and self._programs and absent != self._programs[0].absent
+        kinds = {type(g) for g in grads if g is not None}  # JAX's step takes NumPy's gradients too
+        is_able = hasattr(self._kernel, "part") and kinds == {type(state.like_gradient(state.params[0]))}
+        if not (is_other and is_able and _is_complete(state, absent, groups)):
+            return None
+        return [state.like_gradient(p) if g is None else g for g, p in zip(grads, state.params, strict=True)]
+
+    def _use(self, groups: Groups, *programs: Any) -> None:
+        """Put programs first, the one of this step before the others, and forget others of the same parameters."""
+        if self._programs[:1] == [programs[0]]:
+            return
+        for last in self._programs[:1]:
+            if last._prepared[0] is groups:  # by group, whichever parameters
+                programs[0]._prepared = last._prepared
+        absent = [program.absent for program in programs]
+        others = [program for program in self._programs if program.absent not in absent]
+        self._programs = [*programs, *others][:MOST_PROGRAMS]
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs hold addresses, and another machine may have another fastest kernel.
-        return {"_kernel_name": self._kernel_name, "_kernel": None, "_program": None}
+        return {"_kernel_name": self._kernel_name, "_kernel": None, "_programs": []}
 
 
 class StepProgram:
@@ -143,8 +202,8 @@ class StepProgram:
     """
 
     def __init__(self, state: ParamState, grads: Sequence[Any], groups: Groups, kernel_type: Any) -> None:
-        self._absent = [i for i, g in enumerate(grads) if g is None]
-        self._index: Any = [i for i, g in enumerate(grads) if g is not None] if self._absent else slice(None)
+        self.absent = _absent(grads)
+        self._index: Any = [i for i, g in enumerate(grads) if g is not None] if self.absent else slice(None)
         self._names, self._group_of = self._own(state.names), state.group_of[self._index]
         self._position = np.arange(len(grads), dtype=np.int32)[self._index]  # of each parameter that takes part
         own_grads = self._own(grads)
@@ -158,7 +217,7 @@ class StepProgram:
         self.xp = array_namespace(own[0])
         self._keeps = _keeps(groups)
         buffers, masters = self._keep(state, params)
-        specs_of = getattr(kernel_type, "specs", None)
+        self._specs_of = specs_of = getattr(kernel_type, "specs", None)
         self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
         self._note_lists(state)
@@ -171,7 +230,7 @@ class StepProgram:
 
     def _own(self, x: Any) -> Any:
         """Return the entries of a list for the parameters that take part."""
-        return [x[i] for i in self._index] if self._absent else x
+        return [x[i] for i in self._index] if self.absent else x
 
     def _keep(self, state: ParamState, params: Sequence[Any]) -> list[list[Any]]:
         """Return the momentum buffers and masters of a step, and note those of all parameters after it."""
@@ -214,43 +273,36 @@ class StepProgram:
         self._kernel = make_kernel(kernel_type, arrays, self.xp)
         self._row_param, self._row_group = self._position[self._owner], self._group_of[self._owner]
         self._used_groups = np.unique(self._group_of).tolist()
-        # Of the hyper-parameters each group has two rows, without and with a momentum buffer: now, and after a step.
         first = np.array([v is None for v in self._own(state.buffers)], bool)
         keeps = np.array([buffer for buffer, _ in self._keeps])[self._group_of]
-        self._hyper_row, self._next_row = (2 * self._row_group + x[self._owner] for x in (first, first & ~keeps))
-        self._trained = trained = arrays.trained
+        trained = arrays.trained
+        self._like = trained[0]
+        self._trained: Callable[[], list[Any]] = lambda: trained
+        kinds = {p.dtype: real_dtype(p, self.xp) for p in {p.dtype: p for p in trained}.values()}
+        is_wide = {dtype: kind == self.xp.float64 for dtype, kind in kinds.items()}
+        # Of the hyper-parameters each group has four rows: for two types, with and without a momentum buffer; now, and
+        # after a step.
+        begin = 4 * self._row_group + 2 * np.array([is_wide[p.dtype] for p in trained], np.int32)
+        self._hyper_row, self._next_row = (begin + x[self._owner] for x in (first, first & ~keeps))
         dtypes = [g.dtype for g in arrays.grads]
         self._limit = max_finite(trained, like=trained[0], xp=self.xp)
         self._square_limit = max_square_sum(trained, dtypes, like=trained[0], xp=self.xp)
-        self._least_limit = min(float(self.xp.finfo(x).max) for x in {real_dtype(p, self.xp) for p in trained})
+        self._least_limit = min(float(self.xp.finfo(x).max) for x in kinds.values())
 
     # ----------------------------------------------------------------------------------------------- arrays of a step
 
     def _note_lists(self, state: ParamState) -> None:
         self._lists = state.params, state.buffers, state.masters
         self._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
+        kept = [[x for x in arrays if x is not None] for arrays in self._lists[1:]]
+        kept_specs = [state.specs(arrays, self._specs_of) if arrays else None for arrays in kept]
+        self._specs: list[Any] = [self._param_specs, *kept_specs]
 
-    def bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> Gradients | None:
-        """Return the gradients of a step, or None if the program does not fit its arrays any more.
+    def gradients(self, state: ParamState, grads: Sequence[Any]) -> Gradients | None:
+        """Return the gradients of a step, or None if one of them has another type or layout.
 
-        Raises
-        ------
-        ValueError
-            For a parameter that was changed in place, or a gradient in memory that the step writes to.
+        Raises ValueError for a gradient in memory that the step writes to.
         """
-        params, *kept = self._lists
-        addresses = self._param_specs.addresses(state.params)
-        if addresses is None or addresses.tobytes() != self._addresses.tobytes():
-            if state.params is params:
-                self._refuse_changed(state, grads)
-            return None
-        for arrays, before, at in zip((state.buffers, state.masters), kept, self._kept_at, strict=True):
-            if arrays is not before and not (all(map(is_, arrays, before)) and state.addresses(arrays) == at):
-                return None
-        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
-            return None
-        if any(grads[i] is not None for i in self._absent):
-            return None
         own = self._own(grads)
         begins = self._grad_specs.addresses(own)
         if begins is None:
@@ -259,6 +311,79 @@ class StepProgram:
         rows, views = self._rows, state.view_all
         at = begins if self._offsets is None else begins[self._owner] + self._offsets
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
+
+    def cut(self, absent: list[int]) -> StepProgram | None:
+        """Return the program of all parameters but some, from that of all; None if its kernel can't be cut."""
+        part: Any = getattr(self._kernel, "part", None)
+        if part is None or self.absent or self._rows is not None or not self._is_published:
+            return None
+        left_out = set(absent)
+        index = [i for i in range(len(self._names)) if i not in left_out]
+        program = copy.copy(self)
+        program.absent, program._index = absent, index
+        program._names = program._row_names = [self._names[i] for i in index]
+        for name in ("_group_of", "_position", "_row_param", "_row_group", "_hyper_row", "_next_row", "_limit"):
+            setattr(program, name, getattr(self, name)[index])
+        program._owner = np.arange(len(index), dtype=np.int32)
+        program._used_groups = np.unique(program._group_of).tolist()
+        program._square_limit = None if self._square_limit is None else self._square_limit[index]
+        program._trained = lambda: list(map(self._trained().__getitem__, index))
+        program._grad_specs, program._kernel = self._grad_specs.at(index), part(index)
+        program._clear_at, program._device_rows = b"", None
+        return program
+
+    def placed(self, state: ParamState, groups: Groups) -> StepProgram | None:
+        """Return this program, or one for arrays that lie elsewhere; None if more than addresses changes.
+
+        Raises ValueError for arrays that overlap.
+        """
+        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
+            return None
+        lists = state.params, state.buffers, state.masters
+        addresses = self._param_specs.addresses(state.params)
+        if addresses is None:
+            return None
+        stay = [addresses.tobytes() == self._addresses.tobytes()]
+        for arrays, before, at in zip(lists[1:], self._lists[1:], self._kept_at, strict=True):
+            stay.append(arrays is before or (all(map(is_, arrays, before)) and state.addresses(arrays) == at))
+        if all(stay):
+            return self
+        is_able = hasattr(self._kernel, "moved") and self._rows is None and self._is_published
+        if not is_able or state.params is self._lists[0]:
+            return None
+        places = np.zeros((3, 3, len(addresses)), np.int64)  # by list: address, first byte, and the one after the last
+        for own, arrays, before, specs, stays in zip(places, lists, self._lists, self._specs, stay, strict=True):
+            present = [i for i, x in enumerate(arrays) if x is not None]
+            is_like = stays or (
+                present == [i for i, x in enumerate(before) if x is not None] and state.may_move(arrays)
+            )
+            if not is_like:
+                return None
+            if present:
+                at = addresses if specs is self._param_specs else specs.addresses([arrays[i] for i in present])
+                if at is None or (at == 0)[specs.spans[:, 1] > specs.spans[:, 0]].any():
+                    return None
+                own[:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
+        return self._moved(state, lists, places)
+
+    def _moved(self, state: ParamState, lists: tuple[list[Any], list[Any], list[Any]], places: Any) -> StepProgram:
+        def views() -> list[list[Any]]:
+            return [state.view_all(arrays) for arrays in lists]
+
+        def trained() -> list[Any]:
+            params, _, masters = views()
+            return [params[i] if masters[i] is None else masters[i] for i in position]
+
+        position = self._position.tolist()  # closures must not hold this program, which holds the memory of before
+        program = copy.copy(self)
+        program._ranges = self._ranges.moved(views, places[:, 1].ravel(), places[:, 2].ravel())
+        program._kernel = self._kernel.moved(lists, places[:, 0, self._index])
+        program._addresses, program._clear_at, program._trained = places[0, 0], b"", trained
+        program._lists, program._kept = lists, []
+        program._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
+        i = position[0]
+        program._like = state.view(state.params[i] if state.masters[i] is None else state.masters[i])
+        return program
 
     def _check_memory(self, state: ParamState, grads: Sequence[Any], begins: Any) -> None:
         """Raise for a gradient in memory that the step writes to."""
@@ -269,13 +394,14 @@ class StepProgram:
         if spans is not None and self._ranges.are_clear(begins + spans[:, 0], begins + spans[:, 1]):
             self._clear_at = now
             return
-        for name, g in zip(self._names, grads, strict=True):
-            owner = self._ranges.owner(state.view(g))
-            if owner is not None:
-                raise ValueError(f"the gradient of {name!r} must not share memory with {owner}")
+        found = self._ranges.find(state.view_all(list(grads)))
+        if found is not None:
+            raise ValueError(f"the gradient of {shown(self._names[found[0]])} must not share memory with {found[1]}")
 
-    def _refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
+    def refuse_changed(self, state: ParamState, grads: Sequence[Any]) -> None:
         """Raise for a parameter that its owner has changed, unless it sits out this step or sat out the last."""
+        if state.params is not self._lists[0]:
+            return
         for i in self._position.tolist():
             if grads[i] is None:
                 continue
@@ -292,7 +418,7 @@ class StepProgram:
         """Take a step with gradients from `bind`; see `Stepper.step`."""
         for p, master in self._to_fill:  # with the parameter as it is now, until a step is taken
             master[...] = self.xp.astype(p, master.dtype)
-        if is_on_accelerator(self._trained[0]):
+        if is_on_accelerator(self._like):
             return self._queue(state, grads, groups, found_inf)
         policies = [group["nonfinite"] for group in groups]
         of_rows = {policies[k] for k in self._used_groups}
@@ -309,11 +435,12 @@ class StepProgram:
         """Return S, C and the result from a kernel that computes coefficients by itself, None without one."""
         if self._joined or not hasattr(self._kernel, "fused"):
             return None
-        if groups is not self._prepared[0]:  # two rows a group: without and with a momentum buffer
-            count = len(groups)
-            both = [k for k in range(count) for _ in range(2)]
-            like = self._trained[0]
-            inputs = inputs_of(groups, both, [False, True] * count, [0.0] * 2 * count, like=like, xp=self.xp)
+        if groups is not self._prepared[0]:
+            count, like = len(groups), self._like
+            group_of = [k for k in range(count) for _ in range(4)]
+            limit = np.tile(np.repeat([np.finfo(kind).max for kind in ("f4", "f8")], 2), count)
+            lists = group_of, [False, True] * 2 * count, [0.0] * 4 * count
+            inputs = inputs_of(groups, *lists, limit, like=like, xp=self.xp)
             self._prepared = groups, inputs, self._kernel.prepare(inputs)
         _, inputs, prepared = self._prepared
         if prepared is None:
@@ -329,10 +456,10 @@ class StepProgram:
 
     def _staged(self, state: ParamState, grads: Gradients, groups: Groups) -> tuple[Any, Any, StepResult]:
         """Return S, C and the result from a kernel that only takes sums."""
-        (group_of, first), previous_lr = np.divmod(self._hyper_row, 2), state.previous_lr[self._row_param]
-        lists = group_of.tolist(), first.astype(bool).tolist(), previous_lr.tolist()
-        like, xp = self._trained[0], self.xp
-        inputs = inputs_of(groups, *lists, like=like, xp=xp)
+        first, previous_lr = self._hyper_row % 2 == 1, state.previous_lr[self._row_param]
+        lists = self._row_group.tolist(), first.tolist(), previous_lr.tolist()
+        like, xp = self._like, self.xp
+        inputs = inputs_of(groups, *lists, self._limit, like=like, xp=xp)
         outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
         result = StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
         return outputs.S, outputs.C, result
@@ -346,21 +473,16 @@ class StepProgram:
             return False
         of_rows = [policies[k] for k in self._row_group.tolist()]
         offenders = [i for i, policy in enumerate(of_rows) if policy != "propagate" and not bool(ok[i])]
-        trained, arrays = self._trained, grads.arrays
-        if self._joined:  # the sums of a layer are not finite if one of its parts isn't: name that one
-            offenders.sort(key=lambda i: all(bool(self.xp.all(self.xp.isfinite(x[i]))) for x in (arrays, trained)))
-        for i in offenders:
-            if of_rows[i] == "raise":
-                refuse_nonfinite(self._row_names[i], trained[i], arrays[i], xp=self.xp)
+        offenders.sort(key=lambda i: of_rows[i] != "raise")
+        if offenders and of_rows[offenders[0]] == "raise":
+            refuse_nonfinite(offenders, self._row_names, self._trained(), grads.arrays, xp=self.xp)
         return bool(offenders)
 
     def _commit(self, state: ParamState, groups: Groups) -> None:
         """Update the state after a step that was taken."""
         rates = np.array([group["lr"] for group in groups], float)[self._group_of]
-        if self._absent:
-            rates, own = state.previous_lr.copy(), rates
-            rates[self._index] = own
-        state.previous_lr = rates
+        state.previous_lr = state.previous_lr.copy()
+        state.previous_lr[self._index] = rates
         self._publish(state)
         self._hyper_row = self._next_row
 
@@ -375,7 +497,7 @@ class StepProgram:
 
     def _queue(self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any) -> StepResult:
         """Queue the step; the device decides whether to apply it."""
-        like = self._trained[0]
+        like = self._like
         if state.device is None:
             unused = [v is None for v in state.buffers]
             state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
@@ -396,6 +518,7 @@ class StepProgram:
         return result
 
 
+@cache
 def reads_previous_lr(rule: Any) -> bool:
     """Return whether steps by a rule depend on the learning rate of the step before."""
     from lars_array.kernels.tape import INPUTS, record  # only what asks pays for the import
@@ -403,6 +526,27 @@ def reads_previous_lr(rule: Any) -> bool:
     tape = record(resolve(rule))
     register = INPUTS.index("previous_lr")
     return tape is None or bool((tape.operations[:, 1:] == register).any() or (tape.outputs == register).any())
+
+
+def _check_found_inf(x: Any) -> None:
+    is_numpy = isinstance(x, np.ndarray | np.generic)
+    is_number = x.dtype.kind in "biuf" if is_numpy else isinstance(x, Real) or is_array(x)
+    if not is_number or tuple(getattr(x, "shape", ())) != ():
+        raise TypeError(f"found_inf must be a number, or an array of shape (); got {shown(x)}")
+
+
+def _is_complete(state: ParamState, index: Sequence[int], groups: Groups) -> bool:
+    """Return whether the parameters at `index` have all that their groups keep for them: taking part makes nothing."""
+    keeps = _keeps(groups)
+    for i in index:
+        buffer, master = keeps[state.group_of[i]]
+        if (buffer and state.buffers[i] is None) or (master and state.masters[i] is None and is_half(state.params[i])):
+            return False
+    return True
+
+
+def _absent(grads: Sequence[Any]) -> list[int]:
+    return [i for i, g in enumerate(grads) if g is None]
 
 
 def _keeps(groups: Groups) -> list[tuple[bool, bool]]:

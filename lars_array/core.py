@@ -15,10 +15,14 @@ contains the default rule, flash's; `lars_array.rules` contains the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
+from math import inf, prod
+from sys import float_info
 from typing import Any, NamedTuple
 
+from array_api_compat import is_jax_array, is_torch_array
+
 from lars_array._arrays import accumulation_dtype, asarray, compute_dtype, of_dtype, real_parts
+from lars_array._messages import listed, near, shown
 from lars_array.layers import LayerRows
 
 __all__ = [
@@ -43,10 +47,12 @@ __all__ = [
     "register",
     "resolve",
     "rule_inputs",
+    "scaled_sums",
     "step",
     "sums",
     "trust_ratio",
     "update_weights",
+    "with_max_ratio",
 ]
 
 Array = Any
@@ -136,8 +142,9 @@ class Hyper(NamedTuple):
     """The hyper-parameters of one step, each an array of shape ``(layers,)``.
 
     `trust_lower` and `trust_upper` are the two `trust_bounds`; `first` is true where the layer has no momentum buffer
-    yet; `previous_lr` is the learning rate of the layer's last step, 0 before the first. The sums that a rule receives
-    already include the effects of `maximize`, `rescale_grad` and `max_grad_norm`.
+    yet; `previous_lr` is the learning rate of the layer's last step, 0 before the first; `max_ratio_root` is the square
+    root of the largest trust ratio that its type can hold. The sums that a rule receives already include the effects of
+    `maximize`, `rescale_grad` and `max_grad_norm`.
     """
 
     lr: Any
@@ -157,9 +164,22 @@ class Hyper(NamedTuple):
     max_grad_norm: Any
     first: Any
     previous_lr: Any
+    max_ratio_root: Any = float_info.max**0.5
 
 
 BOOLEANS = ("nesterov", "trust_clip", "always_adapt", "adapt", "maximize")
+
+
+def with_max_ratio(hyper: Hyper, limit: Any, *, xp: Namespace) -> Hyper:
+    """Return the hyper-parameters with the largest trust ratio of which no product with them exceeds `limit`.
+
+    `limit` is the largest number of the compute dtype. It is the largest ratio where the hyper-parameters alone exceed
+    it.
+    """
+    most = limit
+    for x in (hyper.lr, hyper.weight_decay, hyper.momentum, xp.abs(1 - hyper.dampening), hyper.rescale_grad):
+        most = most / xp.where(x > 1, x, 1.0)
+    return hyper._replace(max_ratio_root=xp.sqrt(xp.where(hyper.trust_coefficient < most, most, limit)))
 
 
 def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
@@ -170,13 +190,13 @@ def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
         \qquad s = \text{rescale\_grad}
 
     with minus for ``maximize``. It depends on the sums S only, so clipping by the global norm needs no extra pass; if S
-    is None, gradients are not clipped.
+    is None, gradients are not clipped. If a gradient holds a NaN, gamma is NaN for all layers that are clipped.
     """
     gamma = xp.where(hyper.maximize, -hyper.rescale_grad, hyper.rescale_grad)
     if S is None:
         return gamma
-    norm = xp.sqrt(xp.sum(hyper.rescale_grad**2 * S[:, 1]))
-    clipped = norm > hyper.max_grad_norm
+    norm = _root(xp.sum(hyper.rescale_grad**2 * S[:, 1]), xp)
+    clipped = ~(norm <= hyper.max_grad_norm) & (hyper.max_grad_norm < inf)
     return gamma * xp.where(clipped, hyper.max_grad_norm / xp.where(clipped, norm, 1.0), 1.0)
 
 
@@ -242,7 +262,7 @@ def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFun
         rule = resolve(Rule(function, **properties))
         for name in names:
             if name in RULES:
-                raise ValueError(f"rule names must be new; {name!r} is taken")
+                raise ValueError(f"rule names must be new; {shown(name)} is taken")
         RULES.update(dict.fromkeys(names, rule))
         return function
 
@@ -256,15 +276,17 @@ def resolve(rule: Any) -> Rule:
     """
     if isinstance(rule, Rule):
         if rule.norm_of not in NORM_OF:
-            raise ValueError(f"norm_of must be one of {', '.join(map(repr, NORM_OF))}; got {rule.norm_of!r}")
+            raise ValueError(f"norm_of must be one of {', '.join(map(repr, NORM_OF))}; got {shown(rule.norm_of)}")
         return rule
     if isinstance(rule, str):
         if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, or a function; got {rule!r}")
+            question = near(rule, RULES)
+            known = "lars_array.RULES" if question else listed(sorted(RULES))
+            raise ValueError(f"rule must be one of {known}, or a function; got {shown(rule)}{question}")
         return RULES[rule]
     if callable(rule):
         return Rule(rule, norm_of="decayed gradient")
-    raise TypeError(f"rule must be a name, a function or a Rule; got {rule!r}")
+    raise TypeError(f"rule must be a name, a function or a Rule; got {shown(rule)}")
 
 
 def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *, xp: Namespace) -> Array:
@@ -293,10 +315,17 @@ def coefficients(S: Array, hyper: Hyper, rules: Sequence[Rule], gamma: Array, *,
     ValueError
         If a rule returns an array of another shape.
     """
-    scaled = xp.stack([S[:, 0], gamma**2 * S[:, 1], S[:, 2]], axis=1)
-    C = _evaluate(rules, scaled, hyper, xp)
+    C = _evaluate(rules, scaled_sums(S, gamma, xp=xp), hyper, xp)
     m, alpha, beta, kappa, lam, mu = (C[:, i] for i in range(6))
     return xp.stack([m, gamma * alpha, beta, kappa, gamma * lam, mu], axis=1)
+
+
+def scaled_sums(S: Array, gamma: Array, *, xp: Namespace) -> Array:
+    """Return the sums that a rule receives, those of gradients times gamma.
+
+    gamma is 0 where gradients are clipped and their sum overflows.
+    """
+    return xp.stack([S[:, 0], xp.where(gamma == 0, 0.0, gamma**2 * S[:, 1]), S[:, 2]], axis=1)
 
 
 def _evaluate(rules: Sequence[Rule], S: Array, hyper: Hyper, xp: Namespace) -> Array:
@@ -309,7 +338,7 @@ def _evaluate(rules: Sequence[Rule], S: Array, hyper: Hyper, xp: Namespace) -> A
     rows = []
     for layers in layers_of.values():
         index = asarray(layers, like=S, xp=xp)
-        own = Hyper(*(xp.take(field, index, axis=0) for field in hyper))
+        own = Hyper(*(x if isinstance(x, float) else xp.take(x, index, axis=0) for x in hyper))
         rows.append(_evaluate_one(rules[layers[0]], xp.take(S, index, axis=0), own, xp))
     place = {layer: row for row, layer in enumerate(layer for layers in layers_of.values() for layer in layers)}
     order = asarray([place[layer] for layer in range(len(rules))], like=S, xp=xp)
@@ -319,7 +348,7 @@ def _evaluate(rules: Sequence[Rule], S: Array, hyper: Hyper, xp: Namespace) -> A
 def _evaluate_one(rule: Rule, S: Array, hyper: Hyper, xp: Namespace) -> Array:
     C = rule.function(S, hyper, xp)
     if tuple(C.shape) != (S.shape[0], 6):
-        raise ValueError(f"a rule must return an array of shape ({S.shape[0]}, 6); got shape {tuple(C.shape)!r}")
+        raise ValueError(f"a rule must return an array of shape ({S.shape[0]}, 6); got shape {shown(tuple(C.shape))}")
     return C if C.dtype == S.dtype else xp.astype(C, S.dtype)
 
 
@@ -341,22 +370,32 @@ def norms(S: Array, xp: Namespace) -> tuple[Array, Array, Array]:
     tuple of three arrays of shape (layers,)
         Square roots of the columns of S.
     """
-    roots = xp.sqrt(S)
+    roots = _root(S, xp)
     return roots[:, 0], roots[:, 1], roots[:, 2]
+
+
+def _root(x: Array, xp: Namespace) -> Array:
+    """Return the square root; where arrays have derivatives, with a finite one at 0."""
+    if not (is_jax_array(x) or is_torch_array(x)):
+        return xp.sqrt(x)
+    is_zero = x == 0
+    return xp.where(is_zero, x, xp.sqrt(xp.where(is_zero, 1.0, x)))
 
 
 def trust_ratio(p_norm: Array, denominator: Array, defined: Array, hyper: Hyper, xp: Namespace) -> Array:
     r"""Return each layer's trust ratio, :math:`\eta \|p\| / (\text{denominator} + \epsilon)`.
 
-    The ratio is 1 where `defined` is false. Then `trust_bounds` are applied, then `trust_clip` (LARC),
-    :math:`\min(\text{ratio} / \text{lr}, 1)`; finally the ratio of layers with ``adapt=False`` is set to 1.
+    The ratio is 1 where `defined` is false, and where the type cannot hold it: such a denominator counts as zero. Then
+    `trust_bounds` are applied, then `trust_clip` (LARC), :math:`\min(\text{ratio} / \text{lr}, 1)`; finally the ratio
+    of layers with ``adapt=False`` is set to 1. A norm that is NaN makes the ratio NaN.
 
     Parameters
     ----------
     p_norm, denominator : arrays of shape (layers,)
         Norm of the parameters, and the rule's denominator without eps.
     defined : bool array of shape (layers,)
-        Where the ratio is defined; usually where neither norm is zero.
+        Where the ratio is defined; usually where neither norm is zero, ``(p_norm != 0) & (g_norm != 0)``, which is true
+        for NaN.
     hyper : Hyper
         Hyper-parameters, arrays of shape (layers,).
     xp : Array API namespace
@@ -368,13 +407,16 @@ def trust_ratio(p_norm: Array, denominator: Array, defined: Array, hyper: Hyper,
         The ratios.
     """
     denominator = denominator + hyper.eps
-    defined = defined & (denominator > 0)
-    ratio = hyper.trust_coefficient * p_norm / xp.where(defined, denominator, 1.0)
+    numerator = hyper.trust_coefficient * p_norm
+    # By the root on both sides, neither of which overflows or underflows where norms are usual.
+    too_small = denominator * hyper.max_ratio_root < numerator / hyper.max_ratio_root
+    defined = xp.where(too_small, False, defined)
+    ratio = numerator / xp.where(defined, denominator, 1.0)
     ratio = xp.where(defined, ratio, 1.0)
     ratio = xp.where(ratio < hyper.trust_lower, hyper.trust_lower, ratio)
     ratio = xp.where(ratio > hyper.trust_upper, hyper.trust_upper, ratio)
-    within_lr = ratio < hyper.lr
-    larc = xp.where(within_lr, ratio / xp.where(within_lr, hyper.lr, 1.0), 1.0)
+    beyond_lr = ratio >= hyper.lr
+    larc = xp.where(beyond_lr, 1.0, ratio / xp.where(beyond_lr, 1.0, hyper.lr))
     return xp.where(hyper.adapt, xp.where(hyper.trust_clip, larc, ratio), 1.0)
 
 
@@ -454,10 +496,10 @@ def flash(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     """
     p_norm, g_norm, _ = norms(S, xp)
     w = hyper.weight_decay
-    defined = (p_norm > 0) & (g_norm > 0)
-    adapted = defined & ((w != 0) | hyper.always_adapt)
+    is_zero = (p_norm == 0) | (g_norm == 0)
+    adapted = xp.where(is_zero, False, (w != 0) | hyper.always_adapt)
     ratio = xp.where(adapted, trust_ratio(p_norm, g_norm + w * p_norm, adapted, hyper, xp), 1.0)
-    decay = xp.where(defined | ~hyper.adapt, w, 0.0)
+    decay = xp.where(hyper.adapt, xp.where(is_zero, 0.0, w), w)
     return momentum_form(ratio, hyper.lr, decay, hyper, xp)
 
 

@@ -16,10 +16,11 @@ from lars_array._arrays import (
     compute_dtype,
     is_half,
 )
+from lars_array._messages import located, shown
 from lars_array.core import step as core_step
 from lars_array.hyperparams import at_step, inputs_of, needs_buffer
 from lars_array.layers import LayerRows, labels_of
-from lars_array.nonfinite import finite_layers, refuse_nonfinite
+from lars_array.nonfinite import finite_layers, max_finite, refuse_nonfinite
 from lars_array.state.inputs import Layout, gradient_order, match_gradients, read_parameters
 
 __all__ = ["State", "init", "lars_step", "update"]
@@ -106,14 +107,15 @@ def lars_step(
     before = group["lr"] if previous_lr is None else previous_lr
     rows = LayerRows.of(["p"], [p], [group["layer_axes"]], [None])
     count = len(rows.owner)
-    inputs = inputs_of([group], [0] * count, [v is None] * count, [before] * count, like=p, xp=xp)
+    limit = max_finite([p] * count, like=p, xp=xp)
+    inputs = inputs_of([group], [0] * count, [v is None] * count, [before] * count, limit, like=p, xp=xp)
     # The third stage runs before the check: its overflows are part of a step that is rejected or skipped.
     with np.errstate(all=None if nonfinite == "propagate" else "ignore"):
         (new_p,), (new_v,), outputs = core_step([p], [g], [buffer], inputs, rows, xp=xp)
     if nonfinite != "propagate":
         ok = xp.all(finite_layers(outputs.S, outputs.C, [p] * count, [g.dtype] * count, xp=xp))
         if nonfinite == "raise" and not bool(ok):
-            refuse_nonfinite("p", p, g, xp=xp)
+            refuse_nonfinite([0], ["p"], [p], [g], xp=xp)
         new_p, new_v = xp.where(ok, new_p, p), None if buffer is None else xp.where(ok, new_v, buffer)
     return new_p, v if buffer is None else new_v
 
@@ -210,6 +212,8 @@ def update(
     >>> params["w"].round(4)
     array([2.9832, 3.9776])
     """
+    if isinstance(params, State) or isinstance(grads, State):
+        raise TypeError("update takes params, grads and state in this order; got the state before")
     layout = read_parameters(params)
     if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
         raise TypeError("update needs lr")
@@ -220,7 +224,10 @@ def update(
         check_gradient(names[i], gradients[i], arrays[i])
     _check_state(state, names, arrays)
     given = hyper | {"nonfinite": "raise" if nonfinite is None else nonfinite}
-    groups = [at_step(given | group.overrides, state.step) for group in layout.groups]
+    groups = []
+    for number, group in enumerate(layout.groups):
+        with located(f"parameter group {number}" if len(layout.groups) > 1 else ""):
+            groups.append(at_step(given | group.overrides, state.step))
     _refuse_masters(layout, groups)
     if not index:
         return params, state._replace(step=state.step + 1)
@@ -239,7 +246,8 @@ def update(
     of_rows = asarray([rank[index[k]] for k in rows.owner], like=like, xp=xp)
     with np.errstate(all="ignore"):  # non-finite numbers are reported by name
         first, previous_lr = xp.take(state.first, of_rows), xp.take(state.previous_lr, of_rows)
-        inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, like=like, xp=xp)
+        limit = max_finite(rows.spread(ps), like=like, xp=xp)
+        inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, limit, like=like, xp=xp)
         new_ps, new_vs, outputs = core_step(ps, gs, vs, inputs, rows, xp=xp)
 
     policies = [groups[k]["nonfinite"] for k in rows.spread(group_of)]
@@ -275,7 +283,7 @@ def update(
 def _refuse(
     ok: Any, policies: list[str], names: list[str], params: list[Any], grads: list[Any], *, explicit: bool, xp: Any
 ) -> None:
-    """Raise for the first layer that is not ok and has the policy "raise", if values can be read."""
+    """Raise if a layer that is not ok has the policy "raise", if values can be read."""
     raises = asarray([policy != "raise" for policy in policies], like=ok, xp=xp)
     try:
         if bool(xp.all(ok | raises)):
@@ -284,15 +292,16 @@ def _refuse(
         if explicit:
             raise TypeError("nonfinite='raise' can't be traced; give 'skip' or 'propagate'") from None
         return
-    bad = next(i for i, policy in enumerate(policies) if policy == "raise" and not bool(ok[i]))
-    refuse_nonfinite(names[bad], params[bad], grads[bad], xp=xp)
+    bad = [i for i in range(len(policies)) if not bool(ok[i])]
+    bad.sort(key=lambda i: policies[i] != "raise")
+    refuse_nonfinite(bad, names, params, grads, xp=xp)
 
 
 def _refuse_masters(layout: Layout, groups: list[dict[str, Any]]) -> None:
     for group, given in zip(layout.groups, groups, strict=True):
         half = next((name for name, p in zip(group.names, group.arrays, strict=True) if is_half(p)), None)
         if given["master_weights"] and half is not None:
-            raise ValueError(f"master_weights must be False in update, whose state has none for {half!r}")
+            raise ValueError(f"master_weights must be False in update, whose state has none for {shown(half)}")
 
 
 def _flat(layout: Layout) -> tuple[list[str], list[Any]]:
@@ -305,10 +314,10 @@ def _check_state(state: Any, names: list[str], arrays: list[Any]) -> None:
     if not isinstance(state, State):
         raise TypeError(f"state must be what init or update returned; got {type(state).__name__}")
     if set(state.momentum_buffers) != set(names):
-        raise ValueError(f"state must be of parameters named {names!r}; got {list(state.momentum_buffers)!r}")
+        raise ValueError(f"state must be of parameters named {shown(names)}; got {shown(list(state.momentum_buffers))}")
     for field in ("first", "previous_lr"):
         if tuple(getattr(state, field).shape) != (len(names),):
-            shapes = f"({len(names)},); got {tuple(getattr(state, field).shape)!r}"
+            shapes = f"({len(names)},); got {shown(tuple(getattr(state, field).shape))}"
             raise ValueError(f"{field} of state must have the shape {shapes}")
     for name, p in zip(names, arrays, strict=True):
         check_buffer(name, state.momentum_buffers[name], p)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite, isnan
 from numbers import Integral, Real
+from sys import float_info
 from types import NoneType
 from typing import Any
 
 import numpy as np
 from array_api_compat import is_jax_array
 
-from lars_array._arrays import accumulation_dtype, asarray, is_array, is_on_accelerator
-from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs
+from lars_array._arrays import COMPUTE, accumulation_dtype, asarray, is_array, is_on_accelerator
+from lars_array._messages import located, near, shown
+from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs, with_max_ratio
 from lars_array.nonfinite import POLICIES
 
 __all__ = [
+    "ALIASES",
     "DEFAULTS",
     "GROUP_FIELDS",
+    "INSTEAD",
     "NUMBERS",
     "Hyperparams",
     "at_step",
@@ -25,12 +31,16 @@ __all__ = [
     "check_layer_axes",
     "complete",
     "defaults_from",
+    "described",
     "inputs_of",
+    "is_sgd",
     "needs_buffer",
     "options_of",
     "readable",
     "required",
     "row_values",
+    "unknown_option",
+    "warn_of_sgd",
 ]
 
 
@@ -54,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "nesterov": False,
     "trust_coefficient": 0.001,
     "eps": 1e-8,
-    "rule": "flash",
+    "rule": str(b"flash", "ascii"),  # not the object of a literal: whether one was given is known by identity
     "trust_clip": False,
     "trust_bounds": None,
     "always_adapt": False,
@@ -73,11 +83,58 @@ def defaults_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in ("lr", *DEFAULTS) if name in arguments}
 
 
+# The names that other implementations of LARS and of SGD have for these, with the same values.
+ALIASES = {
+    **dict.fromkeys(("learning_rate", "lr_max", "base_lr"), "lr"),
+    **dict.fromkeys(("mu", "beta", "momentum_decay"), "momentum"),
+    **dict.fromkeys(("wd", "l2", "lars_weight_decay", "weight_decay_rate"), "weight_decay"),
+    **dict.fromkeys(("trust_coef", "trust_coeff", "trust", "tcoef", "eta", "eeta", "lars_coef"), "trust_coefficient"),
+    **dict.fromkeys(("lars_coeff", "lars_eta", "larc_trust_coefficient"), "trust_coefficient"),
+    **dict.fromkeys(("epsilon", "lars_eps"), "eps"),
+    **dict.fromkeys(("use_nesterov",), "nesterov"),
+    **dict.fromkeys(("clip", "clip_lr", "larc_clip"), "trust_clip"),
+    **dict.fromkeys(("layer_adaptation", "lars_adaptation", "use_lars"), "adapt"),
+    **dict.fromkeys(("max_norm", "clip_norm", "clip_grad_norm", "gradient_clip_val", "max_grad"), "max_grad_norm"),
+    **dict.fromkeys(("multi_precision", "multi_precisions", "master_params"), "master_weights"),
+}
+
+# What does here what their other options do.
+INSTEAD = {
+    **dict.fromkeys(("lars_exclude", "is_skipped", "skip_lars", "exclude"), "adapt=False"),
+    **dict.fromkeys(
+        ("weight_decay_filter", "exclude_from_weight_decay", "exclude_from_wt_decay", "weight_decay_mask", "skip_list"),
+        "param_groups(..., no_decay=...)",
+    ),
+    **dict.fromkeys(
+        ("lars_adaptation_filter", "exclude_from_layer_adaptation", "trust_ratio_mask", "ignore_1d_tensors"),
+        "param_groups(..., no_adapt=...)",
+    ),
+    **dict.fromkeys(
+        ("exclude_bias_n_norm", "exclude_bias_and_norm", "exclude_bias_and_bn", "no_weight_decay_list"),
+        "param_groups(...), which excludes biases and norms",
+    ),
+    **dict.fromkeys(("classic_momentum", "classic"), "rule='simclr', or 'simclr-popular' for classic_momentum=False"),
+    **dict.fromkeys(("betas", "amsgrad"), "LARS, which is no Adam: it has momentum"),
+}
+
+
+def unknown_option(name: Any) -> str:
+    """Return the message for a name that is no hyper-parameter: what it is called here, or what is near."""
+    start = f"unknown hyper-parameter {shown(name)}"
+    if isinstance(name, str) and name in ALIASES:
+        return f"{start}; it is called {ALIASES[name]} here"
+    if isinstance(name, str) and name in INSTEAD:
+        return f"{start}; use {INSTEAD[name]}"
+    return start + (near(name, ("lr", *DEFAULTS)) or f"; known are lr, {', '.join(DEFAULTS)}")
+
+
 # Those that are numbers, each of which may be a function of the step.
 NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps", "rescale_grad", "max_grad_norm")
 
-# The fields of `Hyper` that come from a group's hyper-parameters; the last two are state.
-GROUP_FIELDS = Hyper._fields[:-2]
+# The fields of `Hyper` that come from a group's hyper-parameters.
+GROUP_FIELDS = Hyper._fields[: Hyper._fields.index("first")]
+
+MOST = sys.float_info.max
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -111,7 +168,8 @@ def check(group: Mapping[str, Any]) -> None:
         ("weight_decay", "weight_decay value"),
     ):
         if not 0 <= known.get(name, 0) < inf:
-            raise ValueError(f"Invalid {label}: {group[name]}")
+            value = group[name]
+            raise ValueError(f"Invalid {label}: {shown(value.item() if hasattr(value, 'item') else value)}")
     rule = resolve(group["rule"])
     damped = known.get("dampening", 0) != 0 and not rule.damped_nesterov
     if group["nesterov"] and (known.get("momentum", 1) <= 0 or damped):
@@ -119,23 +177,23 @@ def check(group: Mapping[str, Any]) -> None:
 
     for name in ("trust_coefficient", "eps"):
         if not 0 <= known.get(name, 0) < inf:
-            raise ValueError(f"{name} must be finite and at least 0; got {group[name]!r}")
+            raise ValueError(f"{name} must be finite and at least 0; got {shown(group[name])}")
     if not isfinite(known.get("dampening", 0)):
-        raise ValueError(f"dampening must be finite; got {group['dampening']!r}")
+        raise ValueError(f"dampening must be finite; got {shown(group['dampening'])}")
     if not 0 < known.get("rescale_grad", 1) < inf:
-        raise ValueError(f"rescale_grad must be finite and above 0; got {group['rescale_grad']!r}")
+        raise ValueError(f"rescale_grad must be finite and above 0; got {shown(group['rescale_grad'])}")
     if not known.get("max_grad_norm", 1) > 0:
-        raise ValueError(f"max_grad_norm must be above 0, or None; got {group['max_grad_norm']!r}")
+        raise ValueError(f"max_grad_norm must be above 0, or None; got {shown(group['max_grad_norm'])}")
     for name in (*BOOLEANS, "master_weights"):
         if not isinstance(group[name], bool | np.bool_):
-            raise TypeError(f"{name} must be True or False; got {group[name]!r}")
+            raise TypeError(f"{name} must be True or False; got {shown(group[name])}")
     if group["nonfinite"] not in POLICIES:
-        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, POLICIES))}; got {group['nonfinite']!r}")
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, POLICIES))}; got {shown(group['nonfinite'])}")
     axes = group["layer_axes"]
     if isinstance(axes, bool) or not isinstance(axes, Integral):
-        raise TypeError(f"layer_axes must be an integer; got {axes!r}")
+        raise TypeError(f"layer_axes must be an integer; got {shown(axes)}")
     if axes < 0:
-        raise ValueError(f"layer_axes must be at least 0; got {axes!r}")
+        raise ValueError(f"layer_axes must be at least 0; got {shown(axes)}")
     _check_bounds(group["trust_bounds"])
 
 
@@ -145,25 +203,43 @@ def _known(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:
-        return inf
     except TypeError:  # traced
         return None
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not (isinstance(value, Real) or getattr(value, "shape", None) == ()):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+    is_scalar = getattr(value, "shape", None) == ()  # perhaps traced, or on a device: its value is not read
+    if isinstance(value, np.ndarray | np.generic):
+        is_scalar = is_scalar and (value.dtype.kind in "iuf" or COMPUTE.get(value.dtype.name) == "float32")
+    if not (is_scalar or _is_real(value)):
+        raise TypeError(f"{name} must be a number; got {shown(value)}")
+    if _is_real(value) and _is_too_large(value):
+        raise ValueError(f"{name} must be at most {MOST:.2g}; got {shown(value)}")
+
+
+def _is_too_large(value: Any) -> bool:
+    """Return whether a number is larger than any float; infinity isn't."""
+    try:
+        float(value)
+    except OverflowError:
+        return True
+    return False
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_bounds(bounds: Any) -> None:
     if bounds is None:
         return
     if not isinstance(bounds, Sequence) or len(bounds) != 2 or not all(isinstance(bound, Real) for bound in bounds):
-        raise TypeError(f"trust_bounds must be None or a pair of numbers (lowest, highest); got {bounds!r}")
+        raise TypeError(f"trust_bounds must be None or a pair of numbers (lowest, highest); got {shown(bounds)}")
     lowest, highest = bounds
+    if any(map(_is_too_large, bounds)):
+        raise ValueError(f"trust_bounds must be at most {MOST:.2g}; got {shown(bounds)}")
     if isnan(lowest) or isnan(highest) or not 0 <= lowest <= highest:
-        raise ValueError(f"trust_bounds must hold 0 <= lowest <= highest; got {bounds!r}")
+        raise ValueError(f"trust_bounds must hold 0 <= lowest <= highest; got {shown(bounds)}")
 
 
 def complete(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,9 +260,8 @@ def complete(group: Mapping[str, Any]) -> dict[str, Any]:
     ValueError
         For an unknown hyper-parameter, or if `lr` is missing.
     """
-    unknown = group.keys() - DEFAULTS.keys() - {"lr"}
-    if unknown:
-        raise ValueError(f"unknown hyper-parameter {min(unknown)!r}; known are lr, {', '.join(DEFAULTS)}")
+    if not group.keys() <= {"lr", *DEFAULTS}:
+        raise ValueError(unknown_option(next(name for name in group if name not in DEFAULTS and name != "lr")))
     if "lr" not in group:
         raise ValueError("a parameter group must have the key 'lr'")
     return {"lr": group["lr"], **DEFAULTS, **group}
@@ -251,13 +326,59 @@ def check_layer_axes(groups: Sequence[Mapping[str, Any]], known: Sequence[int]) 
         raise ValueError(f"parameter groups must be added by add_param_group, and not be removed; {counts}")
     for number, (group, axes) in enumerate(zip(groups, known, strict=True)):
         if group["layer_axes"] != axes:
-            rule = f"layer_axes of parameter group {number} must stay what it was, {axes!r}"
-            raise ValueError(f"{rule}; got {group['layer_axes']!r}")
+            rule = f"layer_axes of parameter group {number} must stay what it was, {shown(axes)}"
+            raise ValueError(f"{rule}; got {shown(group['layer_axes'])}")
 
 
 def needs_buffer(group: Mapping[str, Any]) -> bool:
     """Return whether layers with these hyper-parameters keep a momentum buffer; true for traced momentum."""
     return resolve(group["rule"]).keeps_buffer or not (isinstance(group["momentum"], Real) and group["momentum"] == 0)
+
+
+# ------------------------------------------------------------------------------------------- groups that are plain SGD
+
+
+# Warnings are of the line that called these.
+_NOT_THE_CALLER = ("lars_array", "lars_torch", "lars_jax", "torch", "jax", "optax", "contextlib")
+
+
+def warn_of_sgd(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Warn if no layer is adapted, and nobody has asked for that: an optimizer calls this before its first step.
+
+    The default weight decay of 0 leaves layers to SGD, as flash does. Who has given a rule, `adapt` or `always_adapt`
+    has thought of it.
+    """
+    groups = list(groups)
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
+    if groups and all(is_sgd(group) and group["adapt"] and group["rule"] is DEFAULTS["rule"] for group in groups):
+        warnings.warn(
+            "no layer is adapted: with weight_decay=0 and the default rule LARS is plain SGD. Give a weight_decay, "
+            "always_adapt=True or another rule; or adapt=False, if SGD is what you want",
+            UserWarning,
+            stacklevel=level,
+        )
+
+
+def is_sgd(group: Mapping[str, Any]) -> bool:
+    """Return whether the layers of a complete group are certain not to be adapted."""
+    if not group["adapt"]:
+        return True
+    decay, rule = group["weight_decay"], group["rule"]
+    has_none = isinstance(decay, Real) and decay == 0
+    return has_none and not group["always_adapt"] and isinstance(rule, str) and RULES.get(rule) is RULES["flash"]
+
+
+def described(name: str, groups: Iterable[Mapping[str, Any]]) -> str:
+    """Return the representation of an optimizer: of each group its size, what differs from the defaults, and SGD."""
+    lines = []
+    for number, group in enumerate(groups):
+        changed = {key: value for key, value in options_of(group).items() if value != DEFAULTS.get(key, required)}
+        options = ", ".join(f"{key}={value!r}" for key, value in changed.items())
+        note = " (SGD: its layers are not adapted)" if is_sgd(group) else ""
+        lines.append(f"  group {number}: {len(group['names'])} parameters, {options}{note}")
+    return "\n".join([f"{name}(", *lines, ")"])
 
 
 # ----------------------------------------------------------------------------------------- from groups to each layer
@@ -275,7 +396,12 @@ class Hyperparams:
     def __reduce__(self) -> tuple[Any, ...]:
         return Hyperparams, ()
 
-    def read(self, param_groups: Sequence[Mapping[str, Any]], step: int) -> Sequence[Mapping[str, Any]]:
+    def read(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        step: int,
+        evaluated: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters, one mapping per group.
 
         Parameters
@@ -284,6 +410,8 @@ class Hyperparams:
             The parameter groups.
         step : int
             Number of steps taken before.
+        evaluated : sequence of mappings, optional
+            Their hyper-parameters with schedules evaluated, if the caller has done that.
 
         Returns
         -------
@@ -295,11 +423,16 @@ class Hyperparams:
         ValueError, TypeError
             As `at_step` does.
         """
-        all_options = [scheduled(options_of(group), step) for group in param_groups]
+        all_options = evaluated or [scheduled(options_of(group), step) for group in param_groups]
         seen = [_comparable(options) for options in all_options]
         before, groups = self._last
         if not (seen and len(seen) == len(before) and all(map(_is_same, seen, before))):
-            groups = [readable(options, step) for options in all_options]
+            groups = []
+            for number, (group, options) in enumerate(zip(param_groups, all_options)):
+                place = [f"parameter group {number}"] if len(all_options) > 1 else []
+                place += [f"step {step}"] if any(callable(group.get(name)) for name in NUMBERS) else []
+                with located(", ".join(place)):
+                    groups.append(readable(options, step))
             self._last = seen, groups  # in one assignment, for interrupts
         return groups
 
@@ -331,7 +464,14 @@ def row_values(group: Mapping[str, Any]) -> list[Any]:
 
 
 def inputs_of(
-    groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], first: Any, previous_lr: Any, *, like: Any, xp: Any
+    groups: Sequence[Mapping[str, Any]],
+    group_of: Sequence[int],
+    first: Any,
+    previous_lr: Any,
+    limit: Any = float_info.max,
+    *,
+    like: Any,
+    xp: Any,
 ) -> RuleInputs:
     """Return the inputs of a step, with the hyper-parameters of the groups spread over rows.
 
@@ -345,6 +485,8 @@ def inputs_of(
         True where the layer has no momentum buffer yet.
     previous_lr : numbers, shape (rows,)
         Learning rate of each layer's last step.
+    limit : array of shape (rows,)
+        The largest number of each layer's compute dtype, see `nonfinite.max_finite`.
     like : array
         An array on the device of the result.
     xp : Array API namespace
@@ -369,7 +511,7 @@ def inputs_of(
         table = _table([list(columns[name]) for name in names], kind, like, xp)
         spread = xp.take(table, index, axis=1)
         fields |= {name: spread[row, :] for row, name in enumerate(names)}
-    return with_rules(Hyper(**fields), groups, group_of, xp=xp)
+    return with_rules(with_max_ratio(Hyper(**fields), limit, xp=xp), groups, group_of, xp=xp)
 
 
 def with_rules(hyper: Hyper, groups: Sequence[Mapping[str, Any]], group_of: Sequence[int], *, xp: Any) -> RuleInputs:

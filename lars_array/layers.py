@@ -11,6 +11,8 @@ from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
+from lars_array._messages import shown
+
 __all__ = ["LayerOf", "LayerRows", "LayerSlices", "labels_of"]
 
 LayerOf = Mapping[str, Any] | Callable[[str], Any] | None
@@ -74,7 +76,7 @@ class LayerRows(NamedTuple):
         start = 0
         for name, p, axes in zip(names, params, layer_axes, strict=True):
             if axes > p.ndim:
-                raise ValueError(f"layer_axes must be at most the {p.ndim} axes of {name!r}; got {axes!r}")
+                raise ValueError(f"layer_axes must be at most the {p.ndim} axes of {shown(name)}; got {shown(axes)}")
             lead = tuple(int(length) for length in p.shape[:axes])
             lead = lead if prod(lead) else ()  # an empty parameter is one layer
             slices.append(LayerSlices(lead, start, prod(lead)))
@@ -117,15 +119,15 @@ def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Hashable]:
     if isinstance(layer_of, Mapping):
         unknown = layer_of.keys() - set(names)
         if unknown:
-            raise ValueError(f"layer_of must hold names of parameters; got {min(unknown, key=str)!r}")
+            raise ValueError(f"layer_of must hold names of parameters; got {shown(min(unknown, key=str))}")
         labels = [layer_of.get(name) for name in names]
     elif callable(layer_of):
         labels = [layer_of(name) for name in names]
     else:
-        raise TypeError(f"layer_of must be a mapping or a function from names to layers; got {layer_of!r}")
+        raise TypeError(f"layer_of must be a mapping or a function from names to layers; got {shown(layer_of)}")
     for label in labels:
         if not isinstance(label, Hashable):
-            raise TypeError(f"layer_of must give names of layers, or None; got {label!r}")
+            raise TypeError(f"layer_of must give names of layers, or None; got {shown(label)}")
     return labels
 
 
@@ -138,8 +140,10 @@ def _joined_rows(names: Sequence[str], labels: Sequence[Hashable], slices: Seque
             continue
         other = first.setdefault(label, i)
         if slices[other].lead != own.lead:
-            leads = f"{names[other]!r} has {slices[other].lead!r} and {names[i]!r} has {own.lead!r}"
-            raise ValueError(f"parameters joined into one layer must have the same leading axes; in {label!r} {leads}")
+            leads = f"{shown(names[other])} has {shown(slices[other].lead)} and {shown(names[i])} has {shown(own.lead)}"
+            raise ValueError(
+                f"parameters joined into one layer must have the same leading axes; in {shown(label)} {leads}"
+            )
         for k in range(own.size):
             rows.setdefault((label, k), []).append(own.start + k)
     return [found for found in rows.values() if len(found) > 1]

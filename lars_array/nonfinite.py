@@ -9,6 +9,7 @@ from typing import Any
 from array_api_compat import size
 
 from lars_array._arrays import COMPUTE, accumulation_dtype, asarray, dtype_name, real_dtype
+from lars_array._messages import shown
 
 __all__ = [
     "CAUSES",
@@ -105,14 +106,18 @@ def quick_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
     return bool(xp.max(S) < inf) and bool(xp.max(C) <= limit) and bool(xp.min(C) >= -limit)
 
 
-def refuse_nonfinite(name: str, p: Any, g: Any, *, xp: Any) -> None:
-    """Raise NonFiniteError for the layer `name` with parameters p and gradient g."""
-    for kind, x in (("gradient", g), ("parameter", p)):
-        count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
-        if count:
-            raise NonFiniteError(
-                f"the {kind} of {name!r} has {count} non-finite entries of {size(x)}; nothing was changed"
-            )
+def refuse_nonfinite(
+    rows: Sequence[int], names: Sequence[str], params: Sequence[Any], grads: Sequence[Any], *, xp: Any
+) -> None:
+    """Raise NonFiniteError for the first of `rows` that holds a NaN or an infinity, else for the first."""
+    for i in rows:
+        for kind, x in (("gradient", grads[i]), ("parameter", params[i])):
+            count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
+            if count:
+                raise NonFiniteError(
+                    f"the {kind} of {shown(names[i])} has {count} non-finite entries of {size(x)}; nothing was changed"
+                )
+    name, p = names[rows[0]], params[rows[0]]
     raise NonFiniteError(
-        f"the update of {name!r} overflows {p.dtype!r} or the float64 of its norms; nothing was changed"
+        f"the update of {shown(name)} overflows {shown(p.dtype)} or the float64 of its norms; nothing was changed"
     )

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from itertools import chain
+from numbers import Real
+from operator import is_
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context
+from lars_array._messages import located, shown
 from lars_array._stepper import Stepper
 from lars_array.core import Rule
 from lars_array.hyperparams import (
     DEFAULTS,
-    Hyperparams,
-    check_layer_axes,
     complete,
     defaults_from,
-    options_of,
+    described,
     readable,
     required,
 )
 from lars_array.layers import LayerOf
-from lars_array.state.checkpoint import read_checkpoint
+from lars_array.state.checkpoint import StatefulOptimizer
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
-from lars_array.state.store import KEPT, ParamState
-from lars_array.telemetry import Norms, StepResult
+from lars_array.state.store import ParamState
 
 __all__ = ["LARS"]
 
 
-class LARS:
+class LARS(StatefulOptimizer):
     r"""Layer-wise adaptive rate scaling (You et al. 2017), with the arguments of ``flash.core.optimizers.LARS``.
 
     .. math::
@@ -39,7 +39,8 @@ class LARS:
         v \leftarrow \mu v + (1 - \tau)\,r\,(g + w p), \qquad p \leftarrow p - \text{lr}\,v
 
     for each parameter array p, a layer, with gradient g and momentum buffer v. As in torch's SGD, dampening does not
-    apply to the first step of a layer. With weight decay 0, the default, this is SGD: see `always_adapt`.
+    apply to the first step of a layer. With weight decay 0, the default, this is SGD, see `always_adapt`; the first
+    step warns of that, unless a rule was given, or `adapt` or `always_adapt` differs from its default.
 
     Parameters
     ----------
@@ -96,7 +97,8 @@ class LARS:
         Whether a half-precision parameter (float16 or bfloat16) has a float32 master copy that is trained in its place.
         Otherwise steps smaller than the precision of the parameter are lost. Norms are those of the master, and the
         parameter is its rounding, written in the same pass. The first step creates the master from the parameter; later
-        changes to the parameter are overwritten. A step without this option drops the master. Ignored for other dtypes.
+        changes to the parameter are overwritten, unless `refresh_masters` is called. A step without this option drops
+        the master. Ignored for other dtypes.
     kernel : str, optional
         "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable". The default
         is the environment variable LARS_ARRAY_KERNEL, else the first of these kernels that supports the parameters.
@@ -105,10 +107,15 @@ class LARS:
     ----------
     param_groups : list of dict
         The hyper-parameters of each group, which may be changed between steps, and its "params" and "names", sequences
-        that must not be changed.
+        that must not be changed: a step after that is rejected.
     steps, skipped_steps : int
         The numbers of steps taken and of steps skipped. On a GPU a step counts as taken until the device has reported
         otherwise.
+
+    Warns
+    -----
+    UserWarning
+        At the first step, if no layer is adapted and nobody has asked for that.
 
     Raises
     ------
@@ -149,7 +156,7 @@ class LARS:
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -163,17 +170,13 @@ class LARS:
         master_weights: bool = False,
         kernel: str | None = None,
     ) -> None:
+        if isinstance(params, Real) and not isinstance(lr, Real):
+            raise TypeError(f"params come first, and then lr; got params={shown(params)} and lr={shown(lr)}")
         self.defaults = defaults_from(locals())
         readable(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
-        self.steps = 0
-        self.skipped_steps = 0
-        self.param_groups: list[dict[str, Any]] = []
-        self._layer_axes: list[int] = []  # of each group
+        super().__init__(Stepper(kernel))
         self._order: list[int] | None = None  # of the gradients in an iterable
-        self._last: StepResult | None = None
-        self._hyperparams = Hyperparams()
         self._state = ParamState(layer_of)
-        self._stepper = Stepper(kernel)
         self._add(params)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -190,7 +193,7 @@ class LARS:
             As for `LARS`; then nothing was added.
         """
         if not isinstance(group, Mapping):
-            raise TypeError(f"group must be a mapping with the key 'params'; got {group!r}")
+            raise TypeError(f"group must be a mapping with the key 'params'; got {shown(group)}")
         self._add([group])
 
     def step(
@@ -237,51 +240,18 @@ class LARS:
         gradients = match_gradients(grads, self._state.names, self._order)
         if set(map(type, gradients)) != {np.ndarray}:
             gradients = list(map(_detached, gradients))
-        groups = self._hyperparams.read(self.param_groups, self.steps)
-        check_layer_axes(groups, self._layer_axes)
-        result = self._stepper.step(self._state, gradients, groups, found_inf)
-        if result is None:
-            self.skipped_steps += 1
-            return loss
-        self.steps += 1
-        if result.names:
-            self._last = result
+        groups = self._read_groups()
+        self._check_params()
+        self._take_step(gradients, groups, found_inf)
         return loss
 
-    def synchronize(self) -> None:
-        """Wait for the device, and update `steps` and `skipped_steps`.
+    def refresh_masters(self) -> None:
+        """Make the master copies of half-precision parameters anew from the parameters, at their next steps.
 
-        Raises
-        ------
-        NonFiniteError
-            If the device has rejected a step since the last call that raised. The rejected step changed nothing; later
-            steps were taken.
+        Call this after anything else has written to the parameters: a checkpoint of the best weights, a clamp, an
+        average. Without it the next step overwrites that, see `master_weights`. Momentum buffers are kept.
         """
-        self._poll_device(wait=True)
-
-    def norms(self) -> dict[str, Norms]:
-        """Return the norms of the last step, at no extra pass over memory; waits for the device.
-
-        On a GPU this includes a last step that was skipped or rejected.
-
-        Returns
-        -------
-        dict of str to Norms
-            By name, for the parameters that had a gradient. Slices of a stacked parameter have names such as "w[0]";
-            parameters joined into one layer have the norms of the layer. Empty before the first step.
-        """
-        return {} if self._last is None else self._last.norms()
-
-    def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios of the last step; see `norms`.
-
-        Returns
-        -------
-        dict of str to float
-            By name, for the parameters that had a gradient; 1.0 for layers that were not adapted. Empty before the
-            first step.
-        """
-        return {} if self._last is None else self._last.trust_ratios()
+        self._state.masters = [None] * len(self._state.masters)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the optimizer's state, without the parameters.
@@ -297,14 +267,7 @@ class LARS:
         NonFiniteError
             As `synchronize` does.
         """
-        self.synchronize()
-        state = self.state_views()
-        for own in state.values():
-            for key in own.keys() & KEPT:
-                with device_context(own[key]):
-                    own[key] = array_namespace(own[key]).asarray(own[key], copy=True)
-        groups = [copy.deepcopy(options_of(group)) | {"names": list(group["names"])} for group in self.param_groups]
-        return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
+        return self._saved(_copied)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a copy of the state that `state_dict` returned.
@@ -319,13 +282,8 @@ class LARS:
         ValueError, TypeError
             If it does not fit these parameters; then nothing was changed.
         """
-        state = self._state
-        with device_context(state.params[0]):
-            read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], state.params)
-            state.attach(read.state, copied=True)
-        self.steps, self.skipped_steps = read.steps, read.skipped_steps
-        for group, options in zip(self.param_groups, read.groups):
-            group.update(options | {"layer_axes": group["layer_axes"]})
+        with device_context(self._state.params[0]):
+            self._load(state_dict)
 
     def state_views(self, *, wait: bool = True) -> dict[str, dict[str, Any]]:
         """Return the "state" of `state_dict` with the buffers and masters themselves instead of copies.
@@ -360,29 +318,20 @@ class LARS:
         self._state.attach(state)
 
     def __repr__(self) -> str:
-        lines = []
-        for number, group in enumerate(self.param_groups):
-            changed = {key: value for key, value in options_of(group).items() if value != DEFAULTS.get(key, required)}
-            options = ", ".join(f"{key}={value!r}" for key, value in changed.items())
-            lines.append(f"  group {number}: {len(group['params'])} parameters, {options}")
-        return "\n".join(["LARS(", *lines, ")"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.synchronize()
-        return self.__dict__ | {"_last": None if self._last is None else self._last.settled()}
+        return described("LARS", self.param_groups)
 
     def _add(self, params: Any) -> None:
         number = len(self.param_groups)
         layout = read_parameters(params, start=len(self._state.names))
         groups: list[dict[str, Any]] = []
         for group in layout.groups:
-            options = complete(self.defaults | group.overrides)
+            place = f"parameter group {number + len(groups)}"
+            with located(place if number or len(layout.groups) > 1 else ""):
+                options = complete(self.defaults | group.overrides)
+                if options["lr"] is not required:
+                    readable(options, self.steps)
             if options["lr"] is required:
-                which = number + len(groups)
-                raise ValueError(
-                    f"parameter group {which} didn't specify a value of required optimization parameter lr"
-                )
-            readable(options, self.steps)
+                raise ValueError(f"{place} didn't specify a value of required optimization parameter lr")
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
         state = self._state.extended(layout.groups, axes)
@@ -393,13 +342,22 @@ class LARS:
         self._layer_axes += axes
         self._order = gradient_order(state.names)
 
-    def _poll_device(self, *, wait: bool = False) -> None:
-        """Update the step counters from the device and raise if it rejected a step."""
-        steps, skipped, error = self._state.poll_device(wait=wait)
-        self.steps += steps
-        self.skipped_steps += skipped
-        if error is not None:
-            raise error
+    def _check_params(self) -> None:
+        """Raise if parameters were replaced in a group, which holds those that the optimizer was given."""
+        state, lists = self._state, [group.get("params", ()) for group in self.param_groups]
+        if sum(map(len, lists)) == len(state.params) and all(map(is_, chain.from_iterable(lists), state.params)):
+            return
+        given = [*chain.from_iterable(lists), *state.params]
+        i = next((i for i, p in enumerate(state.params) if given[i] is not p), len(state.params) - 1)
+        raise ValueError(
+            f"the parameters of a group can't be replaced, and {shown(state.names[i])} in parameter group "
+            f"{state.group_of[i]} was; write into its array, p[...] = new, or make another optimizer"
+        )
+
+
+def _copied(array: Any) -> Any:
+    with device_context(array):
+        return array_namespace(array).asarray(array, copy=True)
 
 
 def _detached(g: Any) -> Any:
@@ -409,5 +367,5 @@ def _detached(g: Any) -> Any:
 
 def _loss_and_gradients(returned: Any) -> tuple[Any, Any]:
     if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(f"closure must return the pair (loss, grads); got {returned!r}")
+        raise TypeError(f"closure must return the pair (loss, grads); got {shown(returned)}")
     return returned

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lars_array._messages import listed, near, shown
 from lars_array.state.inputs import Position, read_parameters
 
 __all__ = ["is_bias_or_norm", "param_groups"]
 
 Predicate = Callable[[str, Any], bool]
+Criteria = Predicate | Iterable[str | re.Pattern[str] | Predicate] | None
 
 
 def is_bias_or_norm(name: str, array: Any) -> bool:
@@ -19,7 +22,7 @@ def is_bias_or_norm(name: str, array: Any) -> bool:
     Parameters
     ----------
     name : str
-        Ignored.
+        A name that ends with "bias", after a dot if there is one, is a bias whatever its axes are.
     array : array
         The parameter.
 
@@ -28,15 +31,11 @@ def is_bias_or_norm(name: str, array: Any) -> bool:
     bool
         The usual criterion for excluding a parameter from weight decay and adaptation.
     """
-    return bool(array.ndim <= 1)
+    return array.ndim <= 1 or name.rpartition(".")[2] == "bias"
 
 
 def param_groups(
-    params: Any,
-    weight_decay: float,
-    *,
-    no_decay: Predicate | Iterable[str] | None = is_bias_or_norm,
-    no_adapt: Predicate | Iterable[str] | None = is_bias_or_norm,
+    params: Any, weight_decay: float, *, no_decay: Criteria = is_bias_or_norm, no_adapt: Criteria = is_bias_or_norm
 ) -> list[dict[str, Any]]:
     """Split parameters into groups, excluding some from weight decay and some from adaptation.
 
@@ -46,10 +45,11 @@ def param_groups(
         The parameters. Those without a name are named by their position.
     weight_decay : float
         Weight decay of the parameters that are not excluded.
-    no_decay : callable, iterable of str, or None
-        Parameters without weight decay: a predicate ``no_decay(name, array)``, or regular expressions that are searched
-        in the name, or None for no exclusion. By default parameters with at most one axis.
-    no_adapt : callable, iterable of str, or None
+    no_decay : callable, iterable, or None
+        Parameters without weight decay: a predicate ``no_decay(name, array)``; or several of these and of regular
+        expressions that are searched in the name; or None for no exclusion. By default parameters with at most one
+        axis, and biases.
+    no_adapt : callable, iterable, or None
         In the same form, the parameters that are not adapted and take SGD steps.
 
     Returns
@@ -62,6 +62,11 @@ def param_groups(
     ------
     TypeError, ValueError
         For arguments of another form, or a regular expression that does not compile.
+
+    Warns
+    -----
+    UserWarning
+        For a regular expression that no name matches.
 
     Examples
     --------
@@ -76,13 +81,15 @@ def param_groups(
     layout = read_parameters(params)
     if layout.grouped:
         raise TypeError("params must not be groups already; give the parameters themselves")
-    excluded_from_decay, excluded_from_adaptation = _predicate("no_decay", no_decay), _predicate("no_adapt", no_adapt)
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     given = layout.groups[0]
-    has_names = given.form in ("mapping", "pairs")
-    for name, array in zip(given.names if has_names else map(Position, given.names), given.arrays, strict=True):
-        key = not excluded_from_decay(name, array), not excluded_from_adaptation(name, array)
-        groups.setdefault(key, {})[name] = array
+    names = given.names if given.form in ("mapping", "pairs") else list(map(Position, given.names))
+    undecayed, unadapted = (
+        _excluded(option, criteria, names, given.arrays)
+        for option, criteria in (("no_decay", no_decay), ("no_adapt", no_adapt))
+    )
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, array, *key in zip(names, given.arrays, undecayed, unadapted, strict=True):
+        groups.setdefault((not key[0], not key[1]), {})[name] = array
     result = []
     for (decays, adapts), named in groups.items():
         group = {"params": named, "weight_decay": weight_decay if decays else 0.0}
@@ -94,18 +101,43 @@ def param_groups(
     return result
 
 
-def _predicate(option: str, given: Predicate | Iterable[str] | None) -> Predicate:
+def _excluded(option: str, given: Criteria, names: Sequence[str], arrays: Sequence[Any]) -> list[bool]:
+    """Return for each parameter whether one of the criteria fits it."""
     if given is None:
-        return lambda name, array: False
-    if callable(given):
-        return given
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {given!r}")
-    patterns = list(given)
-    if not all(isinstance(pattern, str | re.Pattern) for pattern in patterns):
-        raise TypeError(f"{option} must be a predicate, a list of regular expressions or None; got {given!r}")
+        return [False] * len(names)
+    if isinstance(given, str | bytes) or not (callable(given) or isinstance(given, Iterable)):
+        raise TypeError(_must(option, given))
+    excluded = [False] * len(names)
+    for criterion in [_checked(option, x) for x in ([given] if callable(given) else given)]:
+        if isinstance(criterion, re.Pattern):
+            found = [criterion.search(name) is not None for name in names]
+            if not any(found):
+                _warn_of_no_match(option, criterion.pattern, names)
+        else:
+            found = [bool(criterion(name, array)) for name, array in zip(names, arrays, strict=True)]
+        excluded = [a or b for a, b in zip(excluded, found, strict=True)]
+    return excluded
+
+
+def _checked(option: str, criterion: Any) -> Any:
+    """Return a predicate, or a compiled regular expression."""
+    if not isinstance(criterion, str | re.Pattern):
+        if callable(criterion) and not isinstance(criterion, type):
+            return criterion
+        raise TypeError(_must(option, criterion))
     try:
-        compiled = [re.compile(pattern) for pattern in patterns]
+        return re.compile(criterion)
     except re.error as error:
-        raise ValueError(f"{option} must hold regular expressions; {error.pattern!r}: {error}") from None
-    return lambda name, array: any(pattern.search(name) for pattern in compiled)
+        hint = "; any text is '.*' in them" if str(criterion).startswith("*") else ""
+        message = f"{option} must hold regular expressions; {shown(error.pattern)}: {error}{hint}"
+        raise ValueError(message) from None
+
+
+def _must(option: str, given: Any) -> str:
+    return f"{option} must be a predicate, a list of regular expressions or None; got {shown(given)}"
+
+
+def _warn_of_no_match(option: str, pattern: str, names: Sequence[str]) -> None:
+    parts = {part for name in names for part in (name, *name.split("."))}
+    question = near(pattern.strip("^$.*"), sorted(parts)) or f"; names are {listed(names)}"
+    warnings.warn(f"no parameter matches {shown(pattern)} of {option}{question}", stacklevel=4)

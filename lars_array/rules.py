@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lars_array._messages import listed, near, shown
 from lars_array.core import RULES, Hyper, flash, momentum_form, norms, register, trust_ratio
 
 __all__ = [
@@ -35,13 +36,21 @@ Namespace = Any
 def _raw_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     """Return RAW, or 1 where a norm is zero."""
     p_norm, g_norm, _ = norms(S, xp)
-    return trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, (p_norm > 0) & (g_norm > 0), hyper, xp)
+    return trust_ratio(p_norm, g_norm + hyper.weight_decay * p_norm, ~((p_norm == 0) | (g_norm == 0)), hyper, xp)
 
 
 def _sum_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     """Return SUM with the norm of the third sum, or 1 where a norm is zero."""
     p_norm, _, d_norm = norms(S, xp)
-    return trust_ratio(p_norm, d_norm, (p_norm > 0) & (d_norm > 0), hyper, xp)
+    return trust_ratio(p_norm, d_norm, ~((p_norm == 0) | (d_norm == 0)), hyper, xp)
+
+
+def _buffer_ratio(S: Array, hyper: Hyper, xp: Namespace) -> Array:
+    """Return RAW for a step that scales the whole buffer, which may be far larger than the gradient.
+
+    It is at most the root of the largest ratio: that of the least gradients whose square the compute dtype can hold.
+    """
+    return _raw_ratio(S, hyper._replace(max_ratio_root=xp.sqrt(hyper.max_ratio_root)), xp)
 
 
 @register("paper", "mmselfsup")
@@ -88,7 +97,7 @@ def kozistr(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     """
     p_norm, g_norm, _ = norms(S, xp)
     denominator = g_norm + hyper.weight_decay * p_norm
-    ratio = trust_ratio(p_norm, denominator, (p_norm > 0) & (denominator > 0), hyper, xp)
+    ratio = trust_ratio(p_norm, denominator, ~((p_norm == 0) | (denominator == 0)), hyper, xp)
     return momentum_form(ratio, hyper.lr, hyper.weight_decay, hyper, xp, dampen_first_step=True)
 
 
@@ -149,7 +158,7 @@ def nus(S: Array, hyper: Hyper, xp: Namespace) -> Array:
     Sources: NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch lars.py; ColossalAI colossalai/nn/optimizer/lars.py. tinygrad 0.14.0
     (classic=False) is the same without the 50.
     """
-    ratio = _raw_ratio(S, hyper, xp)
+    ratio = _buffer_ratio(S, hyper, xp)
     return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, hyper.weight_decay, hyper, xp)
 
 
@@ -159,7 +168,7 @@ def tf_contrib(S: Array, hyper: Hyper, xp: Namespace) -> Array:
 
     Add the L2 penalty to the loss. Source: tensorflow 1.x contrib/opt/python/training/lars_optimizer.py.
     """
-    ratio = _raw_ratio(S, hyper, xp)
+    ratio = _buffer_ratio(S, hyper, xp)
     return momentum_form(xp.ones_like(ratio), hyper.lr * ratio, xp.zeros_like(ratio), hyper, xp)
 
 
@@ -229,6 +238,10 @@ def preset(name: str) -> dict[str, Any]:
     >>> preset("apex")
     {'rule': 'apex', 'trust_coefficient': 0.02, 'trust_clip': True}
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string in lars_array.RULES; got {shown(name)}")
     if name not in RULES:
-        raise ValueError(f"name must be one of {', '.join(sorted(RULES))}; got {name!r}")
+        question = near(name, RULES)
+        known = "lars_array.RULES" if question else listed(sorted(RULES))
+        raise ValueError(f"name must be one of {known}; got {shown(name)}{question}")
     return {"rule": name, **PRESETS.get(name, {})}

@@ -7,11 +7,14 @@ step, starting from 0.
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
+
+from lars_array._messages import shown
 
 __all__ = ["linear_scaled_lr", "warmup_cosine", "warmup_polynomial"]
 
@@ -59,7 +62,9 @@ class _WarmUp:
 
     def _set(self, peak_lr: float, total_steps: int, warmup_steps: int, end_lr: float, start_lr: float) -> None:
         if _count("warmup_steps", warmup_steps, least=0) > _count("total_steps", total_steps, least=1):
-            raise ValueError(f"warmup_steps must be at most total_steps={total_steps!r}, got {warmup_steps!r}")
+            raise ValueError(
+                f"warmup_steps must be at most total_steps={shown(total_steps)}, got {shown(warmup_steps)}"
+            )
         vars(self).update(
             peak_lr=_real("peak_lr", peak_lr),
             total_steps=int(total_steps),
@@ -86,7 +91,9 @@ class _WarmUp:
         try:
             xp = array_namespace(step)
         except TypeError:
-            raise TypeError(f"step must be an integer or an array, got {step!r}") from None
+            raise TypeError(f"step must be an integer or an array, got {shown(step)}") from None
+        if not xp.isdtype(step.dtype, ("bool", "integral", "real floating")):
+            raise TypeError(f"step must be an integer or an array of real numbers, got {shown(step)}")
         if not xp.isdtype(step.dtype, "real floating"):
             step = xp.astype(step, xp.__array_namespace_info__().default_dtypes()["real floating"])
         return self._lr(step, xp)
@@ -211,16 +218,21 @@ class warmup_polynomial(_WarmUp):  # noqa: N801 - see warmup_cosine
 
 def _real(name: str, value: Any, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    number = float(value)
+        raise TypeError(f"{name} must be a real number, got {shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not 0.0 <= number < math.inf or (positive and number == 0.0):
-        raise ValueError(f"{name} must be finite and {'more than' if positive else 'at least'} 0, got {value!r}")
+        raise ValueError(f"{name} must be finite and {'more than' if positive else 'at least'} 0, got {shown(value)}")
     return number
 
 
 def _count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if int(value) > sys.maxsize:
+        raise ValueError(f"{name} must be at most {sys.maxsize}, got {shown(value)}")
     return int(value)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context, to_floats
-from lars_array.core import Hyper, Rule, coefficients
+from lars_array.core import Hyper, Rule, coefficients, scaled_sums
 
 __all__ = ["Norms", "StepResult"]
 
@@ -70,8 +70,7 @@ class StepResult(NamedTuple):
             # With lr = 0 or dampening 1 the quotient is 0 / 0; the ratio is its limit.
             lr = xp.where(hyper.lr == 0, float(xp.finfo(hyper.lr.dtype).smallest_normal) ** 0.5, hyper.lr)
             hyper = hyper._replace(lr=lr, dampening=0 * hyper.dampening)
-            S = xp.stack([self.S[:, 0], gamma**2 * self.S[:, 1], self.S[:, 2]], axis=1)
-            C = coefficients(S, hyper, rules, xp.ones_like(gamma), xp=xp)
+            C = coefficients(scaled_sums(self.S, gamma, xp=xp), hyper, rules, xp.ones_like(gamma), xp=xp)
             alpha, kappa, lam = C[:, 1], C[:, 3], C[:, 4]
             ratios = (kappa * alpha + lam) / (hyper.lr * xp.where(hyper.nesterov, 1 + hyper.momentum, 1.0))
             return dict(zip(self.names, to_floats(ratios)))

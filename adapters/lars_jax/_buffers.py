@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_array._arrays import ArraySpecs, array_at, check_gradient
-from lars_array._stepper import KEPT
-from lars_array.hyperparams import scheduled
+from lars_array._stepper import KEPT, shown
 from lars_jax._devices import check_has_values, cuda_device, devices_of, first_cpu, is_cuda
-from lars_jax._donation import barrier, copy, donate
+from lars_jax._donation import barrier, check_context, copy, donate
 
 __all__ = ["CudaBuffers", "DonatedBuffers", "GradientSpecs", "buffers_of"]
 
@@ -37,7 +36,6 @@ class GradientSpecs(ArraySpecs):
     def fits(self, arrays: Sequence[Any]) -> bool:
         """Find the addresses of a step's gradients; return whether these have the same types and layouts."""
         self.found = None
-        # JAX crashes when the layout of a deleted array is read.
         if list(map(type, arrays)) == self._types and True not in [x.is_deleted() for x in _present(arrays)]:
             self.found = super().addresses(arrays)
         return self.found is not None
@@ -87,18 +85,19 @@ class DonatedBuffers:
 
     def __init__(self, device: Any, names: Sequence[str], leaves: Sequence[Any], donates: bool) -> None:
         self._device, self._names, self.donates = device, list(names), donates
-        self._token = jax.device_put(np.zeros((), np.uint32), device)
         self.specs = GradientSpecs([])
         with self.context():
             self._allocate(leaves)
 
     def _allocate(self, leaves: Sequence[Any]) -> None:
         """Own copies of the parameters from now on."""
+        self._token = self._new_token()
+        check_context(self._token)
         given = [x if isinstance(x, jax.Array) else np.asarray(x) for x in leaves]
         self._token, self._own = copy(self._token, jax.device_put(given, self._device), ())
         for name, mine, x in zip(self._names, self._own, given):
             if mine.dtype != x.dtype:
-                raise TypeError(f"JAX makes {mine.dtype!r} of {name!r}, {x.dtype!r}; see jax_enable_x64")
+                raise TypeError(f"JAX makes {mine.dtype!r} of {shown(name)}, {x.dtype!r}; see jax_enable_x64")
         self._is_wide = any(np.finfo(x.dtype).bits == 64 for x in self._own if x.dtype.kind in "fc")
         self._used: list[Any] = []  # JAX arrays that the kernels read
         self._replaced: list[Any] = []  # arrays that JAX may have copied instead of donating them
@@ -113,23 +112,36 @@ class DonatedBuffers:
             self._addresses, self.arrays = addresses, [self.view(x, write=True) for x in self._own]
             self._occupied = {at for at, x in zip(addresses, self._own) if x.size}
 
+    def check_context(self) -> None:
+        """Raise where JAX would not compute here and now; see `lars_jax._donation.check_context`."""
+        if self._token.is_deleted():
+            self._token = self._new_token()
+        check_context(self._token)
+
+    def _new_token(self) -> Any:
+        return jax.device_put(np.zeros((), np.uint32), self._device)
+
+    def check_there(self) -> None:
+        """Raise ValueError if the parameters were deleted."""
+        deleted = [x.is_deleted() for x in self._own]
+        if True in deleted:
+            own = "with donate=True what a step returns are the parameters themselves"
+            why = own if self.donates else "its memory is an array of JAX too, which jax.live_arrays lists"
+            name = self._names[deleted.index(True)]
+            raise ValueError(f"parameter {shown(name)} was deleted: {why}; give replace_params others")
+
     def check(self, what: str, array: Any) -> None:
         """Raise unless a value is an array on the device, with values; `what` is its name in messages."""
         check_has_values(what, array)
         if not isinstance(array, (jax.Array, np.ndarray)):
-            raise TypeError(f"{what} must be an array; got {array!r}")
+            raise TypeError(f"{what} must be an array; got {shown(array)}")
         _check_device(what, array, self._device)
 
     def gradients(self, given: Sequence[Any]) -> list[Any]:
         """Return the gradients of a step as the stepper takes them, checked; None for None."""
         if self._is_wide and not jax.config.jax_enable_x64:
             raise TypeError("parameters of 64 bits can be stepped only where jax_enable_x64 is set, as it was for them")
-        deleted = [x.is_deleted() for x in self._own] if self.donates else []
-        if True in deleted:
-            raise ValueError(
-                f"parameter {self._names[deleted.index(True)]!r} was deleted: with donate=True what a step returns are "
-                "the parameters themselves, and they must be there for the next one"
-            )
+        self.check_there()
         grads = list(given)
         if not self.specs.fits(grads):
             grads = [g if g is None else self._checked(*row) for g, *row in zip(grads, self._names, grads, self._own)]
@@ -143,7 +155,8 @@ class DonatedBuffers:
 
     def _checked(self, name: str, g: Any, p: Any) -> Any:
         """Return a gradient in the order of the parameter's elements; raise if it does not fit."""
-        self.check(f"the gradient of {name!r}", g)
+        g = np.asarray(g) if isinstance(g, np.generic) else g
+        self.check(f"the gradient of {shown(name)}", g)
         if g.shape != p.shape or g.dtype != p.dtype:
             check_gradient(name, *(np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in (g, p)))
         return _in_order(g, p)
@@ -194,6 +207,7 @@ class DonatedBuffers:
             p[...] = x
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self.check_there()
         leaves = [np.array(x) for x in self._own]
         return _restored, (type(self), self._device.local_hardware_id, self._names, leaves, self.donates)
 
@@ -209,8 +223,8 @@ class DonatedBuffers:
             return np.asarray(array)
         return array_at(array.unsafe_buffer_pointer(), array.shape, array.dtype, write=write)
 
-    def numbers(self, groups: Sequence[dict[str, Any]], step: int, found_inf: Any) -> tuple[Any, Any]:
-        """Return hyper-parameters and `found_inf` as the stepper takes them."""
+    def numbers(self, groups: Sequence[dict[str, Any]], found_inf: Any) -> tuple[Any, Any]:
+        """Return hyper-parameters at this step and `found_inf` as the stepper takes them."""
         _check_device("found_inf", found_inf, self._device)
         return groups, None if found_inf is None else bool(found_inf)
 
@@ -270,9 +284,9 @@ class CudaBuffers(DonatedBuffers):
         memory = cupy.cuda.UnownedMemory(array.unsafe_buffer_pointer(), array.nbytes, None, self._home.id)
         return cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory, 0))
 
-    def numbers(self, groups: Sequence[dict[str, Any]], step: int, found_inf: Any) -> tuple[Any, Any]:
+    def numbers(self, groups: Sequence[dict[str, Any]], found_inf: Any) -> tuple[Any, Any]:
         """See `DonatedBuffers.numbers`; the device reads those that lie on it."""
-        known = [{key: self._number(x) for key, x in scheduled(group, step).items()} for group in groups]
+        known = [{key: self._number(x) for key, x in group.items()} for group in groups]
         return known, self._number(found_inf)
 
     def _number(self, x: Any) -> Any:
@@ -317,26 +331,26 @@ def buffers_of(names: Sequence[str], leaves: Sequence[Any], donates: bool) -> Do
     ImportError
         If they lie on a CUDA device and CuPy is not installed.
     """
-    home = None
+    home: Any = None  # a parameter and its device
     for name, leaf in zip(names, leaves):
-        check_has_values(f"parameter {name!r}", leaf)
+        check_has_values(f"parameter {shown(name)}", leaf)
         if not isinstance(leaf, jax.Array):
             continue
         found = devices_of(leaf)
         if len(found) > 1 or not (found[0] == first_cpu() or is_cuda(found[0])):
             raise TypeError(
-                f"parameter {name!r} must lie on the first CPU device or on one CUDA device, else use lars_jax.lars; "
-                f"got {', '.join(map(str, found))}"
+                f"parameter {shown(name)} must lie on the first CPU device or on one CUDA device, else use "
+                f"lars_jax.lars; got {', '.join(map(str, found))}"
             )
-        if home is not None and found[0] != home[1]:
+        home = home or (name, found[0])
+        if found[0] != home[1]:
             raise TypeError(
-                f"parameters must lie on one device, else use lars_jax.lars; {home[0]!r} lies on {home[1]} and "
-                f"{name!r} on {found[0]}"
+                f"parameters must lie on one device, else use lars_jax.lars; {shown(home[0])} lies on {home[1]} and "
+                f"{shown(name)} on {found[0]}"
             )
-        home = name, found[0]
-    if home is None or not is_cuda(home[1]):
-        return DonatedBuffers(first_cpu(), names, leaves, donates)
-    return CudaBuffers(home[1], names, leaves, donates)
+    if home and is_cuda(home[1]):
+        return CudaBuffers(home[1], names, leaves, donates)
+    return DonatedBuffers(first_cpu(), names, leaves, donates)
 
 
 def _restored(kind: Any, number: int, *arguments: Any) -> DonatedBuffers:
@@ -357,7 +371,8 @@ def _check_device(what: str, array: Any, device: Any) -> None:
 
 
 def _layout(x: Any) -> Any:
-    return getattr(x, "_pjrt_layout", None)  # the public `format` takes forty times as long
+    # JAX crashes where the array was deleted. The public `format` takes forty times as long.
+    return None if x.is_deleted() else getattr(x, "_pjrt_layout", None)
 
 
 def _in_order(x: Any, p: Any) -> Any:

@@ -5,22 +5,45 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import reduce
 from operator import and_
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import all_leaves
 
-from lars_jax._trees import spread
+from lars_jax._trees import Leaves
 
-__all__ = ["mapped_axes", "sum_over_devices"]
+__all__ = ["NAMESPACE", "mapped_axes", "sum_over_devices"]
 
 Axes = tuple[Hashable, ...]
 
 
-def mapped_axes(axis_name: Any, params: Any) -> list[Axes]:
+def _stack_replicated(arrays: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+    return jnp.stack(list(map(_replicated, arrays)), *arguments, **options)
+
+
+def _replicated(x: Any) -> Any:
+    """Return the sums of slices that lie on several devices of an explicit mesh as an array that all have whole."""
+    sharding = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    if sharding is None or not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+
+
+# `jax.numpy` for the stages of a step, which put the sums of all layers into one table.
+NAMESPACE = SimpleNamespace(**vars(jnp) | {"stack": _stack_replicated})
+
+
+def mapped_axes(axis_name: Any, leaves: Leaves) -> list[Axes]:
     """Return the mapped axes that each leaf is split over, as `lars` was given them."""
-    given = spread("axis_name", () if axis_name is None else axis_name, params, _is_axes, "names of mapped axes")
-    return [() if names is None else names if isinstance(names, tuple) else (names,) for names in given]
+    value = () if axis_name is None else axis_name
+    wanted = "names of mapped axes"
+    try:
+        found = leaves.spread("axis_name", value, wanted, _name)
+    except (TypeError, ValueError):  # a tuple is a tree where the parameters are one too, else several names
+        found = leaves.spread("axis_name", value, wanted, _names)
+    return [names or () for names in found]
 
 
 def sum_over_devices(S: Any, axes: Sequence[Axes]) -> Any:
@@ -51,5 +74,17 @@ def sum_over_devices(S: Any, axes: Sequence[Axes]) -> Any:
     return jax.lax.psum(jnp.where(counts[:, None], S, 0.0), every)
 
 
-def _is_axes(x: Any) -> bool:
-    return x is None or isinstance(x, (str, tuple))
+def _name(x: Any) -> Axes | None:
+    if x is None:
+        return ()
+    try:
+        hash(x)
+    except TypeError:
+        return None
+    return (x,) if all_leaves([x]) else None
+
+
+def _names(x: Any) -> Axes | None:
+    if type(x) is tuple and all(name is not None and _name(name) is not None for name in x):
+        return x
+    return _name(x)

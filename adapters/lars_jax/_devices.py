@@ -11,9 +11,10 @@ __all__ = ["check_has_values", "cuda_device", "devices_of", "first_cpu", "is_cud
 
 
 def check_has_values(what: str, array: Any) -> None:
-    """Raise TypeError for a traced array, ValueError for a deleted one; `what` is its name in messages."""
-    if isinstance(array, jax.core.Tracer):
-        raise TypeError(f"{what} must be an array with values, which a traced one has not; under jit use lars_jax.lars")
+    """Raise TypeError for an array without values, ValueError for a deleted one; `what` is its name in messages."""
+    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
+        kind = "an abstract" if isinstance(array, jax.ShapeDtypeStruct) else "a traced"
+        raise TypeError(f"{what} must have a value, which {kind} array has not; under jit use lars_jax.lars")
     if isinstance(array, jax.Array) and array.is_deleted():
         raise ValueError(f"{what} was deleted: it was donated to an earlier step, or to something else")
 

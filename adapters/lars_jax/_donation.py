@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["barrier", "copy", "donate"]
+__all__ = ["barrier", "check_context", "copy", "donate"]
 
 # Arrays of one computation: XLA would take seconds to compile thousands.
 _MOST = 256
@@ -35,6 +35,31 @@ def _donated(token: Any, arrays: Any, also: Any) -> Any:
 def _copied(token: Any, arrays: Any, also: Any) -> Any:
     del also
     return _next(token), [jnp.copy(x) for x in arrays]
+
+
+_counted = jax.jit(_next)
+
+
+def check_context(token: Any) -> None:
+    """Raise where JAX would not compute here and now on the device of the token.
+
+    Raises
+    ------
+    TypeError
+        Inside a function that JAX traces.
+    ValueError
+        Where a mesh of other devices is set.
+    """
+    try:
+        new = _counted(token)
+    except ValueError as error:
+        way_out = "call it outside of the mesh, or use lars_jax.lars"
+        raise ValueError(f"lars_jax.LARS can't run under jax.set_mesh of other devices: {way_out}") from error
+    if isinstance(new, jax.core.Tracer):
+        raise TypeError(
+            "lars_jax.LARS must be called outside of functions that JAX traces, where it would run while they are "
+            "traced and not when they are called; under jit use lars_jax.lars"
+        )
 
 
 def donate(token: Any, arrays: Sequence[Any], also: Sequence[Any]) -> tuple[Any, list[Any]]:

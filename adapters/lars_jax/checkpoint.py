@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_array._arrays import accumulation_dtype, compute_dtype
-from lars_array.hyperparams import complete, needs_buffer
+from lars_array._stepper import shown
+from lars_array.hyperparams import needs_buffer
 from lars_array.state.checkpoint import read_checkpoint
-from lars_jax._trees import leaves_as, named_leaves
-from lars_jax.transformation import LarsState, bind_arguments, groups_of
+from lars_jax._trees import Leaves
+from lars_jax.transformation import LarsState, bind_arguments, momentum_buffers
 
 __all__ = ["from_state_dict", "regrouped", "to_state_dict"]
 
 
-def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+def to_state_dict(state: Any, params: Any, learning_rate: Any, **options: Any) -> dict[str, Any]:
     """Return the state of `lars` as `lars_array.LARS.load_state_dict` takes it.
 
     Parameters
@@ -29,7 +31,7 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
         The parameters.
     learning_rate : float, array of shape (), or schedule
         As `lars` was given: a state of optax does not hold it.
-    *arguments, **options
+    **options
         The other arguments that `lars` was called with.
 
     Returns
@@ -43,24 +45,19 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, *arguments: Any, 
     ValueError, TypeError
         If there is no such state or it does not fit the parameters, or as `lars` does.
     """
-    found = _found(state)
-    names, leaves, structure = named_leaves(params)
-    trace: list[Any] = [None] * len(leaves)
-    if found.trace is not None:
-        trace = leaves_as(structure, found.trace, "the trace of state")
-    if found.first.shape != (len(names),):
-        raise ValueError(f"state must be of as many leaves as the parameters, {len(names)}; got {found.first.shape[0]}")
-    bound = bind_arguments(learning_rate, *arguments, **options)
-    groups, group_of = groups_of(bound.hyper, params, bound)
-    param_groups = [
-        complete(group) | {"names": [name for name, number in zip(names, group_of) if number == k]}
-        for k, group in enumerate(groups)
-    ]
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LarsState))
+    states = [x for x in leaves if isinstance(x, LarsState)]
+    if len(states) != 1:
+        raise ValueError(f"state must hold one state of lars; it holds {len(states)}")
+    found, tree = states[0], Leaves.of(params)
+    trace = [None] * len(tree.names) if found.trace is None else momentum_buffers(found, tree)
+    bound = bind_arguments(learning_rate, **options)
     of_names = {}
-    for name, v, first, previous_lr in zip(names, trace, found.first.tolist(), found.previous_lr.tolist()):
+    for name, v, first, previous_lr in zip(tree.names, trace, found.first.tolist(), found.previous_lr.tolist()):
         buffer = {} if v is None or first else {"momentum_buffer": np.array(v)}
         of_names[name] = {"previous_lr": previous_lr, **buffer}
-    return {"steps": int(found.count), "skipped_steps": 0, "param_groups": param_groups, "state": of_names}
+    groups = bound.groups(tree.names, bound.of_leaves(tree))
+    return {"steps": int(found.count), "skipped_steps": 0, "param_groups": groups, "state": of_names}
 
 
 def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
@@ -83,23 +80,22 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
     ValueError, TypeError
         If the state does not fit the parameters.
     """
-    names, leaves, structure = named_leaves(params)
-    of_groups = _names_of_groups(state_dict)
-    given = [name for own in of_groups for name in own]
-    _check_names(given, names)
-    array_of = {name: np.asarray(p) for name, p in zip(names, leaves)}
-    read = read_checkpoint(regrouped(state_dict, of_groups), of_groups, [array_of[name] for name in given])
-    state = [read.state[name] for name in names]
+    tree = Leaves.of_arrays(params)
+    array_of = {name: np.broadcast_to(np.zeros((), p.dtype), p.shape) for name, p in zip(tree.names, tree.values)}
+    options = _options_of_names(state_dict, tree.names)
+    names = [group["names"] for group in state_dict["param_groups"]]
+    read = read_checkpoint(state_dict, names, [array_of[name] for name in options])
+    state = [read.state[name] for name in tree.names]
     if any("master" in own for own in state):
         raise ValueError("state_dict must not hold master weights, which lars does not keep")
-    kinds = [compute_dtype(p, jnp) for p in leaves]
     known = [own.get("momentum_buffer") for own in state]
     buffers = [
-        jnp.zeros(p.shape, kind) if v is None else jnp.array(v, dtype=kind) for p, v, kind in zip(leaves, known, kinds)
+        jnp.zeros(p.shape, compute_dtype(p, jnp)) if v is None else jnp.array(v, dtype=compute_dtype(p, jnp))
+        for p, v in zip(tree.values, known)
     ]
     return LarsState(
         count=jnp.asarray(read.steps, jnp.int32),
-        trace=structure.unflatten(buffers) if any(map(needs_buffer, read.groups)) else None,
+        trace=tree.structure.unflatten(buffers) if any(map(needs_buffer, read.groups)) else None,
         first=jnp.asarray([v is None for v in known], jnp.bool),
         previous_lr=jnp.asarray([own["previous_lr"] for own in state], accumulation_dtype(jnp)),
     )
@@ -115,42 +111,33 @@ def regrouped(state_dict: Mapping[str, Any], names_of_groups: Sequence[Sequence[
     TypeError
         If `state_dict` is not one.
     """
-    _names_of_groups(state_dict)
-    options: dict[str, dict[str, Any]] = {}
-    for group in state_dict["param_groups"]:
-        own = {key: x for key, x in group.items() if key != "names"} | {"layer_axes": 0}  # which parameters have here
-        options |= dict.fromkeys(group["names"], own)
-    _check_names(list(options), [name for names in names_of_groups for name in names])
-    groups = []
+    options = _options_of_names(state_dict, [name for names in names_of_groups for name in names])
     for names in names_of_groups:
+        first = options[names[0]]
         for name in names:
-            if options[name] != options[names[0]]:
-                differing = {key for key in options[name] if options[name][key] != options[names[0]].get(key)}
+            differing = {key for key in options[name] if options[name][key] != first.get(key)}
+            if differing or len(options[name]) < len(first):
                 raise ValueError(
-                    f"state_dict must say the same of {names[0]!r} and {name!r}, which are in one group here; "
-                    f"their {min(differing, default='options')} differs"
+                    f"state_dict must have the same options for {shown(names[0])} and {shown(name)}, which are in one "
+                    f"group here; their {min(differing, default='options')} differs"
                 )
-        groups.append(options[names[0]] | {"names": list(names)})
+    groups = [options[names[0]] | {"names": list(names)} for names in names_of_groups]
     return {**state_dict, "param_groups": groups}
 
 
-def _names_of_groups(state_dict: Any) -> list[list[str]]:
-    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
-        raise TypeError(f"state_dict must be what state_dict() returned; got {state_dict!r}")
-    groups = state_dict["param_groups"]
-    if not all(isinstance(group, Mapping) and "names" in group for group in groups):
+def _options_of_names(state_dict: Any, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the options in the group of each name; raise for other names than are wanted."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        raise TypeError(f"state_dict must be what state_dict() returned; got {shown(state_dict)}")
+    if not all("names" in group for group in groups):
         raise ValueError("state_dict must hold groups with the key 'names'")
-    return [list(group["names"]) for group in groups]
-
-
-def _check_names(given: Sequence[str], wanted: Sequence[str]) -> None:
-    if sorted(given) != sorted(wanted):
-        raise ValueError(f"state_dict must be of parameters named {sorted(wanted)!r}; got {sorted(given)!r}")
-
-
-def _found(state: Any) -> LarsState:
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LarsState))
-    found = [x for x in leaves if isinstance(x, LarsState)]
-    if len(found) != 1:
-        raise ValueError(f"state must hold one state of lars; it holds {len(found)}")
-    return found[0]
+    counts = Counter(name for group in groups for name in group["names"])
+    counts.subtract(wanted)
+    for name, surplus in counts.items():
+        if surplus:
+            found = "an unknown or repeated" if surplus > 0 else "no"
+            raise ValueError(f"state_dict must be of parameters named as these are; it has {found} {shown(name)}")
+    # `layer_axes` are the parameters' own here.
+    options = [{key: x for key, x in group.items() if key != "names"} | {"layer_axes": 0} for group in groups]
+    return {name: own for group, own in zip(groups, options) for name in group["names"]}

@@ -7,33 +7,33 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lars_array import Norms, Rule
+from lars_array import Rule
 from lars_array._arrays import ArraySpecs, check_parameter
-from lars_array._stepper import KEPT, ParamState, Stepper
+from lars_array._stepper import ParamState, Stepper, shown
 from lars_array.hyperparams import (
     DEFAULTS,
-    Hyperparams,
-    check_layer_axes,
-    complete,
     defaults_from,
+    described,
     options_of,
     readable,
-    required,
+    scheduled,
 )
 from lars_array.layers import LayerOf
-from lars_array.state.checkpoint import read_checkpoint
+from lars_array.state.checkpoint import StatefulOptimizer
+from lars_jax._arguments import LarsArguments, check_rate
 from lars_jax._buffers import DonatedBuffers, buffers_of
 from lars_jax._devices import check_has_values
-from lars_jax._trees import leaves_as, named_leaves
+from lars_jax._messages import check_leaf, is_torch, no_parameters
+from lars_jax._trees import Leaves
 from lars_jax.checkpoint import regrouped
-from lars_jax.transformation import LarsArguments, groups_of
 
 __all__ = ["LARS"]
 
 
-class LARS:
+class LARS(StatefulOptimizer):
     r"""Layer-wise adaptive rate scaling for trees of JAX arrays, outside of jit, by the kernels of `lars_array`.
 
     Gradients are read in place, and no array that is visible elsewhere is ever written to. On a CUDA device, which
@@ -44,8 +44,8 @@ class LARS:
     ----------
     params : pytree
         The parameters, on the first CPU device or on one CUDA device: a dict, a list, a dataclass, a module of Flax or
-        Equinox. Copied, not modified. Leaves that are no floating-point arrays are returned as they are; NumPy arrays
-        go to the device of the others.
+        Equinox. Copied, not modified. Leaves that are no floating-point arrays are returned as they are, and must have
+        no gradients; NumPy arrays go to the device of the others.
     lr : float or callable
         Learning rate; or a function of the step, counted from 0, such as those of `lars_array.schedules` and of optax.
         On a CUDA device this, and the other numbers, may be arrays of shape () there, which are not checked.
@@ -100,7 +100,7 @@ class LARS:
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -116,32 +116,34 @@ class LARS:
         donate: bool = False,
         kernel: str | None = None,
     ) -> None:
-        hyper = defaults_from(locals())
-        names, leaves, self._structure = named_leaves(params)
-        index = [i for i, (name, leaf) in enumerate(zip(names, leaves)) if _is_parameter(name, leaf)]
+        hyper = defaults_from(locals()) | {"layer_axes": 0}  # which leaves have themselves
+        check_rate("lr", lr, params)
+        readable(_with_values(hyper, 0), 0)
+        super().__init__(Stepper(kernel))
+        tree = Leaves.of(params)
+        values = [np.asarray(x) if isinstance(x, np.generic) else x for x in tree.values]
+        is_parameter = list(map(_is_parameter, tree.names, values))
+        index = [i for i, yes in enumerate(is_parameter) if yes]
         if not index:
-            raise ValueError("optimizer got an empty parameter list")
+            raise no_parameters(params)
         for i in index:
-            check_parameter(names[i], leaves[i])
+            check_parameter(tree.names[i], values[i])
+        self._others = {name for name, yes in zip(tree.names, is_parameter) if not yes}
         arguments = LarsArguments(hyper, weight_decay_mask, trust_ratio_mask, layer_axes)
-        groups, group_of = groups_of(hyper, params, arguments)
-        present = sorted({group_of[i] for i in index})
-        self._index = sorted(index, key=group_of.__getitem__)  # of the parameters among the leaves, group by group
-        own_names, given = ([x[i] for i in self._index] for x in (names, leaves))
-        self._others = [None if i in set(index) else leaf for i, leaf in enumerate(leaves)]
-        self._param_groups = [
-            complete(groups[k]) | {"names": [names[i] for i in index if group_of[i] == k]} for k in present
-        ]
-        self._hyperparams, self._stepper = Hyperparams(), Stepper(kernel)
-        self._steps, self._skipped_steps = 0, 0
-        self._last: Any = None  # the `StepResult` of the last step
-        for group in self._param_groups:
-            readable(options_of(group), 0)
-        self._memory = buffers_of(own_names, given, donate)
+        of_leaves = arguments.of_leaves(tree, self._others)
+        self.param_groups = arguments.groups([tree.names[i] for i in index], [of_leaves[i] for i in index])
+        self._layer_axes = [group["layer_axes"] for group in self.param_groups]
+        names = [name for group in self.param_groups for name in group["names"]]
+        place = {name: i for i, name in enumerate(tree.names)}
+        self._index = [place[name] for name in names]  # of the parameters among the leaves, group by group
+        given = [values[i] for i in self._index]
+        # Whether groups without decay are adapted by all rules depends, at each step, on the decay of the others.
+        self._decay, self._always_adapt = weight_decay, always_adapt
+        self._excluded = [k for k, group in enumerate(self.param_groups) if group["weight_decay"] is not weight_decay]
+        self._leaves = tree._replace(tree=None, values=[None if yes else x for yes, x in zip(is_parameter, values)])
+        self._memory = buffers_of(names, given, donate)
         with self._memory.context():
-            group_of = [present.index(group_of[i]) for i in self._index]
-            self._axes = [group["layer_axes"] for group in self._param_groups]
-            self._state = _State(self._memory, own_names, group_of, [self._axes[k] for k in group_of], layer_of)
+            self._state = _State(self._memory, names, self.param_groups, layer_of)
             self._stepper.choose_kernel(self._state.params)
             self._release()
         for leaf in given if donate else ():
@@ -153,28 +155,14 @@ class LARS:
         """The parameters as they are now."""
         return self._tree
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Hyper-parameters of each group of leaves."""
-        return self._param_groups
-
-    @property
-    def steps(self) -> int:
-        """How many steps were taken."""
-        return self._steps
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped."""
-        return self._skipped_steps
-
     def step(self, grads: Any, *, found_inf: Any = None) -> Any:
         """Take a step, and return the new parameters.
 
         Parameters
         ----------
         grads : pytree
-            In the structure of the parameters; None for a leaf that is skipped. Not modified.
+            In the structure of the parameters, or with their names in dicts or modules of other types, such as a State
+            of Flax for its module; None for a leaf that is skipped. Not modified.
         found_inf : number or array of shape (), optional
             The step is skipped where it isn't zero.
 
@@ -187,49 +175,37 @@ class LARS:
         Raises
         ------
         ValueError, TypeError
-            If `grads` does not fit the parameters, or donated parameters were deleted. Then nothing was changed.
+            If `grads` does not fit the parameters, or these were deleted; for traced numbers, whose derivatives would
+            be lost; and inside of functions that JAX traces, or under ``jax.set_mesh`` of other devices. Then nothing
+            was changed.
         NonFiniteError
             As for `lars_array.LARS.step`. On a CUDA device a rejected step returns the parameters as they were; a later
             call raises, before it does anything.
         """
-        given = leaves_as(self._structure, grads, "grads")
-        gradients = self._memory.gradients([given[i] for i in self._index])
+        given = self._leaves.match(grads, "grads", self._others)
+        for name, g in zip(self._leaves.names, given):
+            if name in self._others and _is_inexact(g):
+                raise TypeError(f"the gradient of {shown(name)} must be None, since only arrays of floats are trained")
+        memory, was_taken = self._memory, False
+        memory.check_context()
         check_has_values("found_inf", found_inf)
-        result: Any = None
-        with self._memory.context():
+        with memory.context():
             try:
+                gradients = memory.gradients([given[i] for i in self._index])
                 self._poll_device()
-                options, found = self._memory.numbers(self._param_groups, self._steps, found_inf)
-                groups = self._hyperparams.read(options, self._steps)
-                check_layer_axes(groups, self._axes)
-                self._memory.acquire()
-            except BaseException:
-                self._memory.forget()
-                raise
-            self._state.params = self._memory.arrays  # another list if they have moved
-            try:
-                result = self._stepper.step(self._state, gradients, groups, found)
+                options, found = memory.numbers(self._options(), found_inf)
+                groups = self._read_groups(options)
+                memory.acquire()
+                self._state.params = memory.arrays  # another list if they have moved
+                try:
+                    was_taken = self._take_step(gradients, groups, found)
+                finally:
+                    # Copies that were returned before are still right, but may have been donated.
+                    if memory.donates or was_taken or any(x.is_deleted() for x in self._released):
+                        self._release()
             finally:
-                # Copies that were returned before are still right, but may have been donated.
-                if self._memory.donates or result is not None or any(x.is_deleted() for x in self._released):
-                    self._release()
-                self._memory.forget()
-        if result is None:
-            self._skipped_steps += 1
-        else:
-            self._steps += 1
-            self._last = result if result.names else self._last
+                memory.forget()
         return self._tree
-
-    def synchronize(self) -> None:
-        """Wait for the device, and update `steps` and `skipped_steps`.
-
-        Raises
-        ------
-        NonFiniteError
-            As for `lars_array.LARS.synchronize`.
-        """
-        self._poll_device(wait=True)
 
     def replace_params(self, params: Any) -> None:
         """Go on from other parameters, of the same structure, shapes and dtypes: clipped ones, or an average.
@@ -237,47 +213,31 @@ class LARS:
         Parameters
         ----------
         params : pytree
-            Copied, not modified.
+            Copied, not modified. Leaves that are no floating-point arrays are taken over too.
 
         Raises
         ------
         ValueError, TypeError
             If they do not fit. Then nothing was changed.
         """
-        given = leaves_as(self._structure, params, "params")
-        new = [given[i] for i in self._index]
+        given = self._leaves.match(params, "params", self._others)
+        self._memory.check_context()
+        new = [np.asarray(x) if isinstance(x, np.generic) else x for x in (given[i] for i in self._index)]
         for name, x, p in zip(self._state.names, new, self._state.params):
-            self._memory.check(f"parameter {name!r}", x)
+            self._memory.check(f"parameter {shown(name)}", x)
             if x.shape != p.shape or x.dtype != p.dtype:
                 raise ValueError(
-                    f"parameter {name!r} must keep its shape {p.shape!r} and dtype {p.dtype!r}; "
+                    f"parameter {shown(name)} must keep its shape {p.shape!r} and dtype {p.dtype!r}; "
                     f"got {x.shape!r} and {x.dtype!r}"
                 )
         with self._memory.context():
             self._memory.refill(new)
             self._state.params = self._memory.arrays
             self._state.masters = [None] * len(new)  # the next step makes them anew
+            own = zip(self._leaves.names, self._leaves.values, given)
+            others = [old if x is None or name not in self._others else x for name, old, x in own]
+            self._leaves = self._leaves._replace(values=others)
             self._release()
-
-    def norms(self) -> dict[str, Norms]:
-        """Return the norms of the last step; see `lars_array.LARS.norms`.
-
-        Returns
-        -------
-        dict of str to Norms
-            By name of leaf.
-        """
-        return {} if self._last is None else self._last.norms()
-
-    def trust_ratios(self) -> dict[str, float]:
-        """Return the trust ratios of the last step; see `lars_array.LARS.trust_ratios`.
-
-        Returns
-        -------
-        dict of str to float
-            By name of leaf.
-        """
-        return {} if self._last is None else self._last.trust_ratios()
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that a step depends on beside the parameters, as `lars_array.LARS.state_dict` does.
@@ -287,17 +247,11 @@ class LARS:
         dict
             By the names of the leaves: their paths with dots. Arrays are NumPy's.
         """
-        self.synchronize()
         with self._memory.context():
-            state = {
-                name: {key: self._memory.to_numpy(x) if key in KEPT else x for key, x in own.items()}
-                for name, own in self._state.views().items()
-            }
-        groups = [
-            {key: np.asarray(x) if isinstance(x, jax.Array) else copy.deepcopy(x) for key, x in group.items()}
-            for group in self._param_groups
-        ]
-        return {"steps": self._steps, "skipped_steps": self._skipped_steps, "param_groups": groups, "state": state}
+            saved = self._saved(self._memory.to_numpy)
+        for group in saved["param_groups"]:
+            group.update({key: np.asarray(x) for key, x in group.items() if isinstance(x, jax.Array)})
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state of this class, of `lars_array.LARS` or of `lars_jax.to_state_dict`.
@@ -312,44 +266,34 @@ class LARS:
         ValueError, TypeError
             If it does not fit these parameters; then nothing was changed.
         """
-        names = [group["names"] for group in self._param_groups]
-        given = regrouped(state_dict, names)
+        given = regrouped(state_dict, [group["names"] for group in self.param_groups])
         with self._memory.context():
-            given = {key: self._memory.from_numpy(x) if key == "state" else x for key, x in given.items()}
-            read = read_checkpoint(given, names, self._state.params)
-            self._state.attach(read.state, copied=True)
-        self._steps, self._skipped_steps = read.steps, read.skipped_steps
-        for group, options in zip(self._param_groups, read.groups):
-            group.update(options | {"layer_axes": group["layer_axes"]})
+            self._load(given | {"state": self._memory.from_numpy(given.get("state"))})
 
     def __repr__(self) -> str:
-        lines = []
-        for number, group in enumerate(self._param_groups):
-            changed = {key: x for key, x in options_of(group).items() if x != DEFAULTS.get(key, required)}
-            options = ", ".join(f"{key}={x!r}" for key, x in changed.items())
-            lines.append(f"  group {number}: {len(group['names'])} parameters, {options}")
-        return "\n".join(["lars_jax.LARS(", *lines, ")"])
+        return described("lars_jax.LARS", self.param_groups)
 
     def _release(self) -> None:
         """Let `params` be the parameters as they are now."""
-        leaves = list(self._others)
+        leaves = list(self._leaves.values)
         self._released = self._memory.release()
         for i, x in zip(self._index, self._released, strict=True):
             leaves[i] = x
-        self._tree = self._structure.unflatten(leaves)
+        self._tree = self._leaves.structure.unflatten(leaves)
 
-    def _poll_device(self, *, wait: bool = False) -> None:
-        """Update the step counters from the device and raise if it rejected a step."""
-        steps, skipped, error = self._state.poll_device(wait=wait)
-        self._steps += steps
-        self._skipped_steps += skipped
-        if error is not None:
-            raise error
+    def _options(self) -> list[dict[str, Any]]:
+        """Return the hyper-parameters of the groups at this step."""
+        options = [_with_values(options_of(group), self.steps) for group in self.param_groups]
+        if callable(self._decay) and not _with_values({"weight_decay": self._decay}, self.steps)["weight_decay"]:
+            for k in self._excluded:
+                options[k]["always_adapt"] = self._always_adapt
+        return options
+
+    def __copy__(self) -> LARS:
+        return copy.deepcopy(self)  # two optimizers can't step the same memory
 
     def __getstate__(self) -> dict[str, Any]:
-        self.synchronize()
-        last = None if self._last is None else self._last.settled()
-        return self.__dict__ | {"_tree": None, "_released": None, "_last": last}
+        return super().__getstate__() | {"_tree": None, "_released": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -363,11 +307,12 @@ class _State(ParamState):
     """Parameters in the memory of JAX arrays; gradients are JAX arrays, or what kernels take."""
 
     def __init__(
-        self, memory: DonatedBuffers, names: list[str], group_of: list[int], axes: list[int], layer_of: LayerOf
+        self, memory: DonatedBuffers, names: list[str], groups: Sequence[Mapping[str, Any]], layer_of: LayerOf
     ) -> None:
         super().__init__(layer_of)
         self.memory, self.names, self.params = memory, names, memory.arrays
-        self.group_of, self.layer_axes = np.array(group_of, np.int32), axes
+        self.group_of = np.array([k for k, group in enumerate(groups) for _ in group["names"]], np.int32)
+        self.layer_axes = [group["layer_axes"] for group in groups for _ in group["names"]]
         self.buffers, self.masters = [None] * len(names), [None] * len(names)
         self.previous_lr = np.zeros(len(names))
         self.rows()  # which refuses what can't be layers
@@ -392,6 +337,20 @@ class _State(ParamState):
 
 
 def _is_parameter(name: str, leaf: Any) -> bool:
-    if isinstance(leaf, jax.core.Tracer):
-        check_has_values(f"parameter {name!r}", leaf)
-    return isinstance(leaf, (jax.Array, np.ndarray)) and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        check_has_values(f"parameter {shown(name)}", leaf)
+    if is_torch(leaf):
+        check_leaf(name, leaf)
+    return isinstance(leaf, (jax.Array, np.ndarray)) and _is_inexact(leaf)
+
+
+def _is_inexact(x: Any) -> bool:
+    return isinstance(x, float | complex) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _with_values(options: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Return options with the values of schedules; raise for traced ones, whose derivatives would be lost."""
+    known = scheduled(options, step)
+    for name, x in known.items():
+        check_has_values(name, x)
+    return known

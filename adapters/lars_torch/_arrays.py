@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from lars_array._arrays import COMPUTE, ArraySpecs, dtype_name, span
 __all__ = [
     "TensorSpecs",
     "check_gradient",
+    "check_is_memory",
     "check_tensor",
     "compute_dtype",
     "is_lazy",
@@ -30,10 +32,12 @@ __all__ = [
 ]
 
 
+_COMPUTE: dict[torch.dtype, torch.dtype] = {getattr(torch, x): getattr(torch, y) for x, y in COMPUTE.items()}
+
+
 def compute_dtype(p: torch.Tensor) -> torch.dtype:
     """Return the type that a parameter is computed in, which its momentum buffer has."""
-    kind: torch.dtype = getattr(torch, COMPUTE[dtype_name(p.dtype)])
-    return kind
+    return _COMPUTE[p.dtype]
 
 
 # --------------------------------------------------------------------------------------------------------- libraries
@@ -162,6 +166,15 @@ class TensorSpecs(ArraySpecs):
         ]
         super().__init__(tensors)
 
+    def at(self, index: Sequence[int]) -> TensorSpecs:
+        """See `ArraySpecs.at`."""
+        specs, lazy = copy.copy(self), dict(zip(self._can_be_lazy, self._columns[-1], strict=True))
+        specs._types, specs.spans = [self._types[i] for i in index], self.spans[index]
+        specs._can_be_lazy = [k for k, i in enumerate(index) if i in lazy]
+        specs._columns = [[column[i] for i in index] for column in self._columns[:-1]]
+        specs._columns.append([lazy[i] for i in index if i in lazy])
+        return specs
+
     def addresses(self, arrays: Sequence[Any]) -> Any:
         """See `ArraySpecs.addresses`."""
         try:
@@ -197,7 +210,7 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
     ValueError
         If its storage was freed.
     """
-    _check_is_memory(f"parameter {name!r}", p)
+    check_is_memory(f"parameter {name!r}", p)
     if is_lazy(p):
         raise TypeError(f"parameter {name!r} must not be a lazily conjugated or negated view")
     if p.numel() and not p.data_ptr() and p.device.type != "meta":
@@ -207,13 +220,17 @@ def check_tensor(name: str, p: torch.Tensor) -> None:
 
 def check_gradient(name: str, g: torch.Tensor, p: torch.Tensor) -> None:
     """Refuse a gradient that does not fit its parameter."""
-    _check_is_memory(f"the gradient of {name!r}", g)
+    check_is_memory(f"the gradient of {name!r}", g)
     _arrays.check_gradient(name, g, p)
 
 
-def _check_is_memory(name: str, tensor: torch.Tensor) -> None:
+def check_is_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError for a tensor that is not all of a layer: sparse, spread over processes, or wrapping others."""
     kind = type(tensor)
     if is_traceable_wrapper_subclass(tensor) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}")
+        way_out = ""
+        if kind.__name__ == "DTensor":
+            way_out = ": keep parameters whole, as DistributedDataParallel and ZeroRedundancyOptimizer do"
+        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}{way_out}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be dense, LARS needs its norm; got one of {tensor.layout}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 
-from lars_array.hyperparams import DEFAULTS, NUMBERS, check, complete
+from lars_array.hyperparams import NUMBERS, check, complete
+from lars_torch._keys import NAMES
 
 __all__ = ["check_group", "numbers_of"]
-
-NAMES = ("lr", *DEFAULTS)
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ def numbers_of(
     for name in NUMBERS:
         if callable(group[name]) or (name == "lr" and not isinstance(group[name], Real | torch.Tensor)):
             rule = f"{name} must be a number or a tensor, see torch.optim.lr_scheduler"
-            raise TypeError(f"{rule}; got {group[name]!r}")
+            raise TypeError(f"{rule}; got {shown(group[name])}")
     found = {name: group[name] for name in NAMES}
     for name, value in found.items():
         if isinstance(value, torch.Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lars_array._arrays import is_half
-from lars_array._stepper import KEPT, ParamState, Stepper
+from lars_array._stepper import KEPT, ParamState, Stepper, reads_previous_lr
 from lars_array.hyperparams import Hyperparams, check_layer_axes
 from lars_array.state.memory import check_writable
 from lars_torch import _arrays
@@ -57,8 +57,6 @@ class TensorState(ParamState):
         By position among all parameters, in the order of the groups.
     groups : sequence of mappings
         All parameter groups.
-    previous_lr : mapping of Tensor to float
-        The learning rate of the last step of parameters that have taken one.
     layer_of : callable, optional
         As for `lars_array.LARS`.
     kernel : str, optional
@@ -79,7 +77,6 @@ class TensorState(ParamState):
         device: torch.device,
         members: Mapping[int, NamedParam],
         groups: Sequence[Mapping[str, Any]],
-        previous_lr: Mapping[torch.Tensor, float],
         layer_of: Callable[[str], Hashable] | None,
         kernel: str | None,
     ) -> None:
@@ -88,7 +85,7 @@ class TensorState(ParamState):
         self.group_of = np.array(group_of, np.int32)
         self._axes_of_groups = [group["layer_axes"] for group in groups]
         self.layer_axes = [self._axes_of_groups[k] for k in group_of]
-        self.previous_lr = np.array([previous_lr.get(p, 0.0) for p in self.owners])
+        self.previous_lr = np.zeros(len(self.owners))
         self.skipped = 0
         self.result: Any = None
         self._device, self._library = device, library_of(device, self.owners)
@@ -98,6 +95,9 @@ class TensorState(ParamState):
         self._has_halves = any(halves)
         self._layouts: list[Any] = []  # of parameters that were checked
         self._known_buffers: list[Any] = []
+        self._rated: tuple[Any, list[int]] = None, []  # hyper-parameters, and the parameters whose rule reads a rate
+        self._rates: list[Any] = []  # of these, as the optimizer's state holds them
+        self._known_versions = [(-1, 0)] * len(self.owners)
         self._cast: dict[int, torch.Tensor] = {}  # momentum buffers that were cast for a step
         # Of these the first step drops masters, which remain where an owner has cast half precision.
         self._without_master = [p for p, half in zip(self.owners, halves) if not half]
@@ -119,16 +119,41 @@ class TensorState(ParamState):
         if len(self._index) < len(memory):
             memory, grads = ([x[i] for i in self._index] for x in (memory, grads))
         self._state, self.params, self._cast = state, list(memory), {}
-        if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
-            owns = list(state.values())  # faster than to ask for each
-        else:
-            owns = [state.get(p, _NOTHING) for p in self.owners]
-        self.buffers = [own.get("momentum_buffer") for own in owns]
+        try:
+            if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
+                owns = list(state.values())  # faster than to ask for each
+            else:
+                owns = [state.get(p, _NOTHING) for p in self.owners]
+            self.buffers = [own.get("momentum_buffer") for own in owns]
+        except (AttributeError, TypeError) as error:
+            raise TypeError(f"optimizer.state must be a dict of dicts; {error}") from None
+        self._owns = owns
         if self._has_halves:
             self.masters = [own.get("master") for own in owns]
+            if any(master is not None for master in self.masters):
+                self._drop_outdated_masters()
         if all(g is None for g in grads):
             return None
         return resolved(grads) if self._has_complex else list(grads)
+
+    def _drop_outdated_masters(self) -> None:
+        """Leave out masters of parameters that others have written to since the last step: these are made anew."""
+        versions = self._versions()
+        if versions == self._known_versions:
+            return
+        for i, (p, master) in enumerate(zip(self.params, self.masters, strict=True)):
+            # A compiled graph writes to parameters after the step: values decide.
+            if versions[i] != self._known_versions[i] and master is not None and not torch.equal(p, master.to(p.dtype)):
+                self.masters[i] = None
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.owners]
+
+    def note_versions(self, grads: Sequence[Any]) -> None:
+        """Note how often parameters that were stepped had been written to, this step included."""
+        if self._has_halves:
+            pairs = zip(self._versions(), self._known_versions, grads, self.masters, strict=True)
+            self._known_versions = [known if g is None or m is None else now for now, known, g, m in pairs]
 
     def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters: the same object as long as nothing in it has changed."""
@@ -149,6 +174,7 @@ class TensorState(ParamState):
     def step(self, grads: Sequence[Any], groups: Any, found_inf: Any) -> list[torch.Tensor]:
         """Take a step with gradients from `read`, and return the tensors that were written to."""
         with self.context():
+            self._read_rates(groups)
             if found_inf is not None:
                 on_cpu = self._device.type == "cpu"
                 found_inf = found_inf.item() if on_cpu else self.view(found_inf.reshape(()))
@@ -161,11 +187,51 @@ class TensorState(ParamState):
         for p in self._without_master:
             self._state.get(p, {}).pop("master", None)
         self._without_master = []
+        self._write_rates(grads)
         self.result = result
         lists = [self.owners, self.buffers, *([self.masters] if self._has_halves else [])]
         if [g for g in grads if g is None]:
             lists = [[x for x, g in zip(own, grads, strict=True) if g is not None] for own in lists]
         return [x for own in lists for x in own if x is not None]
+
+    def _read_rates(self, groups: Any) -> None:
+        """Take the learning rates of the last steps from the optimizer's state, where a rule reads them."""
+        if groups is not self._rated[0]:
+            reads = [reads_previous_lr(group["rule"]) for group in groups]
+            self._rated = groups, [i for i, k in enumerate(self.group_of.tolist()) if reads[k]]
+        index = self._rated[1]
+        if not index:
+            return
+        given = [self._owns[i].get("previous_lr") for i in index]
+        if self.device is not None:
+            if all(map(is_, given, self._rates)):
+                return
+            self._pull_device_state()
+        self.previous_lr = self.previous_lr.copy()
+        self.previous_lr[index] = [0.0 if rate is None else float(rate) for rate in given]
+
+    def _write_rates(self, grads: Sequence[Any]) -> None:
+        """Put the learning rates of this step into the optimizer's state, on a device as tensors that steps update."""
+        index = self._rated[1]
+        if not index:
+            return
+        rates = tensor_of(self.previous_lr.copy() if self.device is None else self.device.previous_lr)
+        self._rates = [rates[i] for i in index]
+        for i, rate in zip(index, self._rates, strict=True):
+            if self.device is not None or grads[i] is not None:
+                self._state.setdefault(self.owners[i], {})["previous_lr"] = rate
+
+    def _pull_device_state(self) -> None:
+        self.poll(wait=True)
+        self.previous_lr, self.device = self.last_rates(), None
+
+    def restart(self, layer_axes: Sequence[int]) -> bool:
+        """Forget steps that were taken; return False if a new state must be made, such as on a device."""
+        if self.device is not None or list(layer_axes) != self._axes_of_groups:
+            return False
+        self.previous_lr, self.skipped, self.result = np.zeros(len(self.owners)), 0, None
+        self._known_versions = [(-1, 0)] * len(self.owners)
+        return True
 
     def poll(self, *, wait: bool = False) -> None:
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
@@ -191,20 +257,25 @@ class TensorState(ParamState):
     # ---------------------------------------------------------------------------------------- called by the stepper
 
     def prepare(self) -> None:
-        """Check parameters, and cast momentum buffers to the type that is computed in."""
-        if not self._layouts:
-            self._check()
-        elif list(map(_layout, self.params)) != self._layouts:
+        """Check parameters and their state, and cast momentum buffers to the type that is computed in."""
+        own = (x for x in self._owns if x is not _NOTHING)
+        if not all(isinstance(x, MutableMapping) for x in (self._state, *own)):
+            raise TypeError("optimizer.state must be a dict of dicts")
+        layouts = list(map(_layout, self.params)) if self._layouts else []
+        if [x[1:] for x in layouts] != [x[1:] for x in self._layouts]:
             raise OutdatedError
+        if not layouts or layouts != self._layouts:
+            self._check()
         for i, (p, v) in enumerate(zip(self.params, self.buffers, strict=True)):
             kind = compute_dtype(p)
+            if not (v is None or isinstance(v, torch.Tensor)):
+                raise TypeError(f"the momentum buffer of {self.names[i]!r} must be a tensor; got {type(v).__name__}")
             if v is not None and v.dtype != kind and v.is_complex() == kind.is_complex:
                 self.buffers[i] = self._cast[i] = v.to(kind)  # the optimizer's once a step was taken
             if not is_half(p):
                 self.masters[i] = None
         if self.device is not None and not all(map(is_, self.buffers, self._known_buffers)):
-            self.poll(wait=True)
-            self.previous_lr, self.device = self.last_rates(), None
+            self._pull_device_state()
         self._known_buffers = self.buffers
 
     def _check(self) -> None:
@@ -222,7 +293,7 @@ class TensorState(ParamState):
             lists.append(list(before))
             for i, (tensor, array) in enumerate(zip(before, now, strict=True)):
                 if tensor is None and array is not None:
-                    self._state[self.owners[i]][key] = lists[-1][i] = tensor_of(array)
+                    self._state.setdefault(self.owners[i], {})[key] = lists[-1][i] = tensor_of(array)
                 elif tensor is not None and array is None:
                     self._state[self.owners[i]].pop(key, None)
                     lists[-1][i] = None
@@ -247,6 +318,14 @@ class TensorState(ParamState):
             return list(map(torch.Tensor.data_ptr, arrays))  # faster
         return [0 if x is None else x.data_ptr() for x in arrays]
 
+    def may_move(self, arrays: Sequence[Any]) -> bool:
+        """See `ParamState.may_move`."""
+        return all(x.device == self._device for x in arrays if x is not None)
+
+    def like_gradient(self, p: torch.Tensor) -> torch.Tensor:
+        """See `ParamState.like_gradient`."""
+        return p.detach()
+
     def check_gradient(self, name: str, g: Any, p: Any) -> None:
         """Raise unless a gradient fits its parameter."""
         _arrays.check_gradient(name, g, p)
@@ -255,4 +334,4 @@ class TensorState(ParamState):
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()

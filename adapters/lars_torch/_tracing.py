@@ -5,18 +5,22 @@ Hyper-parameters are not in a compiled graph, so that a schedule compiles nothin
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lars_array import State, init, update
+from lars_array._arrays import is_half
+from lars_array._stepper import reads_previous_lr
 from lars_array.hyperparams import needs_buffer
 from lars_torch._arrays import check_tensor
 from lars_torch._hyperparams import numbers_of
 
-__all__ = ["compiled_step", "differentiable_step", "number"]
+__all__ = ["compiled_step", "is_observed", "number", "plain_step", "recorded_step"]
 
 _numbers = count()
 _optimizers: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -34,6 +38,8 @@ def number(optimizer: Any) -> int:
 
 def compiled_step(optimizer: Any) -> None:
     """Put a step of `optimizer` into the graph that is being traced."""
+    if getattr(torch.compiler, "is_exporting", bool)():
+        raise RuntimeError("a step of lars_torch.LARS can't be exported: the graph would refer to this optimizer")
     params, grads, index = [], [], []
     for i, p in enumerate(optimizer._params):  # not of its groups, whose every number the graph would be bound to
         if p.grad is not None:
@@ -62,46 +68,84 @@ def _step(params: list[torch.Tensor], grads: list[torch.Tensor], index: list[int
         optimizer._step(given)
 
 
-# ----------------------------------------------------------------------------------------------------------- autograd
+# ------------------------------------------------------------------------------------------- by torch's own functions
 
 
-def differentiable_step(optimizer: Any) -> None:
+def is_observed(optimizer: Any) -> bool:
+    """Return whether a step must be made of torch's own functions, because torch passes them on.
+
+    Dispatch modes and torch.func trace graphs (make_fx), or compute with tensors that have no memory (FakeTensors).
+    """
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    return bool(modes) or isinstance(next(iter(optimizer._params), None), FakeTensor)
+
+
+def plain_step(optimizer: Any) -> None:
+    """Take a step by torch's own functions; parameters and momentum buffers change in place."""
+    with getattr(next(iter(optimizer._params), None), "fake_mode", nullcontext()):
+        _functional_step(optimizer, recorded=False)
+
+
+def recorded_step(optimizer: Any) -> None:
     """Take a step that autograd records; parameters change in place, momentum buffers are new tensors."""
+    _functional_step(optimizer, recorded=True)
+
+
+def _functional_step(optimizer: Any, *, recorded: bool) -> None:
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     members = [member for member in optimizer._named_params() if member.param.grad is not None]
-    if not members or (found_inf is not None and bool(found_inf)):
+    optimizer._check_keys()
+    if found_inf is not None and bool(found_inf):
+        optimizer._skipped += 1
         return
-    for member in members:
-        check_tensor(member.name, member.param)
+    if not members:
+        return
+    if not is_observed(optimizer):
+        for member in members:
+            check_tensor(member.name, member.param)
     tensors = {member.name: member.param for member in members}
     grads = {name: p.grad for name, p in tensors.items()}
+    masters: dict[str, torch.Tensor] = {}
     groups: list[dict[str, Any]] = []
     for k, group in enumerate(optimizer.param_groups):
+        own = {member.name: member.param for member in members if member.group == k}
+        if not own:
+            continue
+        options = numbers_of(group, next(iter(own.values())).device, grad_scale, recorded=recorded)
+        if options["nonfinite"] != "propagate" and not recorded:
+            raise ValueError(f"nonfinite must be 'propagate' in a step that is traced; got {options['nonfinite']!r}")
+        if options["master_weights"]:
+            halves = {name: p for name, p in own.items() if is_half(p)}
+            masters |= {name: optimizer.state.get(p, {}).get("master", p.float()) for name, p in halves.items()}
         # Copies, since autograd needs the values that are overwritten.
-        named = {member.name: member.param.clone() for member in members if member.group == k}
-        if named:
-            device = next(iter(named.values())).device
-            groups.append({"params": named, **numbers_of(group, device, grad_scale, recorded=True)})
+        named = {name: masters.get(name, p).clone() for name, p in own.items()}
+        groups.append({"params": named, **options, "master_weights": False})
     before = _state(optimizer, tensors)
-    with torch.enable_grad():
+    with torch.set_grad_enabled(recorded):
         after, state = update(groups, grads, before, nonfinite="propagate", layer_of=optimizer._labels().get)
         for group in after:
             for name, new in group["params"].items():
-                p, lr = tensors[name], group["lr"]
+                p = tensors[name]
+                own = optimizer.state.setdefault(p, {}) if needs_buffer(group) or name in masters else {}
                 p.copy_(new)
+                if name in masters:
+                    own["master"] = masters[name].copy_(new)
                 if needs_buffer(group):
-                    optimizer.state[p]["momentum_buffer"] = state.momentum_buffers[name]
-                optimizer._previous_lr[p] = float(lr.detach() if isinstance(lr, torch.Tensor) else lr)
+                    buffer, kept = state.momentum_buffers[name], own.get("momentum_buffer")
+                    own["momentum_buffer"] = buffer if recorded or kept is None else kept.copy_(buffer)
+                if reads_previous_lr(group["rule"]):
+                    lr = torch.as_tensor(group["lr"], dtype=torch.float64).detach()
+                    optimizer.state.setdefault(p, {})["previous_lr"] = lr
 
 
 def _state(optimizer: Any, tensors: dict[str, torch.Tensor]) -> State:
     """Return the state of `lars_array.update` before a step."""
-    kept = {name: optimizer.state.get(p, {}).get("momentum_buffer") for name, p in tensors.items()}
-    buffers = {name: v for name, v in kept.items() if v is not None}
+    kept = {name: optimizer.state.get(p, {}) for name, p in tensors.items()}
+    buffers = {name: own["momentum_buffer"] for name, own in kept.items() if own.get("momentum_buffer") is not None}
     state, names = init(tensors), sorted(tensors)
-    rates = [optimizer._previous_lr.get(tensors[name], 0.0) for name in names]
+    rates = [torch.as_tensor(kept[name].get("previous_lr", 0.0), dtype=torch.float64) for name in names]
     return state._replace(
         momentum_buffers=state.momentum_buffers | buffers,
         first=state.first.new_tensor([name not in buffers for name in names]),
-        previous_lr=state.previous_lr.new_tensor(rates),
+        previous_lr=torch.stack([rate.to(state.previous_lr) for rate in rates]),
     )

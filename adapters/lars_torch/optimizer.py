@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from operator import is_
+from reprlib import repr as shown
+from threading import RLock
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from lars_array.core import Rule
-from lars_array.hyperparams import defaults_from, required
+from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
 from lars_torch._hyperparams import check_group
+from lars_torch._keys import NAMES, check_keys, plain_group, resembles
+from lars_torch._params import check_params, listed
 from lars_torch._state import NamedParam, OutdatedError, TensorState
 
 __all__ = ["LARS"]
@@ -41,7 +46,10 @@ class LARS(Optimizer):
         As there; the copies are "master" in the state.
     differentiable : bool
         Whether a step is recorded by autograd. Then steps run on torch's own functions.
-    foreach, fused, capturable : bool, optional
+    fused : bool, optional
+        Whether a step takes the scale and `found_inf` from a ``GradScaler``, as with torch's own optimizers, instead of
+        a pass of the scaler over all gradients.
+    foreach, capturable : bool, optional
         Accepted and ignored: every step handles all tensors at once and each element once. Every step but the first can
         be captured in a CUDA graph; pass the learning rate as a tensor there.
     layer_of : mapping or callable, optional
@@ -54,12 +62,13 @@ class LARS(Optimizer):
         Hyper-parameters of each group, read at each step.
     state : dict
         By parameter ``{"momentum_buffer": Tensor}``, float32 for half precision; nothing before the first step or
-        without momentum. With `master_weights` "master" as well.
+        without momentum. With `master_weights` "master" as well, and "previous_lr" where the rule reads it.
 
     Raises
     ------
     ValueError
-        For hyper-parameters out of range; and as torch's optimizers do.
+        For hyper-parameters out of range, unknown keys of groups, and parameters that are given twice; and as torch's
+        optimizers do.
     TypeError
         For anything but dense tensors of a floating-point type, such as a DTensor; and as torch's optimizers do.
 
@@ -82,8 +91,7 @@ class LARS(Optimizer):
     >>> optimizer.step()
     """
 
-    # GradScaler then leaves the scale to the step, which has no pass of its own for it.
-    _step_supports_amp_scaling = True
+    _has_warned = False  # of a step that is SGD's
 
     def __init__(
         self,
@@ -96,7 +104,7 @@ class LARS(Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = "flash",
+        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -114,14 +122,27 @@ class LARS(Optimizer):
         layer_of: LayerOf = None,
         kernel: str | None = None,
     ) -> None:
-        defaults = defaults_from(locals()) | {"differentiable": differentiable}
+        params = listed(params)
+        defaults = plain_group(defaults_from(locals())) | {"differentiable": differentiable}
         check_group(defaults | ({"lr": 0.0} if lr is required else {}))
         if differentiable and master_weights:
             raise ValueError("differentiable and master_weights exclude each other; got True for both")
+        if fused and (differentiable or foreach):
+            raise RuntimeError(f"fused and {'differentiable' if differentiable else 'foreach'} exclude each other")
         self._kernel, self._layer_of, self._number = kernel, layer_of, _tracing.number(self)
+        self._lock, self._steps = RLock(), 0
+        self._params: list[torch.Tensor] = []
         self._reset()
         super().__init__(params, defaults)
+        if fused:  # GradScaler then leaves the scale to the step, as with torch's own optimizers
+            self._step_supports_amp_scaling = True
         self._labels()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in NAMES:
+            place = f"optimizer.param_groups[0][{name!r}] = {shown(value)}"
+            raise AttributeError(f"{name} belongs to the parameter groups: write {place}")
+        super().__setattr__(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -136,15 +157,31 @@ class LARS(Optimizer):
         ValueError, TypeError
             As for `LARS`; then nothing was added.
         """
+        number = len(self.param_groups)
         if isinstance(param_group, dict):
-            group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
+            params = param_group["params"]
+            if isinstance(params, Mapping):  # as lars_array.param_groups returns
+                params = list(params.items())
+            param_group["params"] = listed(params, group=number)
+            param_group |= plain_group(param_group)
+            group = self.defaults | param_group
             if group["lr"] is required:
-                number = len(self.param_groups)
                 raise ValueError(
                     f"parameter group {number} didn't specify a value of required optimization parameter lr"
                 )
-            check_group(group)
+            check_keys(group, number)
+            try:
+                check_group(group)
+            except (TypeError, ValueError) as error:
+                error.args = (f"{error} (parameter group {number})",)
+                raise
+            check_params(group["params"], number, len(self._params))
         super().add_param_group(param_group)
+        try:
+            self._named_params()
+        except ValueError:
+            self.param_groups.pop()
+            raise
         self._params = [p for group in self.param_groups for p in group["params"]]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -170,11 +207,11 @@ class LARS(Optimizer):
         Returns
         -------
         dict
-            "state", by number ``{"momentum_buffer": Tensor}``; "param_groups", each with all hyper-parameters, and
-            "previous_lr" of its parameters if its rule needs that.
+            "state", by number what `state` holds by parameter; "param_groups", each with all hyper-parameters, whose
+            numbers are Python's.
         """
         state_dict = super().state_dict()
-        state_dict["param_groups"] = _checkpoint.with_previous_lr(self, state_dict["param_groups"])
+        state_dict["param_groups"] = list(map(plain_group, state_dict["param_groups"]))
         return state_dict
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -199,16 +236,35 @@ class LARS(Optimizer):
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"closure must be a function that returns the loss; got {shown(closure)}")
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._take_step()
+        except BaseException:
+            # GradScaler takes these back only after a step that raises nothing, and would use them again.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+        return loss
+
+    def _take_step(self) -> None:
         if self.defaults["differentiable"]:
-            _tracing.differentiable_step(self)
+            _tracing.recorded_step(self)
         elif torch.compiler.is_compiling():
             _tracing.compiled_step(self)
         else:
             with torch.no_grad():
-                self._step()
-        return loss
+                if _tracing.is_observed(self):
+                    _tracing.plain_step(self)
+                else:
+                    self._step()
+
+    def __repr__(self) -> str:
+        found = [str(number) for number, group in enumerate(self.param_groups) if is_sgd(group)]
+        note = f"\nSGD, not adapted: parameter group {', '.join(found)}" if found else ""
+        return super().__repr__() + note
 
     @property
     def skipped_steps(self) -> int:
@@ -223,8 +279,7 @@ class LARS(Optimizer):
         dict of str to Norms
             By name of parameter, or by its number where it has no name.
         """
-        results = [part.result for part in self._parts if part.result is not None]
-        return {name: norms for result in results for name, norms in result.norms().items()}
+        return {name: norms for result in self._results for name, norms in result.norms().items()}
 
     def trust_ratios(self) -> dict[str, float]:
         """Return the trust ratios that the last step was taken with, see `lars_array.LARS.trust_ratios`.
@@ -234,8 +289,11 @@ class LARS(Optimizer):
         dict of str to float
             By name of parameter, or by its number where it has no name.
         """
-        results = [part.result for part in self._parts if part.result is not None]
-        return {name: ratio for result in results for name, ratio in result.trust_ratios().items()}
+        return {name: ratio for result in self._results for name, ratio in result.trust_ratios().items()}
+
+    @property
+    def _results(self) -> list[Any]:
+        return [part.result for part in self._parts if part.result is not None]
 
     def synchronize(self) -> None:
         """Wait for all devices, and raise if one has rejected a step, see `lars_array.LARS.synchronize`."""
@@ -244,32 +302,40 @@ class LARS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        groups = _checkpoint.with_previous_lr(self, state["param_groups"])
-        return {**state, "param_groups": groups, "_kernel": self._kernel, "_layer_of": self._layer_of}
+        return {**state, "_kernel": self._kernel, "_layer_of": self._layer_of}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called for copies and pickles, and by load_state_dict for what it has read.
         super().__setstate__(state)
-        self.__dict__.setdefault("_kernel", None)
-        self.__dict__.setdefault("_layer_of", None)
         if "_number" not in self.__dict__:  # graphs go on referring to one that was loaded into
-            self._number = _tracing.number(self)
-        self._params = [p for group in self.param_groups for p in group["params"]]
+            blank: dict[str, Any] = {"_kernel": None, "_layer_of": None, "_lock": RLock(), "_steps": 0, "_parts": []}
+            self.__dict__ |= blank | self.__dict__ | {"_number": _tracing.number(self)}
+        lists = [group["params"] for group in self.param_groups]
+        self._params = [p for params in lists for p in params]
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-        self._reset()
-        for group in self.param_groups:
-            self._previous_lr |= dict(zip(group["params"], group.pop("previous_lr", [])))
+            group |= self.defaults | group
+        axes = [group["layer_axes"] for group in self.param_groups]
+        # What is known of parameters stays if only numbers and buffers are others.
+        if self._parts and _are_same(lists, self._lists) and all(part.restart(axes) for part in self._parts):
+            self._skipped = 0
+        else:
+            self._reset()
 
     # ------------------------------------------------------------------------------------------------- by device
 
     def _named_params(self) -> list[NamedParam]:
-        """Return all parameters, in the order of the groups."""
+        """Return all parameters, in the order of the groups; a name that repeats gets the parameter's number."""
         found: list[NamedParam] = []
         for k, group in enumerate(self.param_groups):
             names = group.get("param_names") or [str(len(found) + i) for i in range(len(group["params"]))]
             found += [NamedParam(p, k, name) for p, name in zip(group["params"], names)]
+        counts = Counter(member.name for member in found)
+        repeated = [i for i, member in enumerate(found) if counts[member.name] > 1]
+        if repeated and self._layer_of is not None:
+            name = found[repeated[0]].name
+            raise ValueError(f"layer_of needs different names; {name!r} is the name of {counts[name]} parameters")
+        for i in repeated:
+            found[i] = found[i]._replace(name=f"{found[i].name} ({i})")
         return found
 
     def _labels(self) -> dict[str, Hashable]:
@@ -277,25 +343,48 @@ class LARS(Optimizer):
         names = [member.name for member in self._named_params()]
         return dict(zip(names, labels_of(self._layer_of, names), strict=True))
 
-    def _previous_lrs(self) -> dict[torch.Tensor, float]:
-        """Return the learning rate of the last step of each parameter that has taken one."""
-        known = dict(self._previous_lr)
-        for part in self._parts:
-            known |= dict(zip(part.owners, part.last_rates().tolist(), strict=True))
-        return known
-
     def _reset(self) -> None:
         """Forget all but `state` and `param_groups`."""
         self._parts: list[TensorState] = []  # one a device
         self._without: list[int] = []  # parameters that have not had a gradient yet
         self._lists: list[list[torch.Tensor]] = []  # of the groups when the parts were made
+        self._known_keys: list[list[str]] = []
         self._skipped = 0
-        self._previous_lr: dict[torch.Tensor, float] = {}
 
     def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         """Take a step; where parameters are `given`, with the tensor in the place of each and its gradient."""
+        with self._lock:  # steps of several threads would write their addresses into the same tables
+            self._steps += 1
+            try:
+                self._locked_step(given)
+            except (TypeError, ValueError) as error:
+                error.args = (self._placed(str(error)),)
+                raise
+
+    def _placed(self, message: str) -> str:
+        """Return the message of a rejected step with its number, and the group of the parameter that is named."""
+        group = next((member.group for member in self._named_params() if repr(member.name) in message), None)
+        place = "" if group is None or f"group {group}" in message else f"parameter group {group}, "
+        return f"{message:.460} ({place}step {self._steps})"
+
+    def _check_keys(self) -> None:
+        """Refuse keys that were put into a group since and look like hyper-parameters, such as those of other LARS."""
+        keys = list(map(list, self.param_groups))
+        if keys == self._known_keys:
+            return
+        for number, own in enumerate(keys):
+            check_keys(filter(resembles, own), number)
+        self._known_keys = keys
+
+    def _locked_step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+        self._check_keys()
         params = memory = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        try:
+            grads = [p.grad for p in params]
+        except AttributeError:  # another object was put into a group
+            for number, group in enumerate(self.param_groups):
+                check_params(list(group["params"]), number, 0)
+            raise
         if given is not None:
             memory, grads = ([given.get(p, (p, None))[k] for p in params] for k in (0, 1))
         current = _are_same([group["params"] for group in self.param_groups], self._lists)
@@ -326,15 +415,20 @@ class LARS(Optimizer):
             for part in self._parts:
                 part.groups(self.param_groups, grad_scale)
             self._skipped += bool(self._parts and found_inf is not None and bool(found_inf))
-        if len(steps) < len(self._parts) and steps:  # the last step is not that of the other parts
-            for part in self._parts:
-                part.result = part.result if part in [stepped for stepped, *_ in steps] else None
+        stepped = [part for part, *_ in steps]
+        for part in self._parts if steps else ():
+            if part not in stepped:
+                part.result = None  # it is not of the last step
         for part, own, groups in steps:
             # Kernels go past autograd, which must not compute gradients from values that were overwritten.
             torch.autograd.graph.increment_version(part.step(own, groups, found_inf))
+            part.note_versions(own)
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""
+        if not self._has_warned:
+            self._has_warned = True
+            warn_of_sgd(self.param_groups)
         self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
         on: dict[torch.device, dict[int, NamedParam]] = {}
@@ -343,11 +437,9 @@ class LARS(Optimizer):
                 on.setdefault(member.param.device, {})[i] = member
         labels = self._labels()
         _check_layers(labels, on)
-        previous_lr = self._previous_lrs()
-        self._previous_lr = {p: previous_lr[p] for p in params if p in previous_lr}
         self._skipped = self.skipped_steps
         layer_of = None if self._layer_of is None else labels.get
-        shared = self.param_groups, self._previous_lr, layer_of, self._kernel
+        shared = self.param_groups, layer_of, self._kernel
         self._parts = [TensorState(device, own, *shared) for device, own in on.items()]
         self._params = params
         self._without = [i for i in range(len(params)) if not any(i in own for own in on.values())]

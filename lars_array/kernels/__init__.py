@@ -15,6 +15,8 @@ and optionally
     specs(arrays) -> ArraySpecs            a faster comparison of arrays; a static method
     .fused(...)                            sums, coefficients and, if asked, apply in one go: `kernels.compiled`
     .enqueue(...)                          a whole step without waiting for its result: `kernels.cuda`
+    .moved(held, places) -> Kernel         the kernel for arrays of the same types and layouts that lie elsewhere
+    .part(index) -> Kernel                 the kernel for some of its layers
     .is_capturing() -> bool                whether launches are captured in a graph
 """
 
@@ -24,6 +26,8 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
+
+from lars_array._messages import near, shown
 
 __all__ = ["KERNELS", "NUMPY_KERNELS", "choose", "report"]
 
@@ -56,11 +60,11 @@ def choose(params: Sequence[Any], name: str | None = None) -> Any:
         name, source = os.environ["LARS_ARRAY_KERNEL"], "LARS_ARRAY_KERNEL"
     if name is None:
         return next(kernel for kernel in map(_load, KERNELS) if kernel.unsupported_reason(params) is None)
-    if name not in KERNELS:
-        raise ValueError(f"{source} must be one of {', '.join(KERNELS)}; got {name!r}")
+    if not isinstance(name, str) or name not in KERNELS:
+        raise ValueError(f"{source} must be one of {', '.join(KERNELS)}; got {shown(name)}{near(name, KERNELS)}")
     reason = _load(name).unsupported_reason(params)
     if reason is not None:
-        raise ValueError(f"{source} {name!r} can't be used here: {reason}")
+        raise ValueError(f"{source} {shown(name)} can't be used here: {reason}")
     return _load(name)
 
 

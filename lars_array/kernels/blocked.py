@@ -70,7 +70,7 @@ class Kernel:
             if weights is None:
                 return g_squares
             gamma, w, h = (x[i] for x in weights)
-            if w == 0 and not reads_buffer[i]:
+            if w == 0 and gamma != 0 and not reads_buffer[i]:  # 0 times a sum that overflows is nan
                 return float(gamma**2 * g_squares)
             squares = w**2 * p_squares + gamma**2 * g_squares
             return _sum_of_squares_of(blocks, [w, gamma, h][: len(blocks)], squares)

@@ -112,14 +112,22 @@ class _Notes:
         return _Symbol(self, self.operations.setdefault(row, len(INPUTS) + len(self.operations)), boolean)
 
     def tape(self, outputs: Sequence[int]) -> Tape:
+        """Return the operations that the outputs depend on."""
+        used = set(outputs)
+        rows = dict(enumerate(self.operations, len(INPUTS)))
+        for register, row in reversed(rows.items()):
+            if register in used:
+                used.update(row[1:])
+        order = {register: k for k, register in enumerate(filter(used.__contains__, rows))}
+
         def place(register: int) -> int:
             if register < 0:
                 return len(INPUTS) - 1 - register
-            return register if register < len(INPUTS) else register + len(self.constants)
+            return register if register < len(INPUTS) else len(INPUTS) + len(self.constants) + order[register]
 
-        rows = [[row[0], *map(place, row[1:]), *[0] * (4 - len(row))] for row in self.operations]
+        kept = [[row[0], *map(place, row[1:]), *[0] * (4 - len(row))] for row in map(rows.__getitem__, order)]
         return Tape(
-            np.array(rows, np.int64).reshape(-1, 4),
+            np.array(kept, np.int64).reshape(-1, 4),
             np.array([float.fromhex(constant) for constant in self.constants], np.float64),
             np.array([place(register) for register in outputs], np.int64),
         )

@@ -14,6 +14,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from lars_array._messages import shown
+
 __all__ = ["run", "run_on_threads", "thread_count"]
 
 WORTH_IT = 1 << 20  # elements; below, dividing the work costs more than it saves
@@ -43,7 +45,7 @@ def thread_count(most: int | None = None) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cores if most is None else min(cores, most)
     if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"LARS_ARRAY_THREADS must be a positive integer; got {given!r}")
+        raise ValueError(f"LARS_ARRAY_THREADS must be a positive integer; got {shown(given)}")
     return int(given)
 
 

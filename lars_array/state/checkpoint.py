@@ -1,17 +1,140 @@
-"""State dicts, checked whole before any of it is loaded."""
+"""What optimizers with their own state share: counts, telemetry, and state dicts, checked before they are loaded."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from math import inf
-from numbers import Real
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
-from lars_array.hyperparams import DEFAULTS, at_step, complete
-from lars_array.state.store import KEPT
+from lars_array._messages import listed, located, near, shown
+from lars_array.hyperparams import (
+    DEFAULTS,
+    Hyperparams,
+    at_step,
+    check_layer_axes,
+    complete,
+    options_of,
+    warn_of_sgd,
+)
+from lars_array.nonfinite import NonFiniteError
+from lars_array.state.store import KEPT, ParamState, check_previous_lr
+from lars_array.telemetry import Norms, StepResult
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["Checkpoint", "StatefulOptimizer", "read_checkpoint"]
+
+
+class StatefulOptimizer:
+    """Step counts, telemetry and state dicts of an optimizer.
+
+    Parameters
+    ----------
+    stepper : Stepper
+        Takes its steps.
+    """
+
+    _state: ParamState
+
+    def __init__(self, stepper: Any) -> None:
+        self.steps = 0
+        self.skipped_steps = 0
+        self.param_groups: list[dict[str, Any]] = []
+        self._layer_axes: list[int] = []  # of each group
+        self._last: StepResult | None = None
+        self._hyperparams = Hyperparams()
+        self._stepper = stepper
+
+    def synchronize(self) -> None:
+        """Wait for the device, and update `steps` and `skipped_steps`.
+
+        Raises
+        ------
+        NonFiniteError
+            If the device has rejected a step since the last call that raised. The rejected step changed nothing; later
+            steps were taken.
+        """
+        self._poll_device(wait=True)
+
+    def norms(self) -> dict[str, Norms]:
+        """Return the norms of the last step, at no extra pass over memory; waits for the device.
+
+        On a GPU this includes a last step that was skipped or rejected.
+
+        Returns
+        -------
+        dict of str to Norms
+            By name, for the parameters that had a gradient. Slices of a stacked parameter have names such as "w[0]";
+            parameters joined into one layer have the norms of the layer. Empty before the first step.
+        """
+        return {} if self._last is None else self._last.norms()
+
+    def trust_ratios(self) -> dict[str, float]:
+        """Return the trust ratios of the last step; see `norms`.
+
+        Returns
+        -------
+        dict of str to float
+            By name, for the parameters that had a gradient; 1.0 for layers that were not adapted. Empty before the
+            first step.
+        """
+        return {} if self._last is None else self._last.trust_ratios()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lr", *DEFAULTS):
+            place = f"for group in optimizer.param_groups: group[{name!r}] = ..."
+            raise AttributeError(f"hyper-parameters belong to the parameter groups; set {name} by `{place}`")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
+        return self.__dict__ | {"_last": None if self._last is None else self._last.settled()}
+
+    def _poll_device(self, *, wait: bool = False) -> None:
+        """Update the step counters from the device and raise if it rejected a step."""
+        steps, skipped, error = self._state.poll_device(wait=wait)
+        self.steps += steps
+        self.skipped_steps += skipped
+        if error is not None:
+            raise error
+
+    def _read_groups(self, options: Sequence[Mapping[str, Any]] | None = None) -> Sequence[Mapping[str, Any]]:
+        """Return the groups at this step, complete and checked; `options` are theirs with schedules evaluated."""
+        groups = self._hyperparams.read(self.param_groups, self.steps, options)
+        check_layer_axes(groups, self._layer_axes)
+        return groups
+
+    def _take_step(self, gradients: Sequence[Any], groups: Sequence[Mapping[str, Any]], found_inf: Any) -> bool:
+        """Take a step and count it; return whether it was taken."""
+        if not self.steps + self.skipped_steps:
+            warn_of_sgd(groups)
+        try:
+            result = self._stepper.step(self._state, gradients, groups, found_inf)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (step {self.steps})") from None
+        if result is None:
+            self.skipped_steps += 1
+            return False
+        self.steps += 1
+        self._last = result if result.names else self._last
+        return True
+
+    def _saved(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return a state dict with copies of arrays."""
+        self.synchronize()
+        state = {
+            name: {key: copied(x) if key in KEPT else x for key, x in own.items()}
+            for name, own in self._state.views().items()
+        }
+        groups = [copy.deepcopy(options_of(group)) | {"names": list(group["names"])} for group in self.param_groups]
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
+
+    def _load(self, state_dict: Any) -> None:
+        """Load a copy of a state dict whose groups have the names of these."""
+        read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._state.params)
+        self._state.attach(read.state, copied=True)
+        self.steps, self.skipped_steps = read.steps, read.skipped_steps
+        for group, options in zip(self.param_groups, read.groups):
+            group.update(options | {"layer_axes": group["layer_axes"]})
 
 
 class Checkpoint(NamedTuple):
@@ -47,61 +170,68 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
     TypeError
         If a value is of the wrong kind.
     """
+    _refuse_others(state_dict)
     _check_keys("state_dict", state_dict, {"steps", "skipped_steps", "param_groups", "state"})
     for count in ("steps", "skipped_steps"):
         if isinstance(state_dict[count], bool) or not isinstance(state_dict[count], int):
-            raise TypeError(f"{count} must be an integer; got {state_dict[count]!r}")
+            raise TypeError(f"{count} must be an integer; got {shown(state_dict[count])}")
         if state_dict[count] < 0:
-            raise ValueError(f"{count} must be at least 0; got {state_dict[count]!r}")
+            raise ValueError(f"{count} must be at least 0; got {shown(state_dict[count])}")
 
     groups = []
-    for group in _listed("param_groups", state_dict["param_groups"]):
-        _check_keys("a group of state_dict", group, {"lr", "names", *DEFAULTS}, open_end=True)
-        options = copy.deepcopy(complete({key: value for key, value in group.items() if key != "names"}))
-        at_step(options, state_dict["steps"])
+    saved = _listed("param_groups", state_dict["param_groups"])
+    for number, group in enumerate(saved):
+        with located(f"parameter group {number} of state_dict" if len(saved) > 1 else ""):
+            _check_keys("a group of state_dict", group, {"lr", "names", *DEFAULTS}, open_end=True)
+            options = copy.deepcopy(complete({key: value for key, value in group.items() if key != "names"}))
+            at_step(options, state_dict["steps"])
         groups.append(options)
     names = [list(group) for group in names_of_groups]
     loaded = [_listed("names", group["names"]) for group in state_dict["param_groups"]]
     if loaded != names:
-        raise ValueError(f"state_dict must be of parameters named {names!r}, by group; got {loaded!r}")
+        flat_loaded = [name for group in loaded for name in group]
+        first = next((f": {shown(a)}, not {shown(b)}" for a, b in zip(flat_loaded, chain(*names)) if a != b), "")
+        first = first if shown(names) == shown(loaded) else ""
+        raise ValueError(f"state_dict must be of parameters named {shown(names)}, by group; got {shown(loaded)}{first}")
 
     flat = [name for group in names for name in group]
     _check_keys("state of state_dict", state_dict["state"], set(flat))
     read: dict[str, dict[str, Any]] = {}
     for name, p in zip(flat, params, strict=True):
         own = state_dict["state"][name]
-        _check_keys(f"the state of {name!r}", own, {"previous_lr"}, optional=set(KEPT))
+        _check_keys(f"the state of {shown(name)}", own, {"previous_lr"}, optional=set(KEPT))
         for key, check in KEPT.items():
             if own.get(key) is not None:
                 check(name, own[key], p)
-        read[name] = {**own, "previous_lr": _previous_lr(name, own["previous_lr"])}
+        read[name] = {**own, "previous_lr": check_previous_lr(name, own["previous_lr"])}
     return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, read)
+
+
+def _refuse_others(state_dict: Any) -> None:
+    """Raise for a state dict of another optimizer, with its keys."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if isinstance(groups, list) and groups and isinstance(groups[0], Mapping) and "names" not in groups[0]:
+        options = [key for key in groups[0] if key != "params"]
+        if "params" in groups[0]:
+            own = f"got one of another optimizer, with the options {listed(map(shown, options))}"
+            raise ValueError(f"state_dict must be of lars_array.LARS; {own}. lars_torch.LARS loads those of torch")
 
 
 def _check_keys(
     what: str, given: Any, wanted: set[str], *, optional: set[str] | None = None, open_end: bool = False
 ) -> None:
     if not isinstance(given, Mapping):
-        raise TypeError(f"{what} must be a mapping; got {given!r}")
+        raise TypeError(f"{what} must be a mapping; got {shown(given)}")
     missing = wanted - given.keys()
     if missing:
-        raise ValueError(f"{what} must hold the key {min(missing)!r}; got {list(given)!r}")
+        raise ValueError(f"{what} must hold the key {shown(min(missing))}; got {shown(list(given))}")
     unknown = given.keys() - wanted - (optional or set())
     if unknown and not open_end:
-        raise ValueError(
-            f"{what} must hold no other keys than {sorted(wanted | (optional or set()))!r}; got {min(unknown)!r}"
-        )
+        keys, first = sorted(wanted | (optional or set())), next(key for key in given if key in unknown)
+        raise ValueError(f"{what} must hold no other keys than {shown(keys)}; got {shown(first)}{near(first, keys)}")
 
 
 def _listed(what: str, given: Any) -> list[Any]:
     if not isinstance(given, (list, tuple)):
-        raise TypeError(f"{what} must be a list; got {given!r}")
+        raise TypeError(f"{what} must be a list; got {shown(given)}")
     return list(given)
-
-
-def _previous_lr(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"previous_lr of {name!r} must be a number; got {value!r}")
-    if not 0 <= float(value) < inf:
-        raise ValueError(f"previous_lr of {name!r} must be finite and at least 0; got {value!r}")
-    return float(value)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from sys import float_info
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
 from lars_array._arrays import accumulation_dtype, asarray
-from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve
+from lars_array._messages import shown
+from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve, with_max_ratio
 from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
 from lars_array.nonfinite import CAUSES, GRADIENT, PARAMETER, UPDATE, NonFiniteError, finite
 from lars_array.telemetry import StepResult
@@ -33,9 +35,9 @@ class StepCounts(NamedTuple):
         row, cause = divmod(self.offender, len(CAUSES))
         name, kind = names[row], CAUSES[cause]
         if kind == "update":
-            reason = f"the update of {name!r} overflowed its type or the float64 of its norms"
+            reason = f"the update of {shown(name)} overflowed its type or the float64 of its norms"
         else:
-            reason = f"the norm of the {kind} of {name!r} was not finite"
+            reason = f"the norm of the {kind} of {shown(name)} was not finite"
         return NonFiniteError(f"{reason} in an earlier step, which changed nothing")
 
 
@@ -156,13 +158,16 @@ class DeviceState:
                 self.hyper[row : row + 1, column : column + 1] = value
                 written[column] = value if isinstance(value, float) else None
 
-    def vectors(self, group_of: Any, owner: Any) -> Hyper:
-        """Return the hyper-parameters and states of rows, given the group and the parameter of each, index arrays."""
+    def vectors(self, group_of: Any, owner: Any, limit: Any = float_info.max) -> Hyper:
+        """Return the hyper-parameters and states of rows, given index arrays of the group and the parameter of each.
+
+        `limit` is that of `nonfinite.finite`.
+        """
         spread = self.xp.take(self.hyper, group_of, axis=0)
         columns = {name: spread[:, k] for k, name in enumerate(GROUP_FIELDS)}
         columns |= {name: columns[name] != 0 for name in BOOLEANS}
         first, previous_lr = (self.xp.take(x, owner) for x in (self.first, self.previous_lr))
-        return Hyper(**columns, first=first, previous_lr=previous_lr)
+        return with_max_ratio(Hyper(**columns, first=first, previous_lr=previous_lr), limit, xp=self.xp)
 
     def advance(self, taken: Any, stepped: Any, keeps: Any, lr: Any) -> None:
         """Update the state of each parameter after a step.
@@ -207,7 +212,9 @@ class DeviceState:
         if found_inf is not None:
             found = found_inf != 0
             rejected, taken = rejected & ~found, taken & ~found
-        worst = xp.reshape(xp.argmax(xp.astype(rejecting, xp.int64)), (1,))
+        # A row whose norms are not finite comes first: by clipping it makes the updates of others NaN.
+        rank = 2 - xp.astype(xp.all(xp.isfinite(outputs.S[:, :2]), axis=1), xp.int64)
+        worst = xp.reshape(xp.argmax(rank * xp.astype(rejecting, xp.int64)), (1,))
         row = xp.take(outputs.S, worst, axis=0)[0, :]
         p_finite, g_finite = (xp.astype(xp.isfinite(row[i]), xp.int64) for i in (0, 1))
         kind = GRADIENT + g_finite * ((PARAMETER - GRADIENT) + p_finite * (UPDATE - PARAMETER))
@@ -305,14 +312,14 @@ class DeviceRows:
         S, gamma = found
         group, param, *_ = self._index
         return StepResult(
-            self.names, S, lambda: (gamma, state.vectors(group, param), [rules[k] for k in self.group_of])
+            self.names, S, lambda: (gamma, state.vectors(group, param, self._limit), [rules[k] for k in self.group_of])
         )
 
     def _staged(
         self, kernel: Any, grads: Any, groups: Any, policies: list[str], state: DeviceState, found_inf: Any
     ) -> StepResult:
         xp, (group, param, number, group_of_params) = self.xp, self._index
-        inputs = with_rules(state.vectors(group, param), groups, self.group_of, xp=xp)
+        inputs = with_rules(state.vectors(group, param, self._limit), groups, self.group_of, xp=xp)
         outputs = plan(inputs, lambda operand: kernel.sums(grads, operand), xp=xp, joined=self.joined)
         strict, raises = self._of_policies(policies)
         ok = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lars_array._arrays import check_parameter, is_array
+from lars_array._messages import shown
 
 __all__ = ["Group", "Layout", "Position", "all_names", "gradient_order", "match", "match_gradients", "read_parameters"]
 
@@ -24,7 +25,7 @@ def all_names(groups: Sequence[Sequence[str]]) -> list[str]:
     found = [name for names in groups for name in names]
     if len(set(found)) < len(found):
         (twice, _), *_ = Counter(found).most_common(1)
-        raise ValueError(f"names of parameters must differ; got {twice!r} twice")
+        raise ValueError(f"names of parameters must differ; got {shown(twice)} twice")
     return found
 
 
@@ -72,6 +73,7 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     TypeError, ValueError
         If `params` has none of these forms, is empty, or holds anything but arrays of floating-point types.
     """
+    _refuse_others(params)
     if isinstance(params, Mapping):
         if "params" in params and not is_array(params["params"]):
             raise TypeError("params must be an iterable of groups, not one group; write [{'params': ...}]")
@@ -81,7 +83,7 @@ def read_parameters(params: Any, *, start: int = 0) -> Layout:
     groups = []
     for group in params if grouped else [{"params": params}]:
         if "params" not in group:
-            raise ValueError(f"a parameter group must have the key 'params'; got the keys {list(group)!r}")
+            raise ValueError(f"a parameter group must have the key 'params'; got the keys {shown(list(group))}")
         names, arrays, form = _read_arrays(group["params"], start, group.get("names"))
         overrides = {key: value for key, value in group.items() if key not in ("params", "names")}
         groups.append(Group(names, arrays, overrides, form))
@@ -98,8 +100,36 @@ def _listed(items: Any, what: str = "params") -> list[Any]:
         if is_array(items):
             raise TypeError(f"{what} must be an iterable of arrays or a mapping; got a single {type(items).__name__}")
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-            raise TypeError(f"{what} must be an iterable of arrays or a mapping; got {items!r}")
-    return list(items)
+            raise TypeError(f"{what} must be an iterable of arrays or a mapping; got {shown(items)}")
+    found = list(items)
+    if not found and isinstance(items, Iterator):
+        start = "optimizer got an empty parameter list" if what == "params" else f"{what} must not be empty"
+        raise ValueError(f"{start}; an iterator is empty once something has iterated over it, give a list instead")
+    return found
+
+
+# What is meant by objects of other libraries.
+_FRONT_ENDS = {
+    "torch": "for a torch module use lars_torch.LARS, with its parameters()",
+    "flax": "for a module of flax use lars_jax, with its parameters",
+    "equinox": "for a module of equinox use lars_jax, with its arrays, eqx.filter(module, eqx.is_inexact_array)",
+    "haiku": "for haiku use lars_jax, with its parameters",
+    "keras": "for keras give arrays of its weights",
+}
+
+
+def _refuse_others(params: Any) -> None:
+    """Raise for what holds parameters and is none: a model, or an optimizer."""
+    if is_array(params) or isinstance(params, Mapping | list | str):
+        return
+    if hasattr(params, "param_groups") or (hasattr(params, "init") and hasattr(params, "update")):
+        kind = type(params).__name__
+        raise TypeError(f"params must be parameters, not an optimizer; LARS is one, and wraps none: got a {kind}")
+    if not isinstance(params, Iterator | tuple):
+        for base in type(params).__mro__:
+            library = base.__module__.partition(".")[0]
+            if library in _FRONT_ENDS and not isinstance(params, type):
+                raise TypeError(f"params must be arrays, not a {type(params).__name__}; {_FRONT_ENDS[library]}")
 
 
 def _is_pair(item: Any) -> bool:
@@ -117,10 +147,10 @@ def _read_arrays(params: Any, start: int, names: Any) -> tuple[Sequence[str], li
         form = "tuple" if isinstance(params, tuple) else "list"
         names = [str(start + i) for i in range(len(arrays))] if names is None else list(names)
         if len(names) != len(arrays):
-            raise ValueError(f"names must hold one entry for each of {len(arrays)} parameters; got {names!r}")
+            raise ValueError(f"names must hold one entry for each of {len(arrays)} parameters; got {shown(names)}")
     for name, p in zip(names, arrays, strict=True):
         if not isinstance(name, str):
-            raise TypeError(f"names of parameters must be strings; got {name!r}")
+            raise TypeError(f"names of parameters must be strings; got {shown(name)}")
         check_parameter(name, p)
     return names, arrays, form
 
@@ -186,15 +216,15 @@ def match(given: Any, names: Sequence[str], order: Sequence[int] | None, what: s
                 )
             return given if order is None else [given[place] for place in order]
         if len({name for name, _ in given}) < len(given):
-            raise ValueError(f"{what} must hold each name once; got {[name for name, _ in given]!r}")
+            raise ValueError(f"{what} must hold each name once; got {shown([name for name, _ in given])}")
         given = dict(given)
     unknown = given.keys() - set(names)
     missing = [name for name in names if name not in given]
     if unknown:
         first = next(name for name in given if name in unknown)
-        raise ValueError(f"{what} must be named as the parameters are; got the unknown name {first!r}")
+        raise ValueError(f"{what} must be named as the parameters are; got the unknown name {shown(first)}")
     if missing:
         raise ValueError(
-            f"{what} must hold every parameter, with None for one to be skipped; {missing[0]!r} is missing"
+            f"{what} must hold every parameter, with None for one to be skipped; {shown(missing[0])} is missing"
         )
     return [given[name] for name in names]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ from lars_array._arrays import (
     device_context,
     to_floats,
 )
+from lars_array._messages import near, shown
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_array.nonfinite import NonFiniteError
 from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
 from lars_array.state.memory import MemoryRanges, check_writable
 
-__all__ = ["KEPT", "ParamState", "allocate_buffers"]
+__all__ = ["KEPT", "ParamState", "allocate_buffers", "check_previous_lr"]
 
 # The arrays that may be kept for a parameter, and the check that each has to pass.
 KEPT: dict[str, Callable[[str, Any, Any], None]] = {"momentum_buffer": check_buffer, "master": check_master}
@@ -93,7 +96,7 @@ class ParamState:
         first = int(self.group_of.max(initial=-1)) + 1
         numbers = np.arange(first, first + len(groups), dtype=np.int32)
         longer.group_of = np.concatenate([self.group_of, np.repeat(numbers, counts)])
-        longer.layer_axes = [*self.layer_axes, *np.repeat(np.array(layer_axes, int), counts).tolist()]
+        longer.layer_axes = [*self.layer_axes, *(x for x, count in zip(layer_axes, counts) for _ in range(count))]
         longer.buffers = [*self.used_buffers(), *[None] * len(new)]
         longer.masters = [*self.masters, *[None] * len(new)]
         longer.previous_lr = np.concatenate([self.last_rates(), np.zeros(len(new))])
@@ -164,12 +167,19 @@ class ParamState:
         ValueError, TypeError
             If a name is unknown, or an array does not fit; then nothing was changed.
         """
+        if not isinstance(state, Mapping) or not all(isinstance(own, Mapping) for own in state.values()):
+            raise TypeError(f"state must be a mapping of names to mappings, as state_views returns; got {shown(state)}")
         place = {name: i for i, name in enumerate(self.names)}
         kept = {"momentum_buffer": list(self.used_buffers()), "master": list(self.masters)}
         previous_lr = self.last_rates().copy()
         for name, own in state.items():
             if name not in place:
-                raise ValueError(f"state must be of parameters named {self.names!r}; got the name {name!r}")
+                names = f"{shown(self.names)}; got the name {shown(name)}{near(name, self.names)}"
+                raise ValueError(f"state must be of parameters named {names}")
+            unknown = [key for key in own if key not in KEPT and key != "previous_lr"]
+            if unknown:
+                keys = f"'previous_lr', {', '.join(map(repr, KEPT))}; got {shown(unknown[0])}{near(unknown[0], KEPT)}"
+                raise ValueError(f"the state of {shown(name)} must have no keys but {keys}")
             i = place[name]
             for key, check in KEPT.items():
                 kept[key][i] = own.get(key)
@@ -177,7 +187,7 @@ class ParamState:
                     check(name, own[key], self.params[i])
                     if not copied:
                         check_writable(f"{key} of {name}", own[key])
-            previous_lr[i] = float(own.get("previous_lr", 0.0))
+            previous_lr[i] = check_previous_lr(name, own.get("previous_lr", 0.0))
         if copied:
             kept = {key: self._copies(arrays, {place[name] for name in state}) for key, arrays in kept.items()}
         MemoryRanges(self.names, self.params, *kept.values())
@@ -228,6 +238,14 @@ class ParamState:
         """Return where momentum buffers or masters lie, if their owner may move them."""
         return None
 
+    def may_move(self, arrays: Sequence[Any]) -> bool:
+        """Return whether arrays that lie elsewhere than before can be stepped by the same kernel."""
+        return True
+
+    def like_gradient(self, p: Any) -> Any:
+        """Return an array of the type and layout that the gradient of a parameter is expected to have."""
+        return p
+
     def check_gradient(self, name: str, g: Any, p: Any) -> None:
         """Raise unless a gradient fits its parameter."""
         check_gradient(name, g, p)
@@ -268,10 +286,20 @@ def allocate_buffers(params: Sequence[Any]) -> list[Any]:
     return buffers
 
 
+def check_previous_lr(name: str, value: Any) -> float:
+    """Return the learning rate of the last step of a parameter; raise unless it is one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"previous_lr of {shown(name)} must be a number; got {shown(value)}")
+    number: Any = value
+    if not 0 <= number <= sys.float_info.max:
+        raise ValueError(f"previous_lr of {shown(name)} must be finite and at least 0; got {shown(value)}")
+    return float(value)
+
+
 def _check_same_place(p: Any, other: Any, name: str, other_name: str) -> None:
     if type(p) is not type(other) and array_namespace(p) is not array_namespace(other):
         kinds = f"{type(p).__name__} and {type(other).__name__}"
-        raise TypeError(f"parameters must be arrays of one library; {name!r} and {other_name!r} are {kinds}")
+        raise TypeError(f"parameters must be arrays of one library; {shown(name)} and {shown(other_name)} are {kinds}")
     if device(p) != device(other):
-        places = f"{device(p)!r} and {device(other)!r}"
-        raise ValueError(f"parameters must lie on one device; {name!r} and {other_name!r} lie on {places}")
+        places = f"{shown(device(p))} and {shown(device(other))}"
+        raise ValueError(f"parameters must lie on one device; {shown(name)} and {shown(other_name)} lie on {places}")

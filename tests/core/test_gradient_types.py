@@ -130,7 +130,7 @@ def test_a_gradient_that_has_no_place_in_the_type_that_is_computed_in_is_refused
     kind = np.dtype(REAL[of_p])
     message = f"the update of 'p' overflows {kind!r} or the float64 of its norms; nothing was changed"
     fine = np.ones(2, np.float16)
-    assert_refused(lambda: optimizer.step([g, fine]), NonFiniteError, message, optimizer, p, q)
+    assert_refused(lambda: optimizer.step([g, fine]), NonFiniteError, f"{message} (step 0)", optimizer, p, q)
     LARS({"p": p}, **HYPER, kernel=kernel, nonfinite="skip").step([g])
     assert p.tolist() == [1.0] * 3
     state = init({"p": p})

@@ -154,10 +154,10 @@ def test_what_is_not_finite_is_named() -> None:
     optimizer = LARS(groups, layer_of={"x": 1, "y": 1}, lr=0.1)
     g = draw(3, 3, 4)
     g[1, 2] = np.nan
-    message = "the gradient of 'w[1]' has 1 non-finite entries of 4; nothing was changed"
+    message = "the gradient of 'w[1]' has 1 non-finite entries of 4; nothing was changed (step 0)"
     assert_refused(lambda: optimizer.step([g, x + 1, y + 1]), NonFiniteError, message, w, x, y)
     bad = np.full(4, np.inf)
-    message = "the gradient of 'y' has 4 non-finite entries of 4; nothing was changed"
+    message = "the gradient of 'y' has 4 non-finite entries of 4; nothing was changed (step 0)"
     assert_refused(lambda: optimizer.step([w + 1, x + 1, bad]), NonFiniteError, message, w, x, y)
 
 

@@ -210,7 +210,7 @@ def test_coefficients_have_the_bits_of_numpys(cp: Any, place: Place) -> None:
         params, grads = [place.put(p) for p in model(0)], [place.put(g) for g in model(1)]
         optimizer = LARS(params, **HYPER, rule=rule, nonfinite="propagate")
         optimizer.step(grads)
-        program: Any = optimizer._stepper._program
+        program: Any = optimizer._stepper._programs[0]
         tables = program._kernel._steps[1]
         S, gamma, C = map(place.get, (tables.S, tables.gamma, tables.C))
         group, count = at_step(HYPER | {"rule": rule}, 0), len(params)

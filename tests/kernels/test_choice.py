@@ -16,8 +16,8 @@ def kernel_of(p: Any, kernel: str | None = None) -> type:
     """Return the kernel that takes the steps of an optimizer."""
     optimizer = LARS([p], lr=0.1, kernel=kernel)
     optimizer.step([p + 1])
-    assert optimizer._stepper._program is not None
-    return type(optimizer._stepper._program._kernel)
+    assert optimizer._stepper._programs
+    return type(optimizer._stepper._programs[0]._kernel)
 
 
 def test_a_kernel_can_be_forced() -> None:

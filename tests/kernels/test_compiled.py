@@ -6,6 +6,7 @@ import compileall
 import contextlib
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -334,10 +335,10 @@ STEP = """
 import sys, numpy as np
 from lars_array import LARS, kernels
 p = np.arange(1.0, 4.0)
-optimizer = LARS([p], lr=0.5, momentum=0.9)
+optimizer = LARS([p], lr=0.5, momentum=0.9, rule="flash")
 for _ in range(2):
     optimizer.step([np.ones(3)])
-print(type(optimizer._stepper._program._kernel).__module__.split(".")[2], *p.tolist())
+print(type(optimizer._stepper._programs[0]._kernel).__module__.split(".")[2], *p.tolist())
 """
 
 
@@ -379,6 +380,28 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_again(tmp_path: Path) 
     for trouble in (nowhere, full):
         assert output(trouble + STEP, NUMBA_CACHE_DIR=str(tmp_path)) == usual_output()
         assert not list(tmp_path.rglob("*.nb?"))
+
+
+LOGGED = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(name)s %(message)s")
+import numba.core.event as event
+class Listener(event.Listener):
+    on_start = lambda self, found: print("event")
+    on_end = lambda self, found: None
+event.register("numba:compile", Listener())
+"""
+
+
+def test_the_first_process_says_that_it_compiles_and_the_second_does_not(tmp_path: Path) -> None:
+    first, second = (" ".join(output(LOGGED + STEP, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
+    assert "lars_array compiling work with numba, which takes up to a minute, once for these types" in first
+    assert re.search(rf"lars_array compiled work in \d+\.\d s, kept in {re.escape(str(tmp_path))}", first)
+    assert first.count("compiling work") == first.count("compiled work") == 1 and first.count("event") > 10
+    assert "compiling" not in second and "compiled work" not in second and "event" not in second
+    assert " ".join(usual_output()) in first and " ".join(usual_output()) in second
+    nowhere = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
+    assert "s, not kept: no folder is writable, see NUMBA_CACHE_DIR" in " ".join(output(nowhere + LOGGED + STEP))
 
 
 def test_without_source_files_it_is_compiled_all_the_same(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_an_interrupt_leaves_no_other_gradients_addresses() -> None:
     optimizer = LARS([p], 0.1, kernel="blocked")
     for _ in range(2):
         optimizer.step([first])
-    code = _stepper.StepProgram.bind.__code__
+    code = _stepper.StepProgram.gradients.__code__
     lines = range(code.co_firstlineno, code.co_firstlineno + len(inspect.getsourcelines(code)[0]))
     for line in lines:
 

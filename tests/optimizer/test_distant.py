@@ -324,7 +324,7 @@ def test_arrays_that_a_graph_may_have_captured_stay(device: Device) -> None:
     pair.step(numbers(1))
 
     def kept() -> list[Any]:
-        program, state = pair.far._stepper._program, pair.far._state.device
+        program, state = pair.far._stepper._programs[0], pair.far._state.device
         assert program is not None and state is not None
         tables = getattr(program._kernel, "_steps", None)  # of the CUDA kernel
         own = [] if tables is None else list(tables[1]._own.values())

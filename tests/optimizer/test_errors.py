@@ -197,7 +197,7 @@ def test_what_is_not_finite_is_named_and_counted(grads: Any, spoil: Callable[[An
     optimizer, w, b = trained()
     spoil(w, b)
     message += "; nothing was changed"
-    assert_refused(lambda: optimizer.step(grads), NonFiniteError, message, optimizer, w, b)
+    assert_refused(lambda: optimizer.step(grads), NonFiniteError, f"{message} (step 1)", optimizer, w, b)
     assert issubclass(NonFiniteError, ValueError)
     params = {"w": w, "b": b}
     state = init(params)
@@ -212,5 +212,5 @@ def test_what_is_not_finite_is_named_and_counted(grads: Any, spoil: Callable[[An
 
 def test_the_layer_that_is_named_is_one_that_has_a_gradient() -> None:
     optimizer, w, b = trained()
-    message = "the gradient of 'b' has 1 non-finite entries of 2; nothing was changed"
+    message = "the gradient of 'b' has 1 non-finite entries of 2; nothing was changed (step 1)"
     assert_refused(lambda: optimizer.step([None, GB * [1, np.nan]]), NonFiniteError, message, optimizer, w, b)

@@ -9,6 +9,7 @@ import pytest
 from assertions import assert_close, assert_refused
 
 from lars_array import LARS, RULES, init, lars_step, update
+from lars_array.hyperparams import ALIASES, DEFAULTS, unknown_option
 
 HYPER: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
 KNOWN = "lr, momentum, dampening, weight_decay, nesterov, trust_coefficient, eps, rule, trust_clip, trust_bounds, "
@@ -17,7 +18,10 @@ NESTEROV = "Nesterov momentum requires a momentum and zero dampening"
 BOUNDS = "trust_bounds must hold 0 <= lowest <= highest; got "
 PAIR = "trust_bounds must be None or a pair of numbers (lowest, highest); got "
 RULE = f"rule must be one of {', '.join(sorted(RULES))}, or a function; got "
+NEAR = "rule must be one of lars_array.RULES, or a function; got "
 NAN, INF = float("nan"), float("inf")
+
+BIG = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening", "rescale_grad", "max_grad_norm")
 
 VALUES: list[tuple[dict[str, Any], str]] = [
     # Flash's own.
@@ -45,6 +49,16 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"nonfinite": None}, "nonfinite must be one of 'raise', 'skip', 'propagate'; got None"),
     ({"rule": "larc"}, f"{RULE}'larc'"),
     ({"rule": "larc", "nesterov": True, "dampening": 0.5}, f"{RULE}'larc'"),
+    ({"rule": "falsh"}, f"{NEAR}'falsh'; did you mean 'flash'?"),
+    ({"rule": "tf_contrib"}, f"{NEAR}'tf_contrib'; did you mean 'tf-contrib'?"),
+    *(
+        ({name: 10**400}, f"{name} must be at most 1.8e+308; got 100000000000000000...0000000000000000000")
+        for name in BIG
+    ),
+    (
+        {"trust_bounds": (0, 10**400)},
+        "trust_bounds must be at most 1.8e+308; got (0, 100000000000000000...0000000000000000000)",
+    ),
     ({"lr": np.array(-0.5)}, "Invalid learning rate: -0.5"),
     ({"momentum": np.float32(-0.5)}, "Invalid momentum value: -0.5"),
 ]
@@ -70,15 +84,17 @@ def test_a_hyper_parameter_is_refused_wherever_it_comes_from(
     w, b, g = np.array([[3.0, 4.0]]), np.array([0.6, 0.8]), np.array([[0.3, 0.4]])
     # To the constructor, as a default or in a group.
     assert_refused(lambda: LARS([w], **HYPER | options), kind, message, w)
-    assert_refused(lambda: LARS([{"params": [w]}, {"params": [b], **options}], **HYPER), kind, message, w, b)
+    in_group = f"{message} (parameter group 1)"
+    assert_refused(lambda: LARS([{"params": [w]}, {"params": [b], **options}], **HYPER), kind, in_group, w, b)
     # With a group that is added.
     optimizer = LARS([w], **HYPER)
     optimizer.step([g])
     group = {"params": [b], **options}
-    assert_refused(lambda: optimizer.add_param_group(group), kind, message, optimizer, w, b)
+    assert_refused(lambda: optimizer.add_param_group(group), kind, in_group, optimizer, w, b)
     # In a group that was changed, when the next step is taken.
-    optimizer.param_groups[0].update(options)
-    assert_refused(lambda: optimizer.step([g]), kind, message, optimizer, w, g)
+    optimizer.add_param_group({"params": [b]})
+    optimizer.param_groups[1].update(options)
+    assert_refused(lambda: optimizer.step([g, None]), kind, in_group, optimizer, w, g)
 
 
 @pytest.mark.parametrize(("options", "kind", "message"), REFUSED)
@@ -118,13 +134,35 @@ def test_values_at_the_edge_are_allowed(options: dict[str, Any]) -> None:
     assert np.all(np.isfinite(w))
 
 
-@pytest.mark.parametrize("typo", ["momentun", "weightdecay", "LR", "kernel", "name"])
-def test_a_typo_among_the_options_is_pointed_out(typo: str) -> None:
+@pytest.mark.parametrize(
+    ("typo", "way"),
+    [
+        ("momentun", "did you mean 'momentum'?"),
+        ("weightdecay", "did you mean 'weight_decay'?"),
+        ("LR", f"known are {KNOWN}"),
+        ("kernel", f"known are {KNOWN}"),
+        ("name", f"known are {KNOWN}"),
+        ("wd", "it is called weight_decay here"),
+        *(
+            (name, "it is called trust_coefficient here")
+            for name in ("trust_coeff", "trust_coef", "eta", "eeta", "tcoef")
+        ),
+        ("layer_adaptation", "it is called adapt here"),
+        ("lars_exclude", "use adapt=False"),
+        ("is_skipped", "use adapt=False"),
+        ("exclude_from_layer_adaptation", "use param_groups(..., no_adapt=...)"),
+        ("weight_decay_filter", "use param_groups(..., no_decay=...)"),
+        ("exclude_bias_n_norm", "use param_groups(...), which excludes biases and norms"),
+    ],
+)
+def test_a_typo_among_the_options_is_pointed_out(typo: str, way: str) -> None:
     w, g = np.array([[3.0, 4.0]]), np.array([[0.3, 0.4]])
-    message = f"unknown hyper-parameter {typo!r}; known are {KNOWN}"
+    message = f"unknown hyper-parameter {typo!r}; {way}"
+    assert unknown_option(typo) == message
     assert_refused(lambda: LARS([{"params": [w], typo: 0.9}], **HYPER), ValueError, message, w)
     optimizer = LARS([w], **HYPER)
-    assert_refused(lambda: optimizer.add_param_group({"params": [g], typo: 0.9}), ValueError, message, optimizer)
+    in_group = f"{message} (parameter group 1)"
+    assert_refused(lambda: optimizer.add_param_group({"params": [g], typo: 0.9}), ValueError, in_group, optimizer)
     optimizer.param_groups[0][typo] = 0.9
     assert_refused(lambda: optimizer.step([g]), ValueError, message, optimizer, w)
     assert_refused(lambda: update([w], [g], init([w]), **HYPER, **{typo: 0.9}), ValueError, message, w)
@@ -132,6 +170,20 @@ def test_a_typo_among_the_options_is_pointed_out(typo: str) -> None:
     if typo != "kernel":
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{typo}'"):
             LARS([w], **HYPER, **{typo: 0.9})
+
+
+def test_what_others_call_an_option_is_none_of_ours() -> None:
+    assert set(ALIASES.values()) <= {"lr", *DEFAULTS}
+    assert not set(ALIASES) & {"lr", *DEFAULTS}
+
+
+def test_options_are_not_attributes() -> None:
+    optimizer = LARS([np.ones(2)], **HYPER)
+    for name in ("lr", *DEFAULTS):
+        with pytest.raises(AttributeError, match=rf"belong to the parameter groups; set {name} by `for group in "):
+            setattr(optimizer, name, 0.2)
+    optimizer.note = "others are"
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_names_in_a_group_are_not_ignored_in_silence() -> None:

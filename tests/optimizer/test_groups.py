@@ -226,8 +226,13 @@ def test_a_group_that_does_not_fit_is_not_added() -> None:
         (optimizer, {"params": []}, ValueError, "optimizer got an empty parameter list"),
         (optimizer, {"params": {"w": b}}, ValueError, "names of parameters must differ; got 'w' twice"),
         (optimizer, {"params": {"v": w}}, ValueError, twice),
-        (optimizer, {"params": [b], "lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
-        (optimizer, {"params": [b], "lr": lambda step: -step}, ValueError, "Invalid learning rate: -1"),
+        (optimizer, {"params": [b], "lr": -1.0}, ValueError, "Invalid learning rate: -1.0 (parameter group 1)"),
+        (
+            optimizer,
+            {"params": [b], "lr": lambda step: -step},
+            ValueError,
+            "Invalid learning rate: -1 (parameter group 1)",
+        ),
         (no_lr, {"params": [b]}, ValueError, unspecified),
         (copy.deepcopy(no_lr), {"params": [b]}, ValueError, unspecified),
     ]:

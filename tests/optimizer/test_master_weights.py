@@ -244,7 +244,7 @@ def test_a_master_that_is_not_finite_is_told_of() -> None:
     state = optimizer.state_dict()
     state["state"]["w"]["master"][1] = np.inf
     optimizer.load_state_dict(state)
-    message = "the parameter of 'w' has 1 non-finite entries of 3; nothing was changed"
+    message = "the parameter of 'w' has 1 non-finite entries of 3; nothing was changed (step 1)"
     assert_refused(lambda: optimizer.step([np.ones(3, np.float16)]), NonFiniteError, message, optimizer, p)
 
 
@@ -442,3 +442,44 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(master_of(there), master_of(here))
     revived = pickle.loads(pickle.dumps(there))
     assert_same(revived.state_dict(), there.state_dict())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("half", HALF.values(), ids=list(HALF))
+def test_weights_that_others_have_written_are_trained_after_a_refresh(half: Any, kernel: str) -> None:
+    rng = np.random.default_rng(3)
+    w, b = rng.standard_normal((3, 4)).astype(half), rng.standard_normal(4).astype(half)
+    best = rng.standard_normal((3, 4)).astype(half)
+    grads = [rng.standard_normal(x.shape).astype(half) for x in (w, b, w, b)]
+    optimizer = LARS({"w": w, "b": b}, **MASTERS, kernel=kernel)
+    optimizer.step(grads[:2])
+    buffer = buffer_of(optimizer)
+    w[...] = best
+    optimizer.refresh_masters()
+    assert "master" not in optimizer.state_dict()["state"]["w"]
+    assert_same(buffer_of(optimizer), buffer)
+    optimizer.step({"w": grads[2], "b": None}, found_inf=True)  # leaves it to the next
+    w[0, 0] = best[0, 0] = 2
+    plain = {"w": best.astype(np.float32), "b": b.astype(np.float32)}
+    other = LARS(plain, **HYPER, kernel=kernel)
+    other.load_state_dict(
+        other.state_dict()
+        | {
+            "steps": 1,
+            "state": {name: {"previous_lr": 0.3, "momentum_buffer": buffer_of(optimizer, name)} for name in "wb"},
+        }
+    )
+    optimizer.step(grads[2:])
+    other.step(grads[2:])
+    for name, p in (("w", w), ("b", b)):
+        assert_same_bits(master_of(optimizer, name), plain[name], "not trained from what was written")
+        assert_same_bits(p, plain[name].astype(half), "not the rounded master")
+
+
+def test_a_refresh_without_masters_changes_nothing() -> None:
+    p = np.ones(3)
+    optimizer = LARS([p], **HYPER)
+    optimizer.step([p * 2])
+    before = fingerprint(optimizer)
+    optimizer.refresh_masters()
+    assert fingerprint(optimizer) == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+import time
 from typing import Any
 
 import numpy as np
@@ -160,7 +162,7 @@ def test_an_array_that_became_read_only_since() -> None:
 def test_immutable_arrays_are_sent_to_the_functions() -> None:
     p = pytest.importorskip("jax").numpy.ones(2)
     kind = type(p).__name__
-    message = f"parameter 'p' must be writable; {kind} is not, use lars_array.init and lars_array.update"
+    message = f"parameter 'p' must be writable; {kind} is not, use lars_jax, or lars_array.init and lars_array.update"
     assert_refused(lambda: LARS({"p": p}, lr=0.5), TypeError, message)
 
 
@@ -210,3 +212,68 @@ def test_a_gradient_that_requires_gradients_does_not_reach_into_parameters() -> 
         assert re.search("gradient of '0'", str(refusal))
     assert not p.requires_grad
     assert_same(to_numpy(g.detach()), np.ones(3))
+
+
+def any_view(a: Any, rng: random.Random) -> Any:
+    """Return part of an array of 120 elements, in one to three axes."""
+    x = a.reshape(rng.choice([(120,), (8, 15), (12, 10), (2, 6, 10), (4, 5, 6), (3, 8, 5)]))
+    parts = []
+    for n in x.shape:
+        first = rng.randrange(n)
+        parts.append(
+            rng.choice([slice(first, rng.randint(first + 1, n), rng.choice([1, 2, 3])), slice(first, None, -1)])
+        )
+    return x[tuple(parts)].T if rng.random() < 0.3 else x[tuple(parts)]
+
+
+def test_overlaps_are_found_exactly() -> None:
+    rng, counts = random.Random(1), [0, 0]
+    for _ in range(1000):
+        a = np.zeros(120)
+        views = [any_view(a, rng) for _ in range(rng.randint(2, 5))]
+        overlaps = any(np.shares_memory(x, y) for i, x in enumerate(views) for y in views[:i])
+        counts[overlaps] += 1
+        if overlaps:
+            with pytest.raises(ValueError, match="must not overlap in memory"):
+                LARS(views, lr=0.5)
+            continue
+        optimizer = LARS(views, lr=0.5)
+        gradients = [np.zeros_like(p) for p in views]
+        i = rng.randrange(len(views))
+        free = [x for x in (any_view(a, rng) for _ in range(20)) if x.shape == views[i].shape]
+        for gradients[i] in free:
+            owners = [k for k, p in enumerate(views) if np.shares_memory(p, gradients[i])]
+            if owners:
+                with pytest.raises(ValueError, match=f"gradient of '{i}' must not share memory with parameter '"):
+                    optimizer.step(gradients)
+            else:
+                optimizer.step(gradients)
+    assert min(counts) > 100
+
+
+def table(shape: tuple[int, ...]) -> list[Any]:
+    return list(np.moveaxis(np.zeros(shape), -1, 0))
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda: table((100, 1500)),
+        lambda: [column for matrix in table((40, 40, 40)) for column in matrix.T],
+        lambda: [a[i::40, j::40] for a in [np.zeros((400, 400))] for i in range(40) for j in range(40)],
+    ],
+    ids=["columns", "of a cube", "interleaved"],
+)
+def test_a_thousand_parts_of_one_array_are_checked_at_once(views: Any) -> None:
+    params = views()
+    start = time.perf_counter()
+    optimizer = LARS(params, lr=0.5, momentum=0.9, kernel="blocked")
+    optimizer.step([np.ones_like(p) for p in params])
+    assert time.perf_counter() - start < 2  # it took ten; on a free machine it takes a tenth
+    whole = np.zeros((100, 3000))  # gradients between parameters
+    optimizer = LARS(list(whole[:, ::2].T), lr=0.5, kernel="blocked")
+    start = time.perf_counter()
+    optimizer.step(list(whole[:, 1::2].T))
+    assert time.perf_counter() - start < 2
+    with pytest.raises(ValueError, match="gradient of '7' must not share memory with parameter '7'"):
+        optimizer.step([whole[:, 2 * i + (i != 7)] for i in range(1500)])

@@ -96,6 +96,10 @@ def test_a_predicate_is_asked_once_for_each_parameter() -> None:
 def test_is_bias_or_norm(xp: Any) -> None:
     verdicts = [is_bias_or_norm("", xp.ones(shape)) for shape in ((), (3,), (1, 3), (1, 1, 1))]
     assert verdicts == [True, True, False, False]
+    named = [
+        is_bias_or_norm(name, xp.ones((2, 3))) for name in ("bias", "a.bias", "bias.a", "a.relative_bias", "unbias")
+    ]
+    assert named == [True, True, False, False, False]
 
 
 def test_a_layer_that_is_adapted_but_not_decayed_really_is() -> None:
@@ -145,6 +149,13 @@ def test_what_is_no_such_thing() -> None:
             ValueError,
             "no_adapt must hold regular expressions; '(': missing ), unterminated subpattern at position 0",
         ),
+        (
+            lambda: param_groups([p], 0.1, no_adapt=["*.bias"]),
+            ValueError,
+            "no_adapt must hold regular expressions; '*.bias': nothing to repeat at position 0; "
+            "any text is '.*' in them",
+        ),
+        (lambda: param_groups([p], 0.1, no_decay=[int]), TypeError, f"{must}<class 'int'>"),
     ]:
         assert_refused(call, kind, message, p)
     with pytest.raises(TypeError, match=r"^no_decay must "):
@@ -154,3 +165,28 @@ def test_what_is_no_such_thing() -> None:
 def test_the_weight_decay_is_checked_when_an_optimizer_is_made() -> None:
     groups = param_groups([np.ones((2, 2))], -1.0)
     assert_refused(lambda: LARS(groups, lr=0.1), ValueError, "Invalid weight_decay value: -1.0")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "way"),
+    [
+        ("bais", "'bias'"),
+        ("conv.wieght", "'conv.weight'"),
+        (re.compile("^xyz$"), "names are conv.weight, conv.bias, bn.scale, head.weight, head.bias"),
+        ("LayerNorm", "names are conv.weight"),
+    ],
+)
+@pytest.mark.parametrize("option", ["no_decay", "no_adapt"])
+def test_a_pattern_that_matches_nothing_is_told(pattern: Any, way: str, option: str) -> None:
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    with pytest.warns(UserWarning, match=f"^no parameter matches {re.escape(repr(text))} of {option}; ") as caught:
+        groups = param_groups(parameters(), 0.5, **{option: [pattern, "head"]})
+    assert way in str(caught[0].message) and len(caught) == 1
+    assert {name for group in groups for name in group["params"]} == set(SHAPES)
+
+
+def test_patterns_and_predicates_stand_together() -> None:
+    groups = param_groups(parameters(), 0.5, no_decay=[is_bias_or_norm, "head"], no_adapt=None)
+    assert_groups(
+        groups, {(True, True): ["conv.weight"], (False, True): ["conv.bias", "bn.scale", "head.weight", "head.bias"]}
+    )

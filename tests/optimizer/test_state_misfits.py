@@ -96,9 +96,7 @@ def test_an_option_is_not_allowed(options: dict[str, Any], kind: type[Exception]
 
 
 def test_an_option_is_unknown() -> None:
-    known = "lr, momentum, dampening, weight_decay, nesterov, trust_coefficient, eps, rule, trust_clip, trust_bounds, "
-    known += "always_adapt, adapt, maximize, rescale_grad, max_grad_norm, nonfinite, layer_axes, master_weights"
-    message = f"unknown hyper-parameter 'momentun'; known are {known}"
+    message = "unknown hyper-parameter 'momentun'; did you mean 'momentum'?"
     assert_does_not_load(spoiled([*GROUP, "momentun"], 0.9), ValueError, message)
 
 
@@ -114,7 +112,7 @@ def test_a_later_group_is_checked_as_well_before_anything_is_taken_over() -> Non
     state["param_groups"][0]["lr"] = 0.25
     optimizer = make()
     state["param_groups"][1]["lr"] = -0.5
-    message = "Invalid learning rate: -0.5"
+    message = "Invalid learning rate: -0.5 (parameter group 1 of state_dict)"
     assert_refused(lambda: optimizer.load_state_dict(state), ValueError, message, optimizer)
     state["param_groups"][1]["lr"] = 0.125
     optimizer.load_state_dict(state)

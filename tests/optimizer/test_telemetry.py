@@ -193,8 +193,11 @@ def test_memory_ranges_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_repr_shows_what_differs_from_the_defaults() -> None:
     optimizer = LARS([{"params": [W.copy(), B.copy()], "rule": "timm"}, {"params": [B.copy()]}], lr=0.5, momentum=0.9)
     lines = ["LARS(", "  group 0: 2 parameters, lr=0.5, momentum=0.9, rule='timm'"]
-    lines += ["  group 1: 1 parameters, lr=0.5, momentum=0.9", ")"]
+    lines += ["  group 1: 1 parameters, lr=0.5, momentum=0.9 (SGD: its layers are not adapted)", ")"]
     assert repr(optimizer) == "\n".join(lines)
     optimizer.param_groups[1].update(eps=0.0, trust_bounds=(0.0, 1.0), momentum=0)
-    lines[2] = "  group 1: 1 parameters, lr=0.5, eps=0.0, trust_bounds=(0.0, 1.0)"
+    lines[2] = "  group 1: 1 parameters, lr=0.5, eps=0.0, trust_bounds=(0.0, 1.0) (SGD: its layers are not adapted)"
+    assert repr(optimizer) == "\n".join(lines)
+    optimizer.param_groups[1].update(weight_decay=0.1)
+    lines[2] = "  group 1: 1 parameters, lr=0.5, weight_decay=0.1, eps=0.0, trust_bounds=(0.0, 1.0)"
     assert repr(optimizer) == "\n".join(lines)

@@ -38,7 +38,7 @@ class Jitted(_OnJax):
             first = arrays(scenario.model, scenario.dtype, scenario.layout, 0)
             self._params = {name: jnp.array(x) for name, x in first.items()}
             options = dict(scenario.options)
-            self._solver = lars(options.pop("lr"), options.pop("momentum"), options.pop("weight_decay"), **options)
+            self._solver = lars(options.pop("lr"), **options)
             self._state = self._solver.init(self._params)
         self._jitted = jax.jit(self._update)
 

@@ -60,7 +60,7 @@ class Torch(Subject):
     def state(self) -> Mapping[str, Mapping[str, Any]]:
         """Return buffers and masters."""
         return {
-            name: {key: _array(x) for key, x in self.optimizer.state.get(p, {}).items() if isinstance(x, torch.Tensor)}
+            name: {key: _array(x) for key, x in self.optimizer.state.get(p, {}).items() if key != "previous_lr"}
             for name, p in self._params.items()
         }
 

@@ -7,6 +7,7 @@ PyArrayObject_fields in numpy/ndarraytypes.h. In a list its length follows, and 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,12 @@ class HeaderSpecs(ArraySpecs):
     def spans(self) -> Any:
         """See `ArraySpecs`."""
         return self._spans_of_known[self._index]
+
+    def at(self, index: Sequence[int]) -> HeaderSpecs:
+        """See `ArraySpecs.at`."""
+        specs = copy.copy(self)
+        specs._index = self._index[index]
+        return specs
 
     def form(self, i: int) -> tuple[Any, Any]:
         """See `ArraySpecs.form`."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.event import Listener, install_listener
 from numba.extending import intrinsic, overload
 
 __all__ = ["array_at", "at_first", "fetch_add", "kept_on_disk", "load", "prefetch", "read", "stored", "write"]
+
+_log = logging.getLogger("lars_array")
 
 
 def kept_on_disk(function: Any) -> Any:
@@ -21,12 +26,38 @@ def kept_on_disk(function: Any) -> Any:
         return numba.njit(nogil=True, error_model="numpy")(function)
 
 
-def at_first(function: Any, *arguments: Any) -> Any:
-    """Call a compiled function with arguments whose types may be new."""
-    try:
+def at_first(function: Any, *arguments: Any, is_new: bool = False) -> Any:
+    """Call a compiled function, `is_new` with types that it may not have been compiled for."""
+    if function.overloads and not is_new:
         return function(*arguments)
-    except OSError:  # it was compiled, but writing the cache failed, for instance on a full disk
-        return function(*arguments)
+    report = _Report(function)
+    with install_listener("numba:compile", report):
+        try:
+            result = function(*arguments)
+        except OSError:  # it was compiled, but writing the cache failed, for instance on a full disk
+            result = function(*arguments)
+    if report.start is not None:
+        path = function.stats.cache_path
+        kept = f"kept in {path}" if path else "not kept: no folder is writable, see NUMBA_CACHE_DIR"
+        _log.info("compiled %s in %.1f s, %s", function.__name__, time.perf_counter() - report.start, kept)
+    return result
+
+
+class _Report(Listener):  # type: ignore[misc]
+    """Logs that a function is being compiled, which a function that is kept on disk is not."""
+
+    def __init__(self, function: Any) -> None:
+        self.name = function.__name__
+        self.start: float | None = None
+
+    def on_start(self, event: Any) -> None:
+        """Log the first of the functions that are compiled for this one."""
+        if self.start is None:
+            self.start = time.perf_counter()
+            _log.info("compiling %s with numba, which takes up to a minute, once for these types", self.name)
+
+    def on_end(self, event: Any) -> None:
+        """Do nothing."""
 
 
 @intrinsic

@@ -5,6 +5,7 @@ numba is imported when the first optimizer asks for it, not with this module.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -57,6 +58,29 @@ class Kernel:
     def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
         """Write the results of `core.apply` in place."""
         self._run("write", grads, _table().inputs_for_sums(None, self._count), self._none, np.ascontiguousarray(C))
+
+    def moved(self, held: Any, places: Any) -> Kernel:
+        """Return this kernel for arrays of the same types and layouts that lie elsewhere.
+
+        Parameters
+        ----------
+        held : object
+            Keeps the arrays alive.
+        places : int64 array of shape (3, layers)
+            The addresses of parameters, momentum buffers and master copies, 0 for None.
+        """
+        kernel = copy.copy(self)
+        kernel._tables = [table.moved(held, places) for table in self._tables]
+        return kernel
+
+    def part(self, index: Sequence[int]) -> Kernel:
+        """Return this kernel for some of its layers, in ascending order."""
+        kernel = copy.copy(self)
+        kernel._count, kernel._none = len(index), self._none[: len(index)]
+        number = np.full(self._count, -1, np.int32)
+        number[index] = np.arange(len(index))
+        kernel._tables = [table.part(number) for table in self._tables if (number[table.layers] >= 0).any()]
+        return kernel
 
     def prepare(self, inputs: RuleInputs) -> Any:
         """Return the rules and hyper-parameters as compiled code takes them; None if a rule can't be recorded."""

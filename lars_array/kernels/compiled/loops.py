@@ -94,7 +94,7 @@ def _measure(p: Any, g: Any, v: Any, weights: Any, sums: Any) -> None:
     sums[1] += g_squares
     if h != 0.0 and v.size != 0:
         sums[2] += _sum_of_three(p, g, v, gamma, w, h)
-    elif w != 0.0:
+    elif w != 0.0 or gamma == 0.0:  # 0 times a sum that overflows is nan
         sums[2] += _sum_of_two(p, g, gamma, w)
     else:
         sums[2] += gamma * gamma * g_squares
@@ -192,7 +192,7 @@ def _coefficients(
     registers[:3] = sums
     place = 3 + len(given)
     registers[3:place] = given
-    registers[place - 1] = previous_lr  # the last input, which each layer has of its own
+    registers[place - 2] = previous_lr  # the last input but one, which each layer has of its own
     registers[place : place + len(constants)] = constants
     _play(operations, registers, place + len(constants))
     for i in range(len(outputs)):
@@ -244,7 +244,7 @@ def _make_work(checksum: int) -> Any:
         inputs, read:
         hyper_row (layers,)     index into weights, hyper, extents and outputs
         weights (inputs, 3)     gamma, w and h of the third sum
-        previous_lr (layers,)   the last input of tapes
+        previous_lr (layers,)   the last input of tapes but one
         hyper (inputs, fields)  gamma and hyper-parameters, the inputs of tapes
 
         tapes, read:

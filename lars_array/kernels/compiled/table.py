@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -46,7 +47,7 @@ class Table:
     def __init__(self, arrays: KernelArrays, layers: Sequence[int]) -> None:
         own = arrays.at(layers)
         trained, copies = own.trained, own.copies
-        self._held = trained, own.buffers, copies
+        self._held: Any = trained, own.buffers, copies
         one, copy = trained[0], copies[0]
         width = 2 if one.dtype.kind == "c" else 1  # a complex number is two real ones
         copy_type = None if copy is None else _stored_as(copy.dtype)
@@ -58,12 +59,35 @@ class Table:
         self.places = np.zeros((len(layers), 3 if copy is None else 4), np.int64)
         for column, found in ((0, trained), (2, own.buffers), (3, copies))[: self.places.shape[1] - 1]:
             self.places[:, column] = _addresses(found)[order]
+        self._plan()
+
+    def _plan(self) -> None:
+        """Share out the layers."""
         pieces = -(-self.sizes // PIECE)
         self.left = pieces[pieces >= ROOM_FROM]
         self.offsets = np.cumsum(self.left) - self.left
         self.shared_pieces = int(self.left.sum())
         self.threads_worth = -(-int(self.sizes.sum()) // SHARE)
         self._tasks: dict[tuple[str, int], Any] = {}
+
+    def moved(self, held: Any, places: Any) -> Table:
+        """Return this table for arrays that lie elsewhere; see `Kernel.moved`."""
+        table = copy.copy(self)
+        params, buffers, masters = places[:, self.layers]
+        found = (masters, params) if self.places.shape[1] > 3 else (params,)
+        unused = self.places[:, 2] == 0
+        table._held, table.places = held, np.zeros_like(self.places)
+        table.places[:, 0], table.places[:, 2] = found[0], np.where(unused, 0, buffers)
+        table.places[:, 3:] = found[-1][:, None]
+        return table
+
+    def part(self, number: Any) -> Table:
+        """Return this table for the layers that have a new number, which is not -1."""
+        table, layers = copy.copy(self), number[self.layers]
+        index = np.flatnonzero(layers >= 0)
+        table.layers, table.sizes, table.places = layers[index], self.sizes[index], self.places[index]
+        table._plan()
+        return table
 
     def call(
         self, what: str, grads: Gradients, inputs: Any, S: Any, C: Any, tapes: Any = _NO_TAPES
@@ -145,9 +169,8 @@ def _likes(*types: Any) -> tuple[Any, ...]:
     progress = np.zeros(1, np.int64), none, none, np.empty((0, 3))
     table = np.empty((0, 3), np.int64), none, none, nowhere
     inputs = nowhere, _no_weights(1), *_NO_HYPER
-    at_first(
-        work, np.empty((0, 5), np.int64), progress, table, inputs, _NO_TAPES, np.empty((0, 3)), np.empty((0, 6)), likes
-    )
+    tasks_, S, C = np.empty((0, 5), np.int64), np.empty((0, 3)), np.empty((0, 6))
+    at_first(work, tasks_, progress, table, inputs, _NO_TAPES, S, C, likes, is_new=True)
     return likes
 
 

@@ -94,12 +94,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) write_pointers(u64* table,
 
 __device__ inline const double* hyper_of(const Model& m, const Row& row) { return m.hyper + (i64)row.group * FIELDS; }
 
+__device__ inline bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
+
 // core.gradient_factor
 __device__ inline double gradient_factor(const double* hyper, const double* norm) {
     double gamma = hyper[MAXIMIZE] != 0 ? -hyper[RESCALE_GRAD] : hyper[RESCALE_GRAD];
     if (norm == nullptr) return gamma;
-    bool clipped = *norm > hyper[MAX_GRAD_NORM];
+    bool clipped = *norm > hyper[MAX_GRAD_NORM] || (*norm != *norm && is_finite(hyper[MAX_GRAD_NORM]));
     return gamma * (clipped ? hyper[MAX_GRAD_NORM] / *norm : 1.0);
+}
+
+// core.with_max_ratio
+__device__ inline double max_ratio_root(const double* hyper, double limit) {
+    double factors[] = {hyper[LR], hyper[WEIGHT_DECAY], hyper[MOMENTUM], fabs(1 - hyper[DAMPENING]), hyper[RESCALE_GRAD]};
+    double ratio = limit;
+    for (double x : factors) ratio /= x > 1 ? x : 1.0;
+    return sqrt(hyper[TRUST_COEFFICIENT] < ratio ? ratio : limit);
 }
 
 // core._operand and core.update_weights: the factors of g, p and v in the third sum.
@@ -184,7 +194,7 @@ template <class P, class G> __device__ inline Sums measure(const Model& m, const
 template <class P, class G> __device__ inline void sums(const Model& m, int first) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {  // `apply` of the step before is done
         *m.prevented = 0;
-        *m.offender = m.row_count;
+        *m.offender = 2 * m.row_count;
     }
     if (first + (int)blockIdx.x >= m.piece_count) return;  // a model of empty arrays
     typedef typename Computed<P>::type T;
@@ -230,8 +240,6 @@ __device__ inline void run_tape(const Group& group, const int* operations, doubl
     }
 }
 
-__device__ inline bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
-
 // core.coefficients for one layer, and nonfinite.finite of the result.
 __device__ inline void evaluate(const Model& m, int index, const Sums& s, double (*registers)[ROWS], int column) {
     const Row& row = m.rows[index];
@@ -247,17 +255,18 @@ __device__ inline void evaluate(const Model& m, int index, const Sums& s, double
     for (int i = 0; i < FIELDS; ++i) registers[HYPER + i][column] = hyper[i];
     registers[FIRST][column] = m.first[row.param] ? 1.0 : 0.0;
     registers[PREVIOUS_LR][column] = m.previous_lr[row.param];
+    registers[MAX_RATIO_ROOT][column] = max_ratio_root(hyper, row.limit);
     int next = INPUTS;
     for (int k = group.first_constant; k < group.last_constant; ++k) registers[next++][column] = m.constants[k];
     run_tape(group, m.operations, registers, column, next);
-    bool ok = is_finite(s.p) && is_finite(s.g) && is_finite(s.third) && s.g <= row.square_limit;
+    bool holds = is_finite(s.p) && is_finite(s.g), ok = holds && is_finite(s.third) && s.g <= row.square_limit;
     for (int i = 0; i < 6; ++i) {
         double c = registers[group.outputs[i]][column];
         m.C[6 * (i64)index + i] = c;
         ok = ok && fabs(c) <= row.limit;
     }
     if (!ok && group.policy != PROPAGATE) atomicMax(m.prevented, 1);
-    if (!ok && group.policy == RAISE) atomicMin(m.offender, index);
+    if (!ok && group.policy == RAISE) atomicMin(m.offender, holds ? m.row_count + index : index);
 }
 
 // Second stage: each block has ROWS layers.
@@ -339,12 +348,13 @@ __device__ inline void update(const Part& part, P* p, const G* g, T* v, R* round
 // Update counts, last learning rates and flags of unused buffers after a step, by one block.
 __device__ inline void commit(const Model& m, bool taken) {
     if (threadIdx.x == 0) {
-        bool found = found_inf(m), rejected = !found && *m.offender < m.row_count;
+        bool found = found_inf(m), rejected = !found && *m.offender < 2 * m.row_count;
         m.counts[taken ? 0 : rejected ? 2 : 1] += 1;
         if (rejected) {
-            const Sums& s = m.S[*m.offender];
+            int row = *m.offender % m.row_count;
+            const Sums& s = m.S[row];
             int cause = !is_finite(s.g) ? BAD_GRADIENT : !is_finite(s.p) ? BAD_PARAMETER : BAD_UPDATE;
-            m.counts[3] = CAUSES * (i64)m.rows[*m.offender].number + cause;
+            m.counts[3] = CAUSES * (i64)m.rows[row].number + cause;
         }
     }
     if (!taken) return;

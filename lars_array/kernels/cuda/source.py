@@ -82,7 +82,7 @@ MODEL = _structure(
     "double* C",
     "double* gamma",
     "int* prevented",  # 1 where a row that is not finite prevents the step
-    "int* offender",  # the first such row where that is an error
+    "int* offender",  # the first such row where that is an error; row_count later if its sums of p and g are finite
     "bool* first",
     "double* previous_lr",
     "i64* counts",
@@ -127,11 +127,12 @@ def source(pairs: Iterable[tuple[str, str]], **numbers: int) -> str:
         It ends with assertions that the structures have the layout of their dtypes.
     """
     constants = {"THREADS": THREADS, "ROWS": ROWS, "SLOTS": SLOTS} | numbers
-    constants |= {"FIRST": INPUTS.index("first"), "PREVIOUS_LR": INPUTS.index("previous_lr"), "INPUTS": len(INPUTS)}
+    constants |= {name.upper(): INPUTS.index(name) for name in ("first", "previous_lr", "max_ratio_root")}
+    constants["INPUTS"] = len(INPUTS)
     before = [
         "typedef long long i64; typedef unsigned long long u64;",
         *(f"const int {name} = {value};" for name, value in constants.items()),
-        _enum("Field", Hyper._fields[:-2], end="FIELDS"),
+        _enum("Field", Hyper._fields[: Hyper._fields.index("first")], end="FIELDS"),
         _enum("Input", INPUTS[:4], end="HYPER"),
         _enum("Operation", OPERATIONS),
         _enum("Policy", POLICIES),

@@ -57,7 +57,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "float64"])
 def test_it_is_the_transformation(donate: bool, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
-        solver = lars(0.1, 0.9, 0.1, trust_coefficient=0.1)
+        solver = lars(0.1, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1)
         optimizer = LARS(draw(0, dtype), donate=donate, **OPTIONS)
         theirs, state = draw(0, dtype), solver.init(draw(0, dtype))
         for t in range(5):
@@ -230,7 +230,10 @@ def test_masks_layers_and_groups() -> None:
     params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
     masks: dict[str, Any] = {"weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim > 1, p)}
     masks |= {"trust_ratio_mask": {"w": True, "b": False}, "layer_axes": {"w": 1, "b": 0}}
-    optimizer, solver = LARS(params, **OPTIONS, **masks), lars(0.1, 0.9, 0.1, trust_coefficient=0.1, **masks)
+    optimizer, solver = (
+        LARS(params, **OPTIONS, **masks),
+        lars(0.1, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1, **masks),
+    )
     grads = {"w": jnp.arange(12.0).reshape(3, 4) + 1, "b": jnp.ones(4)}
     updates, _ = solver.update(grads, solver.init(params), params)
     assert_close(optimizer.step(grads), jax.tree.map(jnp.add, params, updates), 1e-6)
@@ -268,6 +271,17 @@ def test_parameters_can_be_replaced(donate: bool) -> None:
     assert bits(optimizer.step(draw(1))) == bits(LARS(clipped, **OPTIONS).step(draw(1)))
     with pytest.raises(ValueError, match=r"parameter 'w' must keep its shape \(40, 30\) and dtype"):
         optimizer.replace_params({"w": jnp.ones(3), "b": [jnp.ones(7)]})
+
+
+def test_numbers_of_numpy_and_leaves_that_are_not_trained_are_replaced_too(donate: bool) -> None:
+    tree = {"scale": np.float32(2.0), "count": 3, "key": jnp.zeros(2, jnp.uint32), "w": np.ones(2, np.float32)}
+    optimizer = LARS(tree, lr=0.5, donate=donate)
+    optimizer.replace_params(tree | {"scale": np.float32(3.0), "count": 4, "key": jnp.ones(2, jnp.uint32)})
+    after = copy.deepcopy(optimizer).step({"scale": np.float32(2.0), "count": None, "key": None, "w": None})
+    assert float(after["scale"]) == 2.0 and after["count"] == 4 and after["key"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="parameter 'scale' must keep its shape"):
+        optimizer.replace_params(tree | {"scale": jnp.ones(2), "count": 5})
+    assert optimizer.step({"scale": None, "count": None, "key": None, "w": None})["count"] == 4
 
 
 def test_tracers_are_sent_to_the_transformation() -> None:
@@ -317,7 +331,7 @@ def _trained_without_the_mishap() -> Any:
         ({"w": jnp.ones(2)}, {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
         ({"n": jnp.arange(2)}, {"lr": 0.1}, ValueError, "optimizer got an empty parameter list"),
         ({"w": np.ones(2)}, {"lr": 0.1}, TypeError, "see jax_enable_x64"),
-        ({"w": jnp.ones(2)}, {"lr": 0.1, "weight_decay_mask": 1}, TypeError, "weight_decay_mask must hold True"),
+        ({"w": jnp.ones(2)}, {"lr": 0.1, "weight_decay_mask": 2}, TypeError, "weight_decay_mask must hold True"),
         ({"w": jnp.ones(2)}, {"lr": 0.1, "rule": "no"}, ValueError, "rule must be one of"),
     ],
 )

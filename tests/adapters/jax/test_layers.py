@@ -67,7 +67,8 @@ def test_leaves_of_one_label_are_one_layer() -> None:
         ({"layer_axes": 2}, ValueError, "layer_axes must be at most the 1 axes of 'b'; got 2"),
         ({"layer_axes": {"b": True}}, TypeError, "layer_axes must hold integers of at least 0; got True"),
         ({"layer_of": {"c": 1}}, ValueError, "layer_of must hold names of parameters; got 'c'"),
-        ({"axis_name": 3}, TypeError, "axis_name must hold names of mapped axes; got 3"),
+        ({"axis_name": [jnp.ones(1)]}, ValueError, "axis_name must have the structure"),
+        ({"axis_name": {"b": jnp.ones(1)}}, TypeError, "axis_name must hold names of mapped axes; got ArrayImpl"),
     ],
 )
 def test_refusals(options: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -84,7 +85,7 @@ def test_norms_of_many_million_elements_are_exact(dtype: str) -> None:
     p = np.random.default_rng(0).standard_normal(size, np.float32).astype(dtype)
     g = np.full(size, 0.1, np.float32).astype(dtype)
     norm_of_p, norm_of_g = (np.sqrt(np.sum(np.square(x, dtype=np.float64))) for x in (p, g))
-    solver = lars(1.0, 0.0, trust_coefficient=1.0, eps=0.0, always_adapt=True, rule="flash")
+    solver = lars(1.0, momentum=0.0, trust_coefficient=1.0, eps=0.0, always_adapt=True, rule="flash")
 
     def first(p: Any, g: Any) -> Any:
         update, _ = solver.update(g, solver.init(p), p)

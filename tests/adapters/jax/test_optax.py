@@ -110,14 +110,14 @@ def test_masks_of_flash_exclude_what_they_exclude_elsewhere() -> None:
     """A leaf that is not decayed is adapted all the same, as `lars_array.param_groups` has it, and SGD is SGD."""
     params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([3.0, 4.0])}
     grads = jax.tree.map(jnp.ones_like, params)
-    solver = lars(1.0, 0.0, 0.1, weight_decay_mask={"a": True, "b": False}, eps=0.0)
+    solver = lars(1.0, momentum=0.0, weight_decay=0.1, weight_decay_mask={"a": True, "b": False}, eps=0.0)
     updates, _ = solver.update(grads, solver.init(params), params)
     np.testing.assert_allclose(updates["b"], -0.001 * 5 / 2**0.5, rtol=1e-6)
     ratio = 0.001 * 5 / (2**0.5 + 0.5)
     np.testing.assert_allclose(updates["a"], -ratio * (1 + 0.1 * params["a"]), rtol=1e-6)
-    plain = lars(1.0, 0.0, 0.1, weight_decay_mask=False, trust_ratio_mask=False)
+    plain = lars(1.0, momentum=0.0, weight_decay=0.1, weight_decay_mask=False, trust_ratio_mask=False)
     np.testing.assert_array_equal(plain.update(grads, plain.init(params), params)[0]["b"], -grads["b"])
-    sgd = lars(1.0, 0.0, 0.0, weight_decay_mask={"a": True, "b": False})
+    sgd = lars(1.0, momentum=0.0, weight_decay=0.0, weight_decay_mask={"a": True, "b": False})
     np.testing.assert_array_equal(sgd.update(grads, sgd.init(params), params)[0]["b"], -grads["b"])
 
 
@@ -161,7 +161,7 @@ def test_it_converges_and_is_compiled_once(target: Any, options: dict[str, Any])
 def test_the_state_can_be_mapped_over_parameters() -> None:
     params = {"a": jnp.ones(3), "b": [jnp.ones((2, 2))]}
     for momentum in (0.9, 0.0):
-        solver = lars(0.1, momentum)
+        solver = lars(0.1, momentum=momentum)
         state = solver.init(params)
         mapped = optax.tree.map_params(solver, lambda v: v + 1, state)
         if momentum:
@@ -212,6 +212,30 @@ def test_hyper_parameters_can_be_injected_and_changed() -> None:
     held.hyperparams["learning_rate"] = jnp.asarray(0.0, jnp.float32)
     assert not np.any(update(grads, held, params)[0][0])
     assert update._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9, "nesterov": True}, {"rescale_grad": 0.5}, {"max_grad_norm": 0.1}, {"dampening": 0.5}]
+)
+def test_every_number_may_be_a_schedule(options: dict[str, Any]) -> None:
+    def schedule(value: float) -> Any:
+        return lambda step: jnp.where(step < 0, 0.0, value)
+
+    scheduled = {name: x if name == "nesterov" else schedule(x) for name, x in options.items()}
+    p, g = jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])
+    plain, solver = lars(0.1, weight_decay=0.1, **options), lars(schedule(0.1), weight_decay=0.1, **scheduled)
+    state, other = plain.init(p), solver.init(p)
+    for _ in range(2):
+        expected, state = plain.update(g, state, p)
+        found, other = jax.jit(solver.update)(g, other, p)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("params", [jnp.ones(2), {"a": jnp.ones(2)}], ids=["one leaf", "a dict"])
+def test_a_state_without_momentum_is_none_with_it(params: Any) -> None:
+    state = lars(0.1, momentum=0.0).init(params)
+    with pytest.raises((TypeError, ValueError), match=r"the (trace of state|momentum buffer of '0') must"):
+        lars(0.1).update(params, state, params)
 
 
 def test_it_takes_part_in_chains_and_wrappers() -> None:
@@ -296,7 +320,7 @@ def test_arrays_of_numpy_are_taken_for_jaxs() -> None:
 
 def test_keys_with_dots_are_told_apart() -> None:
     params = {"a.b": jnp.full(2, 3.0), "a": {"b": jnp.full(2, 5.0)}}
-    optimizer, solver = LARS(params, lr=0.1, weight_decay=0.1), lars(0.1, 0.0, 0.1)
+    optimizer, solver = LARS(params, lr=0.1, weight_decay=0.1), lars(0.1, momentum=0.0, weight_decay=0.1)
     updates, _ = solver.update(params, solver.init(params), params)
     assert_trees_close(optimizer.step(params), optax.apply_updates(params, updates), 1e-6)
     assert optimizer.norms().keys() == {"['a']['b']", "['a.b']"}
@@ -328,9 +352,9 @@ def test_a_step_that_is_not_finite_is_skipped_or_taken() -> None:
         (lambda s, st, p: s.init({"n": jnp.arange(3)}), TypeError, "parameter 'n' must be of one of the types"),
         (lambda s, st, p: s.init({"n": "w"}), TypeError, "parameter 'n' must be an array"),
         (
-            lambda s, st, p: lars(0.1, trust_ratio_mask={"a": 1, "b": True}).update(p, st, p),
+            lambda s, st, p: lars(0.1, trust_ratio_mask={"a": 2, "b": True}).update(p, st, p),
             TypeError,
-            "trust_ratio_mask must hold True or False; got 1",
+            "trust_ratio_mask must hold True or False; got 2 for 'a'",
         ),
         (
             lambda s, st, p: lars(0.1, trust_ratio_mask={"a": True}).update(p, st, p),

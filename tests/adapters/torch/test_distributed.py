@@ -76,8 +76,9 @@ def test_it_steps_as_sgd_does(way: Callable[..., None]) -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["flash", "nvidia"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_distributed_checkpoint_changes_no_bit(flat: bool, tmp_path: Path) -> None:
+def test_a_distributed_checkpoint_changes_no_bit(flat: bool, rule: str, tmp_path: Path) -> None:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -85,7 +86,7 @@ def test_a_distributed_checkpoint_changes_no_bit(flat: bool, tmp_path: Path) -> 
 
     def optimizer_of(model: nn.Module, **options: Any) -> LARS:
         groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.05}]
-        return LARS(groups, **OPTIONS | options)
+        return LARS(groups, **OPTIONS | options, rule=rule)
 
     model, resumed = network(), network(1)
     optimizer, other = optimizer_of(model), optimizer_of(resumed, momentum=0.5)
@@ -97,10 +98,38 @@ def test_a_distributed_checkpoint_changes_no_bit(flat: bool, tmp_path: Path) -> 
     states = {"model_state_dict": read["model"], "optim_state_dict": read["optimizer"]}
     set_state_dict(resumed, other, **states, options=shape)
     assert other.param_groups[1]["lr"] == 0.05 and other.param_groups[0]["momentum"] == 0.9
+    for each in (optimizer, other):
+        each.param_groups[0]["lr"] = 0.025  # which momentum is corrected for
     train(model, optimizer)
     train(resumed, other)
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_sharded_states_keep_the_last_learning_rates() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def trained(kind: Any, *, resumed: bool) -> nn.Module:
+        model = network()
+        options = OPTIONS | {"rule": "nvidia"}
+        optimizer = (
+            ZeroRedundancyOptimizer(model.parameters(), LARS, **options)
+            if kind
+            else LARS(model.parameters(), **options)
+        )
+        train(model, optimizer)
+        if resumed:
+            optimizer.consolidate_state_dict()
+            saved = optimizer.state_dict()
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), LARS, **options)
+            optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["lr"] = 0.025
+        train(model, optimizer)
+        return model
+
+    models = [trained(False, resumed=False), trained(True, resumed=False), trained(True, resumed=True)]
+    for other in models[1:]:
+        assert all(map(torch.equal, models[0].parameters(), other.parameters()))
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="fully_shard trains on a CPU since torch 2.7")
@@ -111,6 +140,6 @@ def test_parameters_that_are_in_several_processes_are_refused() -> None:
 
     model = network()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = LARS(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match="must be a plain tensor, LARS needs its whole norm; got a DTensor"):
-        train(model, optimizer)
+    message = "parameter '0' of group 0 must be a plain tensor, LARS needs its whole norm; got a DTensor: keep"
+    with pytest.raises(TypeError, match=message):
+        LARS(model.parameters(), lr=0.1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -64,16 +66,13 @@ def test_a_gradient_that_is_not_plain_memory(gradient: Any, message: str, steppe
     p.grad = gradient(torch.ones(3))
     with pytest.raises(TypeError) as caught:
         optimizer.step()
-    assert str(caught.value) == message
+    assert str(caught.value) == f"{message} (parameter group 0, step {1 + stepped_before})"
     assert torch.equal(p, before)
 
 
 @pytest.mark.parametrize(
     ("p", "kind", "message"),
     [
-        (lambda: torch.ones(3).to_sparse(), TypeError, "parameter '0' must be dense, LARS needs its norm"),
-        (lambda: Wrapper(torch.ones(3)), TypeError, "parameter '0' must be a plain tensor, LARS needs its whole norm"),
-        (lambda: torch.ones(3).to(torch.float8_e4m3fn), TypeError, "parameter '0' must be of one of the types float64"),
         (lambda: torch.ones(1).expand(3), ValueError, "parameter '0' must not overlap itself"),
         (lambda: torch.ones(3, dtype=torch.complex64).conj(), TypeError, "parameter '0' must not be a lazily conj"),
     ],
@@ -84,6 +83,27 @@ def test_a_parameter_that_can_not_be_stepped(p: Callable[[], Any], kind: Any, me
     held.grad = p()
     with pytest.raises(kind, match=message):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        (torch.ones(3).to_sparse(), "must be dense, LARS needs its norm"),
+        (Wrapper(torch.ones(3)), "must be a plain tensor, LARS needs its whole norm"),
+        (torch.ones(3).to(torch.float8_e4m3fn), "must be of one of the types float64"),
+        (torch.ones(3, dtype=torch.int64), "must be of one of the types float64"),
+        (torch.ones(3, dtype=torch.bool), "must be of one of the types float64"),
+    ],
+    ids=["sparse", "wrapper", "float8", "int64", "bool"],
+)
+def test_a_parameter_that_is_refused_when_the_optimizer_is_made(p: Any, message: str) -> None:
+    fine = parameter(3)
+    with pytest.raises(TypeError, match=f"parameter '1' of group 0 {message}"):
+        LARS([fine, p], lr=0.1)
+    optimizer = LARS([("fine", fine)], lr=0.1)
+    with pytest.raises(TypeError, match=f"parameter 'w' of group 1 {message}"):
+        optimizer.add_param_group({"params": [("w", p)]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_a_parameter_without_memory() -> None:
@@ -102,10 +122,12 @@ def test_parameters_that_overlap() -> None:
         x.grad = torch.ones_like(x)
     with pytest.raises(ValueError, match="must not overlap in memory; parameter '1' and parameter '0' do"):
         LARS([p, q], lr=0.1).step()
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        twice = LARS([p, p], lr=0.1)
-    with pytest.raises(ValueError, match="must not overlap in memory"):
-        twice.step()
+    with pytest.raises(ValueError, match="parameter '1' of group 0 is given twice, before as '0'"):
+        LARS([p, p], lr=0.1)
+    with pytest.raises(ValueError, match="parameter 'b' of group 0 is given twice, before as 'a'"):
+        LARS([("a", p), ("b", p)], lr=0.1)
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        LARS([{"params": [p]}, {"params": [p]}], lr=0.1)
     LARS([p, r], lr=0.1).step()
     assert torch.equal(memory, torch.full((6,), 0.9))
 
@@ -249,6 +271,32 @@ def test_threads_each_with_an_optimizer() -> None:
     for thread in threads:
         thread.join()
     assert params[0][0] < 1 and all(torch.equal(p, params[0]) for p in params)
+
+
+def test_threads_that_share_an_optimizer() -> None:
+    """As A3C's workers do: each replaces the gradients and steps, and its memory is used again at once."""
+    params = [parameter(100, 100) for _ in range(8)]
+    optimizer = LARS(params, lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            for _ in range(150):
+                for p in params:
+                    p.grad = torch.full_like(p, 1e-3)
+                optimizer.step()
+                torch.full((100, 100), 1e30)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and all(bool((p.abs() <= 1).all()) for p in params)
+    copy.deepcopy(optimizer)
+    pickle.loads(pickle.dumps(optimizer)).step()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -86,7 +86,7 @@ def together(model: nn.Module) -> Groups:
 
 
 def by_module_all_adapted(model: nn.Module) -> Groups:
-    return param_groups(model, DECAY, adapt_excluded=True)
+    return param_groups(model, DECAY, no_adapt=None)
 
 
 def by_ndim(model: nn.Module) -> Groups:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import pickle
+import types
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,135 @@ def test_all_hyper_parameters_are_in_a_checkpoint() -> None:
     optimizer = LARS(parameters(), lr=9.0)
     optimizer.load_state_dict(through_a_file(LARS(parameters(), **given).state_dict()))
     assert {key: optimizer.param_groups[0][key] for key in given} == given
+
+
+@pytest.mark.parametrize("rule", ["flash", "optax", "nvidia", "mxnet"])
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_the_last_learning_rate_is_state_where_a_rule_reads_it(rule: str, lr: Any) -> None:
+    optimizer = LARS(parameters(), **OPTIONS | {"lr": lr}, rule=rule)
+    p, q, r = params_of(optimizer)
+    for x in (p, q):
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    keys = {"momentum_buffer", "previous_lr"} if rule in ("nvidia", "mxnet") else {"momentum_buffer"}
+    assert optimizer.state[p].keys() == keys and r not in optimizer.state
+    state_dict = optimizer.state_dict()
+    assert not any("previous_lr" in group for group in state_dict["param_groups"])
+    assert state_dict["state"][1].get("previous_lr", 0.5) == 0.5
+    p.grad = None
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    rates = [optimizer.state[x].get("previous_lr") for x in (p, q)]
+    assert rates == ([0.5, 0.25] if rule in ("nvidia", "mxnet") else [None, None])
+
+
+def test_a_last_learning_rate_that_is_replaced_is_read() -> None:
+    first, second = (LARS(parameters(), **OPTIONS, rule="mxnet") for _ in range(2))
+    for optimizer in (first, second):
+        advance(optimizer, 0, 2, lambda t: 0.5 / (1 + t))
+    for own in first.state.values():
+        own["previous_lr"] = 0.125
+    for own in second.state.values():
+        own["previous_lr"].fill_(0.125)
+    for optimizer in (first, second):
+        advance(optimizer, 2, 4, lambda t: 0.5 / (1 + t))
+    assert_same(first, second)
+    third = LARS(parameters(), **OPTIONS, rule="mxnet")
+    advance(third, 0, 2, lambda t: 0.5 / (1 + t))
+    advance(third, 2, 4, lambda t: 0.5 / (1 + t))
+    assert not torch.equal(params_of(third)[0], params_of(first)[0])
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_last_learning_rate_out_of_range_is_refused(value: float) -> None:
+    optimizer = LARS(parameters(), **OPTIONS, rule="mxnet")
+    advance(optimizer, 0, 1)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][0]["previous_lr"] = value
+    with pytest.raises(ValueError, match="previous_lr must be finite and at least 0"):
+        optimizer.load_state_dict(state_dict)
+
+
+# ------------------------------------------------------------------------------------- states and groups are replaced
+
+
+def empty_dict(optimizer: Any) -> None:
+    optimizer.state = {}
+
+
+def empty_defaultdict(optimizer: Any) -> None:
+    optimizer.state = collections.defaultdict(dict)
+
+
+def cleared(optimizer: Any) -> None:
+    optimizer.state.clear()
+
+
+def other_states(optimizer: Any) -> None:
+    for p in params_of(optimizer):
+        optimizer.state[p] = {"momentum_buffer": torch.full_like(p, 0.5)}
+
+
+def other_groups(optimizer: Any) -> None:
+    optimizer.param_groups = [{**group, "lr": 0.25} for group in optimizer.param_groups]
+
+
+def split_groups(optimizer: Any) -> None:
+    (group,) = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [p]} for p in group["params"]]
+    optimizer.param_groups[1]["lr"] = 0.125
+
+
+def fewer_groups(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+
+
+@pytest.mark.parametrize(
+    "change", [empty_dict, empty_defaultdict, cleared, other_states, other_groups, split_groups, fewer_groups]
+)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_replaced_states_and_groups_are_taken_as_by_sgd(change: Any, steps_before: int) -> None:
+    ours = LARS(parameters(), lr=0.5, momentum=0.9, weight_decay=0.1, adapt=False)
+    theirs = sgd(parameters())
+    for optimizer in (ours, theirs):
+        advance(optimizer, 0, steps_before)
+        change(optimizer)
+        if isinstance(optimizer.state, dict) and not isinstance(optimizer.state, collections.defaultdict):
+            if optimizer is theirs:  # which has a KeyError
+                optimizer.state = collections.defaultdict(dict)
+        advance(optimizer, 2, 5)
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(ours.state[p], theirs.state[q])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        types.MappingProxyType({}),
+        *({0: own} for own in (None, types.MappingProxyType({}), [])),
+        {0: {"momentum_buffer": np.ones((4, 3))}},
+        {0: {"momentum_buffer": torch.ones(5)}},
+        {2: {"momentum_buffer": torch.ones(5)}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_nothing_moves_before_a_state_is_refused(state: Any, steps_before: int) -> None:
+    optimizer = LARS(parameters(), **OPTIONS)
+    advance(optimizer, 0, steps_before)
+    params = params_of(optimizer)
+    before = [p.detach().clone() for p in params]
+    if isinstance(state, dict):
+        optimizer.state.update({params[i]: own for i, own in state.items()})
+    else:
+        optimizer.state = state
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
 
 
 # ------------------------------------------------------------------------------------------------ other implementations

@@ -76,9 +76,11 @@ class Training:
         for rows in torch.randperm(len(x), generator=self.batches).split(BATCH)[: len(x) // BATCH]:
             self.optimizer.zero_grad()
             self.scaler.scale(cross_entropy(self.logits(x[rows]), y[rows])).backward()
+            scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.schedule.step()
+            if self.scaler.get_scale() >= scale:  # else the scaler has skipped the step, of which torch warns
+                self.schedule.step()
 
     def accuracy(self) -> float:
         _, _, x, y = digits()

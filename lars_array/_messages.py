@@ -1,0 +1,68 @@
+"""Values in messages, in a length that a person reads, and names that may have been meant."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+__all__ = ["listed", "located", "near", "shown"]
+
+LONGEST = 100  # characters of a value
+SMALL = 8  # elements of a NumPy array that are shown
+
+
+class _Short(reprlib.Repr):
+    """Representations of nested containers and of arrays that are neither long nor slow to make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple, self.maxset = 3, 4, 4, 6, 4
+        self.maxstring = self.maxother = LONGEST
+        self.maxlong = 40
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Return type, shape and dtype of arrays, without reading them, and the beginning and the end of others."""
+        shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+        is_small = type(x).__module__ == "numpy" and getattr(x, "size", SMALL) < SMALL
+        if dtype is None or not isinstance(shape, tuple) or isinstance(x, type) or is_small:
+            return super().repr_instance(x, level)
+        return f"{type(x).__name__} of shape {self.repr(tuple(shape))} and dtype {getattr(dtype, 'name', dtype)}"
+
+
+_short = _Short()
+
+
+def shown(x: Any) -> str:
+    """Return a short representation of any object, on one line, whatever its own does."""
+    try:
+        text = " ".join(_short.repr(x).split())
+    except Exception:  # such as of an integer with too many digits
+        text = f"an object of type {type(x).__name__}"
+    half = LONGEST // 2 - 2
+    return text if len(text) <= LONGEST + 2 else f"{text[:half]}...{text[-half:]}"
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+    """Return the known names that are nearly `name`, as a question to add to a message, or ''."""
+    found = get_close_matches(name[:LONGEST], list(known), n=3) if isinstance(name, str) else []
+    return f"; did you mean {' or '.join(map(shown, found))}?" if found else ""
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Return names with commas, the first of them only where there are many."""
+    text = ", ".join(map(str, names))
+    return text if len(text) <= 3 * LONGEST + 50 else f"{text[: 3 * LONGEST]}..."
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Add a place to the messages of ValueError and TypeError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not place or type(error) not in (ValueError, TypeError):
+            raise
+        raise type(error)(f"{error} ({place})") from error
