@@ -276,6 +276,7 @@ def test_steps_within_torch_func_are_those_of_sgd(transformed: str) -> None:
     torch.testing.assert_close(result(LARS, adapt=False, **options), result(torch.optim.SGD, **options))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 refuses it in words of its own")
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_step_is_not_exported(strict: bool) -> None:
     model, optimizer = network()
