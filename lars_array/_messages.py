@@ -5,7 +5,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 __all__ = ["listed", "located", "near", "shown"]
@@ -47,6 +46,8 @@ def shown(x: Any) -> str:
 
 def near(name: Any, known: Iterable[str]) -> str:
     """Return the known names that are nearly `name`, as a question to add to a message, or ''."""
+    from difflib import get_close_matches  # a tenth of what it takes to import lars_array
+
     found = get_close_matches(name[:LONGEST], list(known), n=3) if isinstance(name, str) else []
     return f"; did you mean {' or '.join(map(shown, found))}?" if found else ""
 
