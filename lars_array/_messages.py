@@ -46,7 +46,7 @@ def shown(x: Any) -> str:
 
 def near(name: Any, known: Iterable[str]) -> str:
     """Return the known names that are nearly `name`, as a question to add to a message, or ''."""
-    from difflib import get_close_matches  # a tenth of what it takes to import lars_array
+    from difflib import get_close_matches  # which importing lars_array need not wait for
 
     found = get_close_matches(name[:LONGEST], list(known), n=3) if isinstance(name, str) else []
     return f"; did you mean {' or '.join(map(shown, found))}?" if found else ""
