@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite, isnan
 from numbers import Integral, Real
-from sys import float_info
 from types import NoneType
 from typing import Any
 
@@ -468,7 +467,7 @@ def inputs_of(
     group_of: Sequence[int],
     first: Any,
     previous_lr: Any,
-    limit: Any = float_info.max,
+    limit: Any = MOST,
     *,
     like: Any,
     xp: Any,

@@ -30,6 +30,8 @@ def listed(params: Any, group: int | None = None) -> Any:
         kind = type(params).__name__
         raise TypeError(f"{place} must be parameters; LARS is an optimizer itself and wraps none, got {kind}")
     if isinstance(params, Mapping):
+        if group is not None:  # as lars_array.param_groups returns
+            return list(params.items())
         raise TypeError(f"{place} must be an iterable of parameters; got a mapping, give its items()")
     if params is None or isinstance(params, torch.Tensor | set | str):
         return params  # torch takes the first in a group, and has a message for each

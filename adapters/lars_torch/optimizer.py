@@ -159,10 +159,7 @@ class LARS(Optimizer):
         """
         number = len(self.param_groups)
         if isinstance(param_group, dict):
-            params = param_group["params"]
-            if isinstance(params, Mapping):  # as lars_array.param_groups returns
-                params = list(params.items())
-            param_group["params"] = listed(params, group=number)
+            param_group["params"] = listed(param_group["params"], group=number)
             param_group |= plain_group(param_group)
             group = self.defaults | param_group
             if group["lr"] is required:
