@@ -31,7 +31,7 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
-from lars_array._messages import shown
+from lars_array._messages import listed, shown
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
@@ -49,6 +49,7 @@ __all__ = [
     "StepProgram",
     "Stepper",
     "finite_layers",
+    "listed",
     "max_finite",
     "reads_previous_lr",
     "shown",

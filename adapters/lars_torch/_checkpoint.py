@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import inf
-from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 import torch
 
-from lars_array._stepper import KEPT, reads_previous_lr
+from lars_array._stepper import KEPT, listed, reads_previous_lr, shown
 from lars_array.hyperparams import DEFAULTS, unknown_option
 from lars_torch._arrays import compute_dtype
 from lars_torch._hyperparams import check_group
@@ -22,7 +21,7 @@ __all__ = ["load"]
 def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: Mapping[str, Any]) -> None:
     """Load `state_dict` into `optimizer`; see `lars_torch.LARS.load_state_dict`."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        got = shown(list(state_dict)) if isinstance(state_dict, Mapping) else shown(state_dict)
+        got = listed(map(shown, state_dict)) if isinstance(state_dict, Mapping) else shown(state_dict)
         raise TypeError(f"state_dict must be a mapping with the keys 'state' and 'param_groups'; got {got}")
     if "steps" in state_dict:
         state_dict = _from_lars_array(optimizer, state_dict)
@@ -85,7 +84,9 @@ def _check_origin(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -
         foreign |= {key for kept in own for key in kept} - {*KEPT, "previous_lr"}
     if foreign:
         reason = "".join(f"; {unknown_option(key)}" for key in sorted(misnamed)[:1])
-        raise ValueError(f"state_dict must be of LARS or SGD; got one with {shown(sorted(map(str, foreign)))}{reason}")
+        raise ValueError(
+            f"state_dict must be of LARS or SGD; got one with {listed(map(shown, sorted(foreign, key=str)))}{reason}"
+        )
 
 
 @torch.no_grad()
@@ -158,7 +159,7 @@ def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str,
             names = by_position  # torch's parameters have no names to compare: their order counts
         unknown = [name for name in names if name not in index]
         if unknown:
-            raise ValueError(f"state_dict must be of parameters named {shown(list(index))}; got {unknown[0]!r}")
+            raise ValueError(f"state_dict must be of parameters named {listed(map(shown, index))}; got {unknown[0]!r}")
         keys = [index[name] for name in names]
         options = {key: group[key] for key in ("lr", *DEFAULTS) if key in group}
         kinds = (*KEPT, "previous_lr") if reads_previous_lr(options.get("rule", "flash")) else tuple(KEPT)

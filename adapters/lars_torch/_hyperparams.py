@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from reprlib import repr as shown
 from typing import Any
 
 import torch
 
+from lars_array._stepper import shown
 from lars_array.hyperparams import NUMBERS, check, complete
 from lars_torch._keys import NAMES
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isgenerator
-from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lars_array._arrays import COMPUTE, dtype_name
+from lars_array._stepper import shown
 from lars_torch._arrays import check_is_memory
 
 __all__ = ["check_params", "listed"]

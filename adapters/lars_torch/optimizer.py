@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from operator import is_
-from reprlib import repr as shown
 from threading import RLock
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from lars_array._stepper import shown
 from lars_array.core import Rule
 from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of

@@ -153,7 +153,7 @@ def test_checkpoints_of_other_optimizers_are_refused_by_their_keys(kind: str, st
     ours = LARS([parameter()], lr=0.1, momentum=0.9)
     ours.step()
     before = copy.deepcopy(ours.state_dict())
-    with pytest.raises(ValueError, match=r"state_dict must be of LARS or SGD; got one with \['") as caught:
+    with pytest.raises(ValueError, match=r"state_dict must be of LARS or SGD; got one with '") as caught:
         ours.load_state_dict(other.state_dict())
     assert len(str(caught.value)) <= 500
     assert ours.state_dict()["param_groups"] == before["param_groups"]
@@ -163,9 +163,7 @@ def test_checkpoints_of_other_optimizers_are_refused_by_their_keys(kind: str, st
 def test_the_keys_of_adam_are_named() -> None:
     other = torch.optim.Adam([parameter()])
     other.step()
-    with pytest.raises(
-        ValueError, match="'amsgrad', 'betas', 'decoupled_weight_decay', 'exp_avg', 'exp_avg_sq', 'step'"
-    ):
+    with pytest.raises(ValueError, match=r"'amsgrad', 'betas', .*'exp_avg', 'exp_avg_sq', 'step'"):
         LARS([parameter()], lr=0.1).load_state_dict(other.state_dict())
 
 
