@@ -17,9 +17,14 @@ from lars_torch import LARS
 
 LIBRARIES = ("torch",)
 
-# What the harness takes for granted: gradients that are sparse, a complex number as two real ones with a norm each, and
-# kernels of fused optimizers on the device "meta".
-ALLOWED = {"sparse": 2, "complex": 1, "fused": 1}
+# What the harness takes for granted: gradients that are sparse, and kernels of fused optimizers on the device "meta".
+ALLOWED = {
+    "test_rosenbrock_sparse_with_lrsched_False_DefaultLR_cpu_float64",
+    "test_rosenbrock_sparse_with_lrsched_True_DefaultLR_cpu_float64",
+    "test_fused_error_on_params_on_meta_DefaultLR_cpu_float32",
+}
+# An input of `test_errors` for which torch warns, and LARS refuses.
+REFUSED = "a param group cannot have duplicate parameters"
 
 
 class DefaultLR(LARS):
@@ -38,6 +43,10 @@ def check_renewed() -> str:
     harness = importlib.import_module("torch.testing._internal.common_optimizers")
     info = next(info for info in harness.optim_db if info.optim_cls.__name__ == "SGD")
     info.optim_cls = DefaultLR  # with all that SGD is asked
+    wrong_inputs = info.optim_error_inputs_func
+    info.optim_error_inputs_func = lambda *args, **options: [
+        x for x in wrong_inputs(*args, **options) if x.optimizer_error_input.desc != REFUSED
+    ]
     harness.optim_db[:] = [info]
     module = importlib.import_module("test_optim")
     tests = [
@@ -47,7 +56,5 @@ def check_renewed() -> str:
     unittest.TestSuite(map(unittest.defaultTestLoader.loadTestsFromTestCase, tests)).run(result)
     failed = [test.id().rpartition(".")[2] for test, _ in [*result.failures, *result.errors]]
     assert result.testsRun > 20, f"only {result.testsRun} tests were found"
-    rest = [name for name in failed if not any(word in name for word in ALLOWED)]
-    too_many = [word for word, most in ALLOWED.items() if sum(word in name for name in failed) > most]
-    assert not rest and not too_many, f"{len(failed)} of {result.testsRun} failed: {', '.join(failed)}"
+    assert set(failed) <= ALLOWED, f"{len(failed)} of {result.testsRun} failed: {', '.join(failed)}"
     return f"{result.testsRun} run, {len(result.skipped)} skipped, failed: {', '.join(failed) or 'none'}"
