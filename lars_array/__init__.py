@@ -8,6 +8,7 @@ from lars_array.optimizer import LARS
 from lars_array.param_groups import is_bias_or_norm, param_groups
 from lars_array.rules import preset
 from lars_array.schedules import linear_scaled_lr, warmup_cosine, warmup_polynomial
+from lars_array.state.shards import RefusedElsewhereError
 from lars_array.telemetry import Norms
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Hyper",
     "NonFiniteError",
     "Norms",
+    "RefusedElsewhereError",
     "Rule",
     "State",
     "__version__",

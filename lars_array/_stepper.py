@@ -22,6 +22,7 @@ from array_api_compat import array_namespace
 from lars_array import kernels
 from lars_array._arrays import (
     ArraySpecs,
+    asarray,
     changed_in_place,
     check_buffer,
     check_master,
@@ -36,9 +37,19 @@ from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
 from lars_array.layers import LayerRows, labels_of
-from lars_array.nonfinite import finite, finite_layers, max_finite, max_square_sum, quick_finite, refuse_nonfinite
+from lars_array.nonfinite import (
+    NonFiniteError,
+    finite,
+    finite_layers,
+    max_finite,
+    max_square_sum,
+    quick_finite,
+    refuse_nonfinite,
+)
 from lars_array.state.device import DeviceRows, DeviceState
+from lars_array.state.exchange import Exchange, SkippedError
 from lars_array.state.memory import MemoryRanges, check_writable
+from lars_array.state.shards import Shards
 from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
@@ -105,16 +116,27 @@ class Stepper:
             For arrays that do not fit, naming the parameter.
         NonFiniteError
             For sums that are not finite, where the group's `nonfinite` is "raise".
+        RefusedElsewhereError
+            If another process has refused the step.
         """
         if found_inf is not None:
             _check_found_inf(found_inf)
             stays = is_array(found_inf) and is_on_accelerator(found_inf) and is_on_accelerator(state.params[0])
             found_inf = found_inf if stays else _FOUND if bool(found_inf) else None
-        if all(g is None for g in grads):
+        shards = state.shards
+        has_none = all(g is None for g in grads)
+        if has_none and not shards:
             return None if found_inf is _FOUND else StepResult.of_nothing()
         with device_context(state.params[0]), np.errstate(all="ignore"):  # non-finite numbers are reported by name
-            program, gradients = self.bind(state, grads, groups)
-            return None if found_inf is _FOUND else program.run(state, gradients, groups, found_inf)
+            try:
+                if has_none:
+                    return _exchange_nothing(shards, groups, found_inf)
+                program, gradients = self.bind(state, grads, groups)
+                if found_inf is _FOUND and not shards:
+                    return None
+                return program.run(state, gradients, groups, found_inf)
+            except SkippedError:
+                return None
 
     def bind(self, state: ParamState, grads: Sequence[Any], groups: Groups) -> tuple[StepProgram, Gradients]:
         """Return the program for these arrays, made anew where one of them changed its type or layout.
@@ -228,6 +250,7 @@ class StepProgram:
         self._clear_at = b""  # the addresses of gradients that were last found to share no memory with these
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
+        self._exchange: Exchange | None = None
 
     def _own(self, x: Any) -> Any:
         """Return the entries of a list for the parameters that take part."""
@@ -330,7 +353,7 @@ class StepProgram:
         program._square_limit = None if self._square_limit is None else self._square_limit[index]
         program._trained = lambda: list(map(self._trained().__getitem__, index))
         program._grad_specs, program._kernel = self._grad_specs.at(index), part(index)
-        program._clear_at, program._device_rows = b"", None
+        program._clear_at, program._device_rows, program._exchange = b"", None, None
         return program
 
     def placed(self, state: ParamState, groups: Groups) -> StepProgram | None:
@@ -423,18 +446,35 @@ class StepProgram:
             return self._queue(state, grads, groups, found_inf)
         policies = [group["nonfinite"] for group in groups]
         of_rows = {policies[k] for k in self._used_groups}
-        fused = self._fused(state, grads, groups, write=of_rows == {"propagate"})
-        S, C, result = fused or self._staged(state, grads, groups)
+        exchange = self._exchange_of(state, groups, found_inf)
+        writes = of_rows == {"propagate"} and exchange is None
+        fused = self._fused(state, grads, groups, exchange, write=writes)
+        S, C, result = fused or self._staged(state, grads, groups, exchange)
+        if exchange is not None:
+            exchange.complete()
         if of_rows != {"propagate"} and self._is_skipped(S, C, policies, grads):
             return None
-        if fused is None or of_rows != {"propagate"}:
+        if exchange is not None and exchange.elsewhere:
+            raise NonFiniteError(f"{exchange.elsewhere} is not finite on another process; nothing was changed")
+        if fused is None or not writes:
             self._kernel.apply(grads, C)
         self._commit(state, groups)
         return result
 
-    def _fused(self, state: ParamState, grads: Gradients, groups: Groups, *, write: bool) -> Any:
+    def _exchange_of(self, state: ParamState, groups: Groups, found_inf: Any) -> Exchange | None:
+        """Return the sums over all processes for this step; None where all layers are whole here."""
+        if not state.shards:
+            return None
+        if self._exchange is None:
+            numbers = state.row_numbers(self._position.tolist())
+            self._exchange = Exchange(state.shards, numbers, self._joined)
+        return self._exchange.prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
+
+    def _fused(
+        self, state: ParamState, grads: Gradients, groups: Groups, exchange: Exchange | None, *, write: bool
+    ) -> Any:
         """Return S, C and the result from a kernel that computes coefficients by itself, None without one."""
-        if self._joined or not hasattr(self._kernel, "fused"):
+        if (self._joined and exchange is None) or not hasattr(self._kernel, "fused"):
             return None
         if groups is not self._prepared[0]:
             count, like = len(groups), self._like
@@ -447,7 +487,8 @@ class StepProgram:
         if prepared is None:
             return None
         row, previous_lr = self._hyper_row, state.previous_lr[self._row_param]
-        S, C, gamma = self._kernel.fused(grads, inputs, prepared, row, previous_lr, write=write)
+        arguments = grads, inputs, prepared, row, previous_lr
+        S, C, gamma = self._kernel.fused(*arguments, write=write, exchange=exchange)
 
         def row_inputs() -> tuple[Any, Hyper, list[Any]]:
             hyper = Hyper(*(field[row] for field in inputs.hyper))._replace(previous_lr=previous_lr)
@@ -455,13 +496,16 @@ class StepProgram:
 
         return S, C, StepResult(self._row_names, S, row_inputs)
 
-    def _staged(self, state: ParamState, grads: Gradients, groups: Groups) -> tuple[Any, Any, StepResult]:
+    def _staged(
+        self, state: ParamState, grads: Gradients, groups: Groups, exchange: Exchange | None
+    ) -> tuple[Any, Any, StepResult]:
         """Return S, C and the result from a kernel that only takes sums."""
         first, previous_lr = self._hyper_row % 2 == 1, state.previous_lr[self._row_param]
         lists = self._row_group.tolist(), first.tolist(), previous_lr.tolist()
         like, xp = self._like, self.xp
         inputs = inputs_of(groups, *lists, self._limit, like=like, xp=xp)
-        outputs = plan(inputs, lambda operand: self._kernel.sums(grads, operand), xp=xp, joined=self._joined)
+        joined, sums = self._joined, self._kernel.sums
+        outputs = plan(inputs, lambda operand: sums(grads, operand), xp=xp, joined=joined, exchange=exchange)
         result = StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
         return outputs.S, outputs.C, result
 
@@ -476,7 +520,8 @@ class StepProgram:
         offenders = [i for i, policy in enumerate(of_rows) if policy != "propagate" and not bool(ok[i])]
         offenders.sort(key=lambda i: of_rows[i] != "raise")
         if offenders and of_rows[offenders[0]] == "raise":
-            refuse_nonfinite(offenders, self._row_names, self._trained(), grads.arrays, xp=self.xp)
+            sums = None if self._exchange is None else S
+            refuse_nonfinite(offenders, self._row_names, self._trained(), grads.arrays, sums, xp=self.xp)
         return bool(offenders)
 
     def _commit(self, state: ParamState, groups: Groups) -> None:
@@ -534,6 +579,17 @@ def _check_found_inf(x: Any) -> None:
     is_number = x.dtype.kind in "biuf" if is_numpy else isinstance(x, Real) or is_array(x)
     if not is_number or tuple(getattr(x, "shape", ())) != ():
         raise TypeError(f"found_inf must be a number, or an array of shape (); got {shown(x)}")
+
+
+def _exchange_nothing(shards: Sequence[Shards], groups: Groups, found_inf: Any) -> StepResult:
+    """Take part in a step for which nothing has a gradient here."""
+    exchange = Exchange(shards, [], []).prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
+    nothing = asarray([0.0], exchange.xp.float64, like=shards[0].like, xp=exchange.xp)[:0]
+    exchange(exchange.xp.reshape(nothing, (0, 3)), nothing)
+    exchange.complete()
+    if exchange.elsewhere:
+        raise NonFiniteError(f"{exchange.elsewhere} is not finite on another process; nothing was changed")
+    return StepResult.of_nothing()
 
 
 def _is_complete(state: ParamState, index: Sequence[int], groups: Groups) -> bool:

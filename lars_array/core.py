@@ -29,6 +29,7 @@ __all__ = [
     "BOOLEANS",
     "NORM_OF",
     "RULES",
+    "Exchange",
     "Hyper",
     "Rule",
     "RuleInputs",
@@ -49,6 +50,7 @@ __all__ = [
     "rule_inputs",
     "scaled_sums",
     "step",
+    "sum_over_parts",
     "sums",
     "trust_ratio",
     "update_weights",
@@ -58,6 +60,7 @@ __all__ = [
 Array = Any
 Namespace = Any
 Operand = tuple[Array, Array, Array | None]
+Exchange = Callable[[Array, Array], tuple[Array, Array]]
 
 
 # -------------------------------------------------------------------------------------------------- first stage: sums
@@ -122,7 +125,7 @@ def _sum_of_squares(x: Array, lead: tuple[int, ...], xp: Namespace) -> Array:
     return xp.sum(x * x, axis=tuple(range(len(lead), x.ndim))) if x.ndim > len(lead) else x * x
 
 
-def _sum_over_parts(S: Array, joined: Sequence[Sequence[int]], xp: Namespace) -> Array:
+def sum_over_parts(S: Array, joined: Sequence[Sequence[int]], xp: Namespace) -> Array:
     """Return the sums, where each row of a layer with several rows holds the total over these rows."""
     if not joined:
         return S
@@ -182,7 +185,7 @@ def with_max_ratio(hyper: Hyper, limit: Any, *, xp: Namespace) -> Hyper:
     return hyper._replace(max_ratio_root=xp.sqrt(xp.where(hyper.trust_coefficient < most, most, limit)))
 
 
-def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
+def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace, squares: Array | None = None) -> Array:
     r"""Return :math:`\gamma`, the factor of each layer's gradient, an array of shape (layers,).
 
     .. math::
@@ -191,11 +194,12 @@ def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace) -> Array:
 
     with minus for ``maximize``. It depends on the sums S only, so clipping by the global norm needs no extra pass; if S
     is None, gradients are not clipped. If a gradient holds a NaN, gamma is NaN for all layers that are clipped.
+    `squares` is the square of the norm where S does not hold all layers.
     """
     gamma = xp.where(hyper.maximize, -hyper.rescale_grad, hyper.rescale_grad)
     if S is None:
         return gamma
-    norm = _root(xp.sum(hyper.rescale_grad**2 * S[:, 1]), xp)
+    norm = _root(xp.sum(hyper.rescale_grad**2 * S[:, 1]) if squares is None else squares, xp)
     clipped = ~(norm <= hyper.max_grad_norm) & (hyper.max_grad_norm < inf)
     return gamma * xp.where(clipped, hyper.max_grad_norm / xp.where(clipped, norm, 1.0), 1.0)
 
@@ -589,14 +593,14 @@ def rule_inputs(hyper: Hyper, rules: Sequence[Rule], *, clips: bool, xp: Namespa
     return RuleInputs(hyper, rules, gamma, operand, clips)
 
 
-def clip_gradients(inputs: RuleInputs, S: Array, *, xp: Namespace) -> RuleInputs:
+def clip_gradients(inputs: RuleInputs, S: Array, *, xp: Namespace, squares: Array | None = None) -> RuleInputs:
     """Return the inputs, with `clips` False, for gradients clipped by their global norm.
 
-    S holds the sums of each row; for a row of several layers, their total. The third sum is over clipped gradients: if
-    `operand` is not None, the caller has to compute the sums again with it.
+    S holds the sums of each row; for a row of several layers, their total. `squares` is that of `gradient_factor`. The
+    third sum is over clipped gradients: if `operand` is not None, the caller has to compute the sums again with it.
     """
     hyper, rules, _, operand, _ = inputs
-    gamma = gradient_factor(hyper, S, xp=xp)
+    gamma = gradient_factor(hyper, S, xp=xp, squares=squares)
     operand = None if operand is None else _operand(hyper, rules, gamma, xp)
     return RuleInputs(hyper, rules, gamma, operand, False)
 
@@ -607,17 +611,21 @@ def plan(
     *,
     xp: Namespace,
     joined: Sequence[Sequence[int]] = (),
+    exchange: Exchange | None = None,
 ) -> StageOutputs:
     """Run the first two stages, given ``measure(operand) -> S``, which computes the sums as `sums` does.
 
-    `joined` lists the rows of each layer that has several; such rows share their sums.
+    `joined` lists the rows of each layer that has several; such rows share their sums. Where processes hold pieces of
+    layers, ``exchange(S, rescale_grad) -> (S, squares)`` adds the sums over parts and processes instead.
     """
-    S = measure(None if inputs.clips else inputs.operand)
+    own, factors = measure(None if inputs.clips else inputs.operand), inputs.hyper.rescale_grad
+    S, squares = (own, None) if exchange is None else exchange(own, factors)
     if inputs.clips:
-        inputs = clip_gradients(inputs, S, xp=xp)
+        inputs = clip_gradients(inputs, S, xp=xp, squares=squares)
         if inputs.operand is not None:
-            S = measure(inputs.operand)
-    S = _sum_over_parts(S, joined, xp)
+            own = measure(inputs.operand)
+            S = own if exchange is None else exchange(own, factors)[0]
+    S = sum_over_parts(S, joined, xp) if exchange is None else S
     hyper, rules, gamma, *_ = inputs
     return StageOutputs(S, gamma, coefficients(S, hyper, rules, gamma, xp=xp), hyper, rules)
 
@@ -631,6 +639,7 @@ def step(
     *,
     xp: Namespace,
     reduce: Callable[[Array], Array] | None = None,
+    exchange: Exchange | None = None,
     third: Callable[..., tuple[Array, Array | None]] = apply,
 ) -> tuple[list[Array], list[Array | None], StageOutputs]:
     """Run all three stages on many parameters, as a pure function.
@@ -647,6 +656,8 @@ def step(
         Namespace of the arrays.
     reduce : callable, optional
         Applied to each table of sums, shape (layers, 3), to add the sums of parts on other devices.
+    exchange : callable, optional
+        See `plan`.
     third : callable
         `apply`, or `displacement` for differences instead of new parameters.
 
@@ -661,7 +672,7 @@ def step(
         S = sums(params, grads, buffers, operand, xp=xp, leads=leads)
         return S if reduce is None else reduce(S)
 
-    outputs = plan(inputs, measure, xp=xp, joined=rows.joined)
+    outputs = plan(inputs, measure, xp=xp, joined=rows.joined, exchange=exchange)
     arrays = zip(params, grads, buffers, rows.slices, strict=True)
     results = [third(p, g, v, own.coefficients(outputs.C, xp=xp), xp=xp) for p, g, v, own in arrays]
     return [new_p for new_p, _ in results], [new_v for _, new_v in results], outputs

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lars_array._messages import shown
 
-__all__ = ["LayerOf", "LayerRows", "LayerSlices", "labels_of"]
+__all__ = ["LayerOf", "LayerRows", "LayerSlices", "labels_of", "layer_names"]
 
 LayerOf = Mapping[str, Any] | Callable[[str], Any] | None
 
@@ -63,7 +63,7 @@ class LayerRows(NamedTuple):
 
     @classmethod
     def of(
-        cls, names: Sequence[str], params: Sequence[Any], layer_axes: Sequence[int], labels: Sequence[Hashable]
+        cls, names: Sequence[str], params: Sequence[Any], layer_axes: Sequence[int], labels: Sequence[Any]
     ) -> LayerRows:
         """Return the rows of parameters, given the number of leading axes and the layer label of each.
 
@@ -104,8 +104,8 @@ class LayerRows(NamedTuple):
         return [values[i] for i in self.owner]
 
 
-def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Hashable]:
-    """Return the layer label of each parameter, None for a layer of its own.
+def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Any]:
+    """Return the layer label of each parameter, None for a layer of its own, or a list of labels of its slices.
 
     Raises
     ------
@@ -126,17 +126,39 @@ def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Hashable]:
     else:
         raise TypeError(f"layer_of must be a mapping or a function from names to layers; got {shown(layer_of)}")
     for label in labels:
-        if not isinstance(label, Hashable):
+        if not all(isinstance(x, Hashable) for x in (label if isinstance(label, list) else [label])):
             raise TypeError(f"layer_of must give names of layers, or None; got {shown(label)}")
     return labels
 
 
-def _joined_rows(names: Sequence[str], labels: Sequence[Hashable], slices: Sequence[LayerSlices]) -> list[list[int]]:
+def layer_names(names: Sequence[str], labels: Sequence[Any], slices: Sequence[LayerSlices]) -> list[str]:
+    """Return the name of the layer of each row: the parameter's, or its label's."""
+    found: list[str] = []
+    meaning: dict[str, Any] = {}
+    for name, label, own in zip(names, labels, slices, strict=True):
+        base = name if label is None else label
+        texts = list(map(str, base)) if isinstance(base, list) else own.names(str(base))
+        for k, text in enumerate(texts):
+            layer = (name, k) if label is None else ("", base[k]) if isinstance(base, list) else ("", base, k)
+            if meaning.setdefault(text, layer) != layer:
+                raise ValueError(f"layers must have different names; two are called {shown(text)}")
+        found += texts
+    return found
+
+
+def _joined_rows(names: Sequence[str], labels: Sequence[Any], slices: Sequence[LayerSlices]) -> list[list[int]]:
     """Return the rows of each layer with several; of stacks with one label, slices of one index form a layer."""
     first: dict[Hashable, int] = {}
     rows: dict[Hashable, list[int]] = {}
     for i, (label, own) in enumerate(zip(labels, slices)):
         if label is None:
+            continue
+        if isinstance(label, list):  # of a piece of a stacked parameter, each of whose slices has a label
+            if len(label) != own.size:
+                counts = f"{shown(names[i])} has {own.size} slices, not {len(label)}"
+                raise ValueError(f"layer_of must give one label, or one for each slice; {counts}")
+            for k, one in enumerate(label):
+                rows.setdefault((one,), []).append(own.start + k)
             continue
         other = first.setdefault(label, i)
         if slices[other].lead != own.lead:

@@ -107,15 +107,24 @@ def quick_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
 
 
 def refuse_nonfinite(
-    rows: Sequence[int], names: Sequence[str], params: Sequence[Any], grads: Sequence[Any], *, xp: Any
+    rows: Sequence[int], names: Sequence[str], params: Sequence[Any], grads: Sequence[Any], S: Any = None, *, xp: Any
 ) -> None:
-    """Raise NonFiniteError for the first of `rows` that holds a NaN or an infinity, else for the first."""
+    """Raise NonFiniteError for the first of `rows` that holds a NaN or an infinity, else for the first.
+
+    S holds the sums of all rows where these have pieces on other processes, else it is None.
+    """
     for i in rows:
         for kind, x in (("gradient", grads[i]), ("parameter", params[i])):
             count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
             if count:
                 raise NonFiniteError(
                     f"the {kind} of {shown(names[i])} has {count} non-finite entries of {size(x)}; nothing was changed"
+                )
+    for i in rows if S is not None else ():
+        for kind, column in (("gradient", 1), ("parameter", 0)):
+            if not bool(xp.isfinite(S[i, column])):
+                raise NonFiniteError(
+                    f"the {kind} of {shown(names[i])} is not finite on another process; nothing was changed"
                 )
     name, p = names[rows[0]], params[rows[0]]
     raise NonFiniteError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from numbers import Real
 from operator import is_
@@ -26,6 +26,7 @@ from lars_array.hyperparams import (
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import StatefulOptimizer
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
+from lars_array.state.shards import AllReduce, names_of_layers, refusals_are_told
 from lars_array.state.store import ParamState
 
 __all__ = ["LARS"]
@@ -47,8 +48,8 @@ class LARS(StatefulOptimizer):
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
         The parameters, updated in place: float64, float32, float16, bfloat16 or complex NumPy arrays, or writable
         arrays of any other Array API library. A group is a dict ``{"params": any of these forms, **overrides}``; every
-        argument below except `layer_of` and `kernel` can be overridden. Parameters without a name are named by their
-        position.
+        argument below except `layer_of`, `kernel` and `layers` can be overridden. Parameters without a name are named
+        by their position.
     lr : float or callable
         Learning rate, or a function of the step, counted from 0, such as those of `lars_array.schedules`. Every other
         number below may be a function of the step, too.
@@ -102,6 +103,15 @@ class LARS(StatefulOptimizer):
     kernel : str, optional
         "compiled" (NumPy arrays, with numba), "blocked" (NumPy arrays), "cuda" (CuPy arrays) or "portable". The default
         is the environment variable LARS_ARRAY_KERNEL, else the first of these kernels that supports the parameters.
+    all_reduce : callable, optional
+        Makes the parameters pieces of layers that are spread over processes, such as those of
+        `lars_array.collectives`. ``all_reduce(table)`` adds a float64 array of shape (rows, 3) over all processes, in
+        place, on the device of the parameters and in the order of its current stream; it is called once a step. All
+        processes give the same layers in the same order, empty arrays where they hold nothing of one, and the same
+        hyper-parameters. A group with ``all_reduce=None`` is whole on each process, and the same.
+    layers : sequence of str, optional
+        The names of all layers, the same list on all processes, where each holds pieces of some of them only: names of
+        parameters, or labels of `layer_of`. A label may be a list, with a label for each slice of a stacked parameter.
 
     Attributes
     ----------
@@ -169,6 +179,8 @@ class LARS(StatefulOptimizer):
         layer_of: LayerOf = None,
         master_weights: bool = False,
         kernel: str | None = None,
+        all_reduce: AllReduce | None = None,
+        layers: Sequence[str] | None = None,
     ) -> None:
         if isinstance(params, Real) and not isinstance(lr, Real):
             raise TypeError(f"params come first, and then lr; got params={shown(params)} and lr={shown(lr)}")
@@ -176,7 +188,9 @@ class LARS(StatefulOptimizer):
         readable(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         super().__init__(Stepper(kernel))
         self._order: list[int] | None = None  # of the gradients in an iterable
+        self._all_reduce = _callable_or_none(all_reduce)
         self._state = ParamState(layer_of)
+        self._state.layers = names_of_layers(layers)
         self._add(params)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -228,7 +242,13 @@ class LARS(StatefulOptimizer):
             If `grads` does not fit the parameters or shares memory with them, or a hyper-parameter is out of range.
         NonFiniteError
             See `nonfinite`.
+        RefusedElsewhereError
+            With `all_reduce`, if another process has refused the step.
         """
+        with refusals_are_told(self._state.shards):
+            return self._step(grads, closure, found_inf)
+
+    def _step(self, grads: Any, closure: Callable[[], tuple[Any, Any]] | None, found_inf: Any) -> Any:
         self._poll_device()
         loss = None
         if closure is not None:
@@ -324,6 +344,7 @@ class LARS(StatefulOptimizer):
         number = len(self.param_groups)
         layout = read_parameters(params, start=len(self._state.names))
         groups: list[dict[str, Any]] = []
+        functions = [_callable_or_none(group.overrides.pop("all_reduce", self._all_reduce)) for group in layout.groups]
         for group in layout.groups:
             place = f"parameter group {number + len(groups)}"
             with located(place if number or len(layout.groups) > 1 else ""):
@@ -334,7 +355,7 @@ class LARS(StatefulOptimizer):
                 raise ValueError(f"{place} didn't specify a value of required optimization parameter lr")
             groups.append({"params": group.arrays, "names": group.names, **options})
         axes = [group["layer_axes"] for group in groups]
-        state = self._state.extended(layout.groups, axes)
+        state = self._state.extended(layout.groups, axes, functions)
         self.synchronize()
         self._stepper.choose_kernel(state.params)
         self._state = state
@@ -353,6 +374,12 @@ class LARS(StatefulOptimizer):
             f"the parameters of a group can't be replaced, and {shown(state.names[i])} in parameter group "
             f"{state.group_of[i]} was; write into its array, p[...] = new, or make another optimizer"
         )
+
+
+def _callable_or_none(all_reduce: Any) -> Any:
+    if not (all_reduce is None or callable(all_reduce)):
+        raise TypeError(f"all_reduce must be a function that adds an array over processes; got {shown(all_reduce)}")
+    return all_reduce
 
 
 def _copied(array: Any) -> Any:

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, size
 
 from lars_array._arrays import (
     ArraySpecs,
@@ -20,11 +20,12 @@ from lars_array._arrays import (
     to_floats,
 )
 from lars_array._messages import near, shown
-from lars_array.layers import LayerOf, LayerRows, labels_of
+from lars_array.layers import LayerOf, LayerRows, labels_of, layer_names
 from lars_array.nonfinite import NonFiniteError
 from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
 from lars_array.state.memory import MemoryRanges, check_writable
+from lars_array.state.shards import AllReduce, Shards, shards_of
 
 __all__ = ["KEPT", "ParamState", "allocate_buffers", "check_previous_lr"]
 
@@ -60,6 +61,10 @@ class ParamState:
         The learning rate of the last step of each, 0 before the first.
     device : DeviceState or None
         State on the device, once steps have been queued on it.
+    all_reduce, counted : lists
+        Of each parameter what adds its sums over processes, or None, and whether it is this process that counts it.
+    layers : sequence of str or None
+        See `lars_array.LARS`.
     """
 
     def __init__(self, layer_of: LayerOf = None) -> None:
@@ -72,8 +77,14 @@ class ParamState:
         self.masters: list[Any] = []
         self.previous_lr = np.zeros(0)
         self.device: DeviceState | None = None
+        self.all_reduce: list[AllReduce | None] = []
+        self.counted: list[bool] = []
+        self.layers: Sequence[str] | None = None
+        self._shards: list[Shards] | None = None
 
-    def extended(self, groups: Sequence[Group], layer_axes: Sequence[int]) -> ParamState:
+    def extended(
+        self, groups: Sequence[Group], layer_axes: Sequence[int], all_reduce: Sequence[AllReduce | None] = ()
+    ) -> ParamState:
         """Return a new state with the parameters of further groups; this one does not change.
 
         Parameters
@@ -82,6 +93,8 @@ class ParamState:
             The groups.
         layer_axes : sequence of int
             The `layer_axes` of each.
+        all_reduce : sequence of callables or None
+            The `all_reduce` of each, if any has one.
 
         Raises
         ------
@@ -100,13 +113,36 @@ class ParamState:
         longer.buffers = [*self.used_buffers(), *[None] * len(new)]
         longer.masters = [*self.masters, *[None] * len(new)]
         longer.previous_lr = np.concatenate([self.last_rates(), np.zeros(len(new))])
+        longer.layers = self.layers
+        functions = np.repeat(np.array([*all_reduce] or [None] * len(groups), object), counts).tolist()
+        longer.all_reduce, longer.counted = [*self.all_reduce, *functions], [True] * len(longer.params)
         if longer.has_layers:
             longer.rows()
         for name, p in zip(longer.names, longer.params, strict=True):
             check_writable(name, p)
             _check_same_place(p, longer.params[0], name, longer.names[0])
         MemoryRanges(longer.names, longer.params)
+        longer.check_layers()
         return longer
+
+    def check_layers(self) -> None:
+        """Raise ValueError unless the layers can be shared in the way that was asked for."""
+        if self.layers is not None and not any(self.all_reduce):
+            raise ValueError(f"layers must be None without an all_reduce; got {shown(self.layers)}")
+        _ = self.shards
+
+    @property
+    def shards(self) -> list[Shards]:
+        """The layers of which other processes hold pieces."""
+        if self._shards is None:
+            self._shards = []
+            if any(self.all_reduce):
+                rows, like = self.rows(), self.view(self.params[0])
+                names = layer_names(self.names, labels_of(self.layer_of, self.names), rows.slices)
+                masks = {"filled": [size(p) > 0 for p in self.params], "counted": self.counted}
+                options = {"like": like, "xp": array_namespace(like), **masks}
+                self._shards = shards_of(rows, names, self.all_reduce, self.layers, **options)
+        return self._shards
 
     @property
     def has_layers(self) -> bool:
@@ -251,7 +287,8 @@ class ParamState:
         check_gradient(name, g, p)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"buffers": self.used_buffers(), "previous_lr": self.last_rates(), "device": None}
+        known = {"buffers": self.used_buffers(), "previous_lr": self.last_rates()}
+        return self.__dict__ | known | {"device": None, "_shards": None}
 
 
 def allocate_buffers(params: Sequence[Any]) -> list[Any]:

@@ -56,6 +56,8 @@ def test_the_options_that_flash_does_not_have_go_by_name() -> None:
         "layer_of": None,
         "master_weights": False,
         "kernel": None,
+        "all_reduce": None,
+        "layers": None,
     }
     assert [*inspect.signature(LARS.step).parameters] == ["self", "grads", "closure", "found_inf"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lars_array._arrays import ArraySpecs
-from lars_array.core import RuleInputs, clip_gradients
+from lars_array.core import Exchange, RuleInputs, clip_gradients
 from lars_array.kernels import blocked
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.kernels.tape import record
@@ -90,7 +90,15 @@ class Kernel:
         return _table().hyper_of(inputs), _table().programs(tuple(tapes))
 
     def fused(
-        self, grads: Gradients, inputs: RuleInputs, prepared: Any, hyper_row: Any, previous_lr: Any, *, write: bool
+        self,
+        grads: Gradients,
+        inputs: RuleInputs,
+        prepared: Any,
+        hyper_row: Any,
+        previous_lr: Any,
+        *,
+        write: bool,
+        exchange: Exchange | None = None,
     ) -> tuple[Any, Any, Any]:
         """Compute S and C without calling Python, and take the step as well.
 
@@ -108,6 +116,8 @@ class Kernel:
             The learning rate of each layer's last step, which `inputs` does not hold.
         write : bool
             Whether to do the third stage too: each layer as soon as its coefficients are known.
+        exchange : callable, optional
+            See `core.plan`.
 
         Returns
         -------
@@ -116,19 +126,28 @@ class Kernel:
         """
         hyper, tapes = prepared
         S, C = np.zeros((self._count, 3)), np.empty((self._count, 6))
-        clips, rows = inputs.clips, len(inputs.rules)
-        if clips:  # by a factor that depends on the sums over all layers
-            S = self.sums(grads)
+        rows = len(inputs.rules)
+        waits = inputs.clips or exchange is not None  # for sums over all layers, or over all processes
+        if inputs.clips:
+            S, squares = self.sums(grads), None
+            if exchange is not None:
+                S, squares = exchange(S, inputs.hyper.rescale_grad[hyper_row])
             totals = [np.bincount(hyper_row, column, rows) for column in S.T]
-            inputs = clip_gradients(inputs, np.stack(totals, axis=1), xp=np)
+            inputs = clip_gradients(inputs, np.stack(totals, axis=1), xp=np, squares=squares)
             hyper = _table().hyper_of(inputs)
+            is_known = inputs.operand is None
+        else:
+            is_known = False
+        if exchange is not None and not is_known:
+            S, _ = exchange(self.sums(grads, _spread(inputs.operand, hyper_row)), inputs.hyper.rescale_grad[hyper_row])
+            is_known = True
         arrays = hyper_row, _table().weights_of(inputs.operand, rows), previous_lr, hyper
-        if clips and inputs.operand is None:
+        if is_known:
             _table().coefficients(S, arrays, tapes, C)
         else:
             S[...] = 0
-            self._run("both" if write and not clips else "measure", grads, arrays, S, C, tapes)
-        if clips and write:
+            self._run("both" if write and not waits else "measure", grads, arrays, S, C, tapes)
+        if waits and write:
             self.apply(grads, C)
         return S, C, inputs.gamma
 
@@ -136,6 +155,10 @@ class Kernel:
         calls = [table.call(what, grads, *by_layer) for table in self._tables]
         for call in calls:
             call()
+
+
+def _spread(operand: Any, index: Any) -> Any:
+    return None if operand is None else [None if x is None else x[index] for x in operand]
 
 
 def _table() -> Any:

@@ -1,0 +1,202 @@
+"""Layers that are spread over processes: which there are, and who adds up their sums.
+
+Each process holds a piece of a layer, which may be empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from lars_array._arrays import asarray, to_floats
+from lars_array._messages import listed, shown
+from lars_array.layers import LayerRows
+
+__all__ = [
+    "AllReduce",
+    "RefusedElsewhereError",
+    "Shards",
+    "digest",
+    "names_of_layers",
+    "refusals_are_told",
+    "shards_of",
+]
+
+AllReduce = Callable[[Any], None]
+
+BITS = 20  # of each part of a digest: sums of squares over 8,191 processes are exact
+
+
+class RefusedElsewhereError(RuntimeError):
+    """Another process refused a step, and nothing was changed on any."""
+
+
+class Shards:
+    """The layers whose sums one `all_reduce` adds over processes.
+
+    Parameters
+    ----------
+    all_reduce : callable
+        Adds a float64 array over all processes, in place.
+    layers : sequence of str
+        Their names, the same on all processes.
+    rows : int array of shape (rows,)
+        The layer of each row of the model, -1 for rows that are not shared by this `all_reduce`.
+    filled, counted : bool arrays of shape (rows,)
+        Whether this process holds anything of a row; and whether it is this process that counts it, where several hold
+        the same.
+    like : array
+        An array on the device of the sums.
+    xp : Array API namespace
+        Its namespace.
+    """
+
+    def __init__(
+        self, all_reduce: AllReduce, layers: Sequence[str], rows: Any, filled: Any, counted: Any, like: Any, xp: Any
+    ) -> None:
+        self.all_reduce, self.layers, self.rows, self.filled, self.counted = all_reduce, layers, rows, filled, counted
+        self.like, self.xp = asarray([0.0], xp.float64, like=like, xp=xp), xp
+        self.processes = 0  # known once they have agreed on the layers
+        self.has_told = False  # the other processes what this one does in this step
+
+    def agree(self) -> None:
+        """Compare the layers with those of the other processes, in a message whose size does not depend on them.
+
+        Raises
+        ------
+        ValueError
+            On all processes, if their layers differ.
+        RuntimeError
+            If `all_reduce` has a size, and does not add over so many processes.
+        """
+        if self.processes:
+            return
+        parts = digest(self.layers)
+        # n Σd² = (Σd)² only where all d are the same.
+        found = self._added([[1.0, float(d), float(d * d)] for d in parts])
+        count, total, squares = (np.array(column) for column in zip(*found, strict=True))
+        size = getattr(self.all_reduce, "size", None)
+        if size is not None and (count != size).any():
+            raise RuntimeError(f"all_reduce must add over its {size} processes; got a sum over {count[0]:g}")
+        if (count * squares != total**2).any():
+            first = listed(map(shown, self.layers[:5]))
+            raise ValueError(
+                f"the layers must be the same on all {count[0]:g} processes, in the same order; here they are "
+                f"{len(self.layers)}, the first {first}"
+            )
+        self.processes = int(count[0])
+
+    def refuse(self) -> None:
+        """Tell the other processes that this one refuses the step."""
+        if not self.processes:
+            self.agree()
+        header = [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+        self._added([[0.0, 0.0, 0.0]] * (len(self.layers) + self.count_rows) + header)
+
+    @property
+    def count_rows(self) -> int:
+        """How many rows the numbers take that count pieces."""
+        return -(-len(self.layers) // 3)
+
+    def add(self, table: Any) -> None:
+        """Add a table over all processes, in place."""
+        self.has_told = True
+        self.all_reduce(table)
+
+    def _added(self, values: list[list[float]]) -> list[list[float]]:
+        table = asarray(values, self.xp.float64, like=self.like, xp=self.xp)
+        self.add(table)
+        return [to_floats(table[i, :]) for i in range(len(values))]
+
+
+def shards_of(
+    rows: LayerRows,
+    keys: Sequence[str],
+    all_reduce: Sequence[AllReduce | None],
+    layers: Sequence[str] | None = None,
+    *,
+    filled: Sequence[bool],
+    counted: Sequence[bool],
+    like: Any,
+    xp: Any,
+) -> list[Shards]:
+    """Return the layers of parameters by the function that adds up their sums.
+
+    Parameters
+    ----------
+    rows : LayerRows
+        The rows of all parameters.
+    keys : sequence of str
+        The name of the layer of each row.
+    all_reduce : sequence of callables or None
+        One a parameter; None where its layers are whole here.
+    layers : sequence of str, optional
+        The names of all layers, also of those that this process holds nothing of; by default `keys`.
+    filled, counted : sequences of bool
+        One a parameter, see `Shards`.
+    like, xp : array and its namespace
+        See `Shards`.
+
+    Raises
+    ------
+    ValueError
+        If `layers` lacks a layer, or parts of a layer are shared in different ways.
+    """
+    of_rows, shared = rows.spread(all_reduce), []
+    known: dict[str, AllReduce | None] = {}
+    for key, function in zip(keys, of_rows, strict=True):
+        if known.setdefault(key, function) is not function:
+            raise ValueError(f"all parts of a layer must have the same all_reduce; those of {shown(key)} differ")
+    functions = list({id(x): x for x in all_reduce if x is not None}.values())
+    if layers is not None and len(functions) > 1:
+        raise ValueError(f"layers must be None where there is more than one all_reduce; got {len(functions)}")
+    for function in functions:
+        own = [key if x is function else None for key, x in zip(keys, of_rows, strict=True)]
+        names = list(dict.fromkeys(key for key in own if key is not None)) if layers is None else list(layers)
+        place = {name: i for i, name in enumerate(names)}
+        if len(place) < len(names):
+            raise ValueError(
+                f"layers must name each layer once; got {len(names)} names, {len(place)} of them different"
+            )
+        lacking = next((key for key in own if key is not None and key not in place), None)
+        if lacking is not None:
+            raise ValueError(f"layers must name all layers of all processes; it lacks {shown(lacking)}")
+        index = np.array([-1 if key is None else place[key] for key in own], np.int64)
+        is_filled, is_counted = (np.array(rows.spread(x), bool) for x in (filled, counted))
+        shared.append(Shards(function, names, index, is_filled, is_counted, like, xp))
+    return shared
+
+
+def names_of_layers(layers: Any) -> tuple[str, ...] | None:
+    """Return the `layers` of a call; raise TypeError unless they are names."""
+    if layers is None:
+        return None
+    found = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+    if isinstance(layers, str) or not all(isinstance(name, str) for name in found):
+        raise TypeError(f"layers must be a list of names; got {shown(layers)}")
+    return tuple(found)
+
+
+@contextmanager
+def refusals_are_told(shards: Sequence[Shards]) -> Iterator[None]:
+    """Tell the other processes of an error here, so that they refuse the step as well and don't wait for this one."""
+    for shard in shards:
+        shard.has_told = False
+    try:
+        yield
+    except Exception as error:
+        with ExitStack() as stack:
+            for shard in shards:
+                if not shard.has_told:
+                    stack.callback(shard.refuse)
+        raise error
+
+
+def digest(values: Any) -> list[int]:
+    """Return three numbers of 20 bits that differ where the representations of values do."""
+    number = int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big")
+    return [(number >> (BITS * i)) % (1 << BITS) for i in range(3)]
