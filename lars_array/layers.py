@@ -154,6 +154,8 @@ def _joined_rows(names: Sequence[str], labels: Sequence[Any], slices: Sequence[L
         if label is None:
             continue
         if isinstance(label, list):  # of a piece of a stacked parameter, each of whose slices has a label
+            if not own.lead:
+                raise TypeError(f"layer_of must give names of layers, or None; got {shown(label)}")
             if len(label) != own.size:
                 counts = f"{shown(names[i])} has {own.size} slices, not {len(label)}"
                 raise ValueError(f"layer_of must give one label, or one for each slice; {counts}")
