@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from operator import is_
 from threading import RLock
@@ -16,11 +16,14 @@ from lars_array._stepper import shown
 from lars_array.core import Rule
 from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
+from lars_array.state.shards import refusals_are_told
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
+from lars_torch._dtensors import is_dtensor
 from lars_torch._hyperparams import check_group
 from lars_torch._keys import NAMES, check_keys, plain_group, resembles
 from lars_torch._params import check_params, listed
+from lars_torch._sharding import check_engines, process_group, spread_of
 from lars_torch._state import NamedParam, OutdatedError, TensorState
 
 __all__ = ["LARS"]
@@ -121,6 +124,8 @@ class LARS(Optimizer):
         capturable: bool = False,
         layer_of: LayerOf = None,
         kernel: str | None = None,
+        shard_group: Any = None,
+        norm_group: Any = None,
     ) -> None:
         params = listed(params)
         defaults = plain_group(defaults_from(locals())) | {"differentiable": differentiable}
@@ -131,6 +136,11 @@ class LARS(Optimizer):
             raise RuntimeError(f"fused and {'differentiable' if differentiable else 'foreach'} exclude each other")
         self._kernel, self._layer_of, self._number = kernel, layer_of, _tracing.number(self)
         self._lock, self._steps = RLock(), 0
+        self._shard_group, self._norm_group = shard_group, norm_group
+        self._shard_groups: list[Any] = []  # of each parameter group
+        for group in (shard_group, norm_group):
+            if group is not None:
+                process_group(group)
         self._params: list[torch.Tensor] = []
         self._reset()
         super().__init__(params, defaults)
@@ -172,13 +182,19 @@ class LARS(Optimizer):
             except (TypeError, ValueError) as error:
                 error.args = (f"{error} (parameter group {number})",)
                 raise
-            check_params(group["params"], number, len(self._params))
+            shard_group = param_group.pop("shard_group", self._shard_group)
+            if shard_group is not None:
+                process_group(shard_group)
+            check_params(group["params"], number, len(self._params), are_pieces=shard_group is not None)
+            if self.defaults["differentiable"] and any(map(is_dtensor, group["params"])):
+                raise ValueError(f"differentiable must be False for DTensors (parameter group {number})")
         super().add_param_group(param_group)
         try:
             self._named_params()
         except ValueError:
             self.param_groups.pop()
             raise
+        self._shard_groups.append(shard_group)
         self._params = [p for group in self.param_groups for p in group["params"]]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -233,9 +249,9 @@ class LARS(Optimizer):
         """
         loss = None
         if closure is not None:
-            if not callable(closure):
-                raise TypeError(f"closure must be a function that returns the loss; got {shown(closure)}")
-            with torch.enable_grad():
+            with refusals_are_told(self._shards()), torch.enable_grad():
+                if not callable(closure):
+                    raise TypeError(f"closure must be a function that returns the loss; got {shown(closure)}")
                 loss = closure()
         try:
             self._take_step()
@@ -353,7 +369,8 @@ class LARS(Optimizer):
         with self._lock:  # steps of several threads would write their addresses into the same tables
             self._steps += 1
             try:
-                self._locked_step(given)
+                with refusals_are_told(self._shards()):
+                    self._locked_step(given)
             except (TypeError, ValueError) as error:
                 error.args = (self._placed(str(error)),)
                 raise
@@ -387,18 +404,18 @@ class LARS(Optimizer):
         current = _are_same([group["params"] for group in self.param_groups], self._lists)
         if current and all(grads[i] is None for i in self._without):
             with suppress(OutdatedError):
-                return self._step_parts(memory, grads)
+                return self._step_parts(memory, grads, are_local=given is not None)
         self._make_parts(params, grads)
-        self._step_parts(memory, resolved(grads))
+        self._step_parts(memory, resolved(grads), are_local=given is not None)
 
-    def _step_parts(self, memory: list[torch.Tensor], grads: list[Any]) -> None:
+    def _step_parts(self, memory: list[torch.Tensor], grads: list[Any], *, are_local: bool) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if len(self._parts) > 1:
             self._check_for_several()
         steps = []
         for part in self._parts:
             part.poll()
-            own = part.read(self.state, memory, grads)
+            own = part.read(self.state, memory, grads, are_local=are_local)
             if own is not None:
                 steps.append((part, own, part.groups(self.param_groups, grad_scale)))
         if len(steps) > 1:  # before the first device takes a step that the second would refuse
@@ -428,19 +445,49 @@ class LARS(Optimizer):
             warn_of_sgd(self.param_groups)
         self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
+        members = self._named_params()
+        groups = [self._shard_group_of(member.group) for member in members]
+        is_spread = self._is_spread(params)
+        check_engines(members, groups, self._params)
         on: dict[torch.device, dict[int, NamedParam]] = {}
-        for i, (member, g) in enumerate(zip(self._named_params(), grads, strict=True)):
-            if g is not None or member.param in known:
+        for i, (member, g) in enumerate(zip(members, grads, strict=True)):
+            # All processes have to have the same layers, also where only one of them has a gradient.
+            if g is not None or member.param in known or is_spread:
                 on.setdefault(member.param.device, {})[i] = member
         labels = self._labels()
         _check_layers(labels, on)
         self._skipped = self.skipped_steps
         layer_of = None if self._layer_of is None else labels.get
         shared = self.param_groups, layer_of, self._kernel
-        self._parts = [TensorState(device, own, *shared) for device, own in on.items()]
+        spread = None
+        if is_spread:
+            if len(on) > 1:
+                raise ValueError(f"parameters that are spread over processes must lie on one device; got {list(on)}")
+            spread = spread_of(params, groups, self._norm_group)
+        self._parts = [TensorState(device, own, *shared, spread) for device, own in on.items()]
         self._params = params
         self._without = [i for i in range(len(params)) if not any(i in own for own in on.values())]
         self._lists = [list(group["params"]) for group in self.param_groups]
+
+    def _shard_group_of(self, number: int) -> Any:
+        return self._shard_groups[number] if number < len(self._shard_groups) else self._shard_group
+
+    def _is_spread(self, params: Sequence[torch.Tensor]) -> bool:
+        """Return whether sums have to be added over processes."""
+        return (
+            self._norm_group is not None
+            or any(group is not None for group in self._shard_groups)
+            or any(map(is_dtensor, params))
+        )
+
+    def _shards(self) -> list[Any]:
+        """Return the layers that other processes hold pieces of."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self._is_spread(params):
+            return []
+        if not _are_same([group["params"] for group in self.param_groups], self._lists):
+            self._make_parts(params, [None] * len(params))
+        return [shard for part in self._parts for shard in part.shards]
 
     def _check_for_several(self) -> None:
         """Refuse options that several devices would have to decide on together."""

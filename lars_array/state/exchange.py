@@ -113,7 +113,7 @@ class Exchange:
         for k, (shard, gather, place, counts, unseen) in enumerate(self._parts):
             shard.agree()
             is_own = self._counted_of(k)
-            own = xp.sum(squares if is_own is None else xp.where(is_own, squares, 0.0))
+            own = total if shard.of_norms else xp.sum(squares if is_own is None else xp.where(is_own, squares, 0.0))
             numbers = [1.0, 0.0, self._found, own, bad, float(self._digest[1])]
             header = xp.stack([asarray(x, xp.float64, like=self._like, xp=xp) for x in numbers])
             zero = asarray([[0.0] * 3], xp.float64, like=self._like, xp=xp)
@@ -121,7 +121,7 @@ class Exchange:
             table = xp.concat([body, counts, xp.reshape(header, (2, 3))], axis=0)
             shard.add(table)
             self._decide(shard, table, unseen)
-            total = total + table[-1, 0]
+            total = table[-1, 0] if shard.of_norms else total + table[-1, 0]
             S = xp.take(xp.concat([S, table[: len(shard.layers), :]], axis=0), place, axis=0)
         return S, total
 
