@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["check_placements", "is_dtensor", "like", "local", "local_gradient"]
+__all__ = ["check_placements", "is_dtensor", "like", "local", "local_gradient", "spread_as"]
 
 
 def is_dtensor(x: Any) -> bool:
@@ -31,6 +31,28 @@ def like(piece: Any, p: Any) -> Any:
         return piece
     dtensor: Any = sys.modules["torch.distributed.tensor"].DTensor
     return dtensor.from_local(piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def spread_as(name: str, x: Any, p: Any) -> Any:
+    """Return a tensor spread over processes as a parameter is: cut from a whole one that each process has.
+
+    Raises
+    ------
+    ValueError
+        If it is spread in another way.
+    """
+    if getattr(x, "shape", None) != p.shape:
+        return x  # a message about it is for others
+    if not is_dtensor(p):
+        way_out = "load it by torch.distributed.checkpoint, or give its full_tensor()"
+        raise ValueError(f"{name} in state_dict must be a plain tensor, as the parameter is; got a DTensor: {way_out}")
+    if not is_dtensor(x):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    if x.device_mesh != p.device_mesh:
+        raise ValueError(f"{name} in state_dict must be on the parameter's mesh {p.device_mesh}; got {x.device_mesh}")
+    return x if x.placements == p.placements else x.redistribute(placements=p.placements)
 
 
 def local_gradient(name: str, g: Any, p: Any) -> Any:

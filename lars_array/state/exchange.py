@@ -60,7 +60,7 @@ class Exchange:
             unseen = asarray((gather == len(numbers)).tolist(), self.xp.bool, like=self._like, xp=self.xp)
             place = np.arange(len(numbers))
             place[own] = len(numbers) + rows[own]
-            index = (asarray(x.tolist(), like=self._like, xp=self.xp) for x in (gather, place))
+            index = (asarray(x.tolist(), self.xp.int64, like=self._like, xp=self.xp) for x in (gather, place))
             self._parts.append((shard, *index, _piece_counts(shard, numbers), unseen))
         self._digest: tuple[Any, int] = None, 0
         self.refused: Any = None  # on a device, whether a process refused the step
@@ -190,7 +190,8 @@ def _piece_counts(shard: Shards, numbers: Any) -> Any:
     is_present[numbers] = True
     for row in np.flatnonzero((shard.rows >= 0) & shard.filled):
         counts[shard.rows[row]] += PRESENT if is_present[row] else MISSING
-    return asarray(counts.reshape(-1, 3).tolist(), shard.xp.float64, like=shard.like, xp=shard.xp)
+    flat = asarray(counts.tolist(), shard.xp.float64, like=shard.like, xp=shard.xp)
+    return shard.xp.reshape(flat, (shard.count_rows, 3))
 
 
 def _count_of_sums(groups: Sequence[Mapping[str, Any]]) -> int:
