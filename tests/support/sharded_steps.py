@@ -111,6 +111,7 @@ def main() -> None:
         "line, mapped": run(line, LAST, BOUNDED, mapped=True),
         "plane, mapped": run(plane, TWO, OPTAX | JOINED, mapped=True),
         "line, mapped, stacked": run(line, LAST, STACKED, mapped=True),
+        "plane, mapped, clipped": run(plane, TWO, OPTAX | BOUNDED, mapped=True),
     }
     print(json.dumps({"runs": runs, "pmap": run_pmap()}))
 

@@ -49,6 +49,10 @@ def test_under_shard_map_too(found: dict[str, Any], name: str) -> None:
     assert found["runs"][name]["collectives"] == {"all-reduce": 1}
 
 
+def test_a_third_sum_of_clipped_gradients_takes_another(found: dict[str, Any]) -> None:
+    assert found["runs"]["plane, mapped, clipped"]["collectives"] == {"all-reduce": 2}
+
+
 @JOINED
 def test_on_two_axes_jit_takes_one_for_each_set_of_devices(found: dict[str, Any]) -> None:
     """XLA joins what is summed over the same devices: here over all, over a row and over a column of them."""
