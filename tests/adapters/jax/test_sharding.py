@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from devices import printed_by
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    script = Path(__file__).parents[2] / "support" / "sharded_steps.py"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
-    command = [sys.executable, "-W", "error", script]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    result: dict[str, Any] = json.loads(run.stdout)
-    return result
+    (result,) = printed_by("sharded_steps.py", 8)
+    of_runs: dict[str, Any] = result
+    return of_runs
 
 
 def test_sharded_steps_are_the_unsharded_ones(found: dict[str, Any]) -> None:
