@@ -1,9 +1,9 @@
 """Train a network on handwritten digits with LARS, on one process or on several.
 
-    python examples/digits_torch.py
-    torchrun --nproc-per-node 2 examples/digits_torch.py ddp
-    torchrun --nproc-per-node 2 examples/digits_torch.py fsdp
-    torchrun --nproc-per-node 4 examples/digits_torch.py hsdp
+python examples/digits_torch.py
+torchrun --nproc-per-node 2 examples/digits_torch.py ddp
+torchrun --nproc-per-node 2 examples/digits_torch.py fsdp
+torchrun --nproc-per-node 4 examples/digits_torch.py hsdp
 """
 
 import sys
