@@ -21,7 +21,6 @@ from lars_array._arrays import (
 )
 from lars_array._messages import near, shown
 from lars_array.layers import LayerOf, LayerRows, labels_of, layer_names
-from lars_array.nonfinite import NonFiniteError
 from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
 from lars_array.state.memory import MemoryRanges, check_writable
@@ -139,8 +138,8 @@ class ParamState:
             if any(self.all_reduce):
                 rows, like = self.rows(), self.view(self.params[0])
                 names = layer_names(self.names, labels_of(self.layer_of, self.names), rows.slices)
-                masks = {"filled": [size(p) > 0 for p in self.params], "counted": self.counted}
-                options = {"like": like, "xp": array_namespace(like), **masks}
+                options: dict[str, Any] = {"filled": [size(p) > 0 for p in self.params], "counted": self.counted}
+                options |= {"groups": self.group_of.tolist(), "like": like, "xp": array_namespace(like)}
                 self._shards = shards_of(rows, names, self.all_reduce, self.layers, **options)
         return self._shards
 
@@ -168,7 +167,7 @@ class ParamState:
         with device_context(self.params[0]):
             return np.array(to_floats(self.device.previous_lr))
 
-    def poll_device(self, *, wait: bool) -> tuple[int, int, NonFiniteError | None]:
+    def poll_device(self, *, wait: bool) -> tuple[int, int, Exception | None]:
         """Return by how much the counts of steps and skipped steps change, and the error of a rejected step."""
         if self.device is None:
             return 0, 0, None
