@@ -25,11 +25,13 @@ class LayerSlices(NamedTuple):
     start: int
     size: int
 
-    def names(self, name: str) -> list[str]:
-        """Return the names of its rows, "w[0]" and so on."""
+    def names(self, name: str, start: Sequence[int] = ()) -> list[str]:
+        """Return the names of its rows, "w[0]" and so on; of a piece that starts elsewhere those in the whole."""
         if not self.lead:
             return [name]
-        return [f"{name}[{', '.join(map(str, index))}]" for index in product(*map(range, self.lead))]
+        first = start or (0,) * len(self.lead)
+        axes = [range(k, k + length) for k, length in zip(first, self.lead)]
+        return [f"{name}[{', '.join(map(str, index))}]" for index in product(*axes)]
 
     def views(self, array: Any) -> list[Any]:
         """Return the slices of an array of the parameter's shape, one per row; None for None."""

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lars_array import _arrays
 from lars_array._arrays import COMPUTE, ArraySpecs, dtype_name, span
+from lars_torch._dtensors import check_placements, is_dtensor, local
 
 __all__ = [
     "TensorSpecs",
@@ -225,12 +226,12 @@ def check_gradient(name: str, g: torch.Tensor, p: torch.Tensor) -> None:
 
 
 def check_is_memory(name: str, tensor: torch.Tensor) -> None:
-    """Raise TypeError for a tensor that is not all of a layer: sparse, spread over processes, or wrapping others."""
+    """Raise TypeError for a tensor whose norm can't be taken from memory: sparse, or wrapping others."""
+    if is_dtensor(tensor):
+        check_placements(name, tensor)
+        tensor = local(tensor)
     kind = type(tensor)
     if is_traceable_wrapper_subclass(tensor) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        way_out = ""
-        if kind.__name__ == "DTensor":
-            way_out = ": keep parameters whole, as DistributedDataParallel and ZeroRedundancyOptimizer do"
-        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}{way_out}")
+        raise TypeError(f"{name} must be a plain tensor, LARS needs its whole norm; got a {kind.__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be dense, LARS needs its norm; got one of {tensor.layout}")

@@ -12,8 +12,9 @@ import torch
 from lars_array._stepper import KEPT, listed, reads_previous_lr, shown
 from lars_array.hyperparams import DEFAULTS, unknown_option
 from lars_torch._arrays import compute_dtype
+from lars_torch._dtensors import is_dtensor, spread_as
 from lars_torch._hyperparams import check_group
-from lars_torch._keys import foreign_keys, resembles, translated
+from lars_torch._keys import PROCESSES, foreign_keys, resembles, translated
 
 __all__ = ["load"]
 
@@ -30,7 +31,7 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
     given: list[Any] = []
 
     def check(_: Any, hooked: Any) -> Any:  # after all other hooks, and before anything is changed
-        hooked = _by_name(optimizer, hooked)
+        hooked = _spread(optimizer, _by_name(optimizer, hooked))
         given.extend(_check(optimizer, hooked))
         return hooked
 
@@ -136,6 +137,21 @@ def _by_name(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
         for group, names in zip(groups, own, strict=True)
     ]
     return {**state_dict, "param_groups": ordered}
+
+
+def _spread(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a checkpoint with whole tensors cut as the parameters are, and the process groups of the optimizer."""
+    saved, own = state_dict["param_groups"], optimizer.param_groups
+    pairs = [(p, n) for group, other in zip(own, saved) for p, n in zip(group["params"], other["params"])]
+    state = dict(state_dict["state"])
+    for p, number in pairs:
+        kept = state.get(number)
+        if isinstance(kept, Mapping) and any(is_dtensor(x) for x in (p, *kept.values())):
+            state[number] = dict(kept) | {key: spread_as(key, x, p) for key, x in kept.items() if key in KEPT}
+    groups = [dict(group) for group in saved]
+    for group, mine in zip(groups, own):
+        group |= {key: mine[key] for key in PROCESSES if key in mine}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _translated(state_dict: Mapping[str, Any]) -> dict[str, Any]:

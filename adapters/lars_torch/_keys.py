@@ -11,10 +11,11 @@ import numpy as np
 
 from lars_array.hyperparams import ALIASES, DEFAULTS, INSTEAD, unknown_option
 
-__all__ = ["NAMES", "check_keys", "foreign_keys", "plain", "plain_group", "resembles", "translated"]
+__all__ = ["NAMES", "PROCESSES", "check_keys", "foreign_keys", "plain", "plain_group", "resembles", "translated"]
 
 NAMES = ("lr", *DEFAULTS)
-OWN = {"params", "param_names", "differentiable", "foreach", "fused", "capturable", *NAMES}
+PROCESSES = ("shard_group", "norm_group")  # which a checkpoint does not hold
+OWN = {"params", "param_names", "differentiable", "foreach", "fused", "capturable", *PROCESSES, *NAMES}
 
 # What schedulers and training frameworks note in groups: torch's, timm's, Lightning's, and common training scripts'.
 SCHEDULED = {"max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "lr_mult", "fix_lr", "warmup_lr"}

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lars_array._arrays import COMPUTE, dtype_name
 from lars_array._stepper import shown
 from lars_torch._arrays import check_is_memory
+from lars_torch._sharding import check_engine
 
 __all__ = ["check_params", "listed"]
 
@@ -43,7 +44,7 @@ def listed(params: Any, group: int | None = None) -> Any:
     return list(params) if isinstance(params, Iterator) or group is not None else params
 
 
-def check_params(params: Any, number: int, first: int) -> None:
+def check_params(params: Any, number: int, first: int, *, are_pieces: bool = False) -> None:
     """Raise for a parameter of a group that can't be stepped, or is given twice; the first is that of this number.
 
     Raises
@@ -66,6 +67,8 @@ def check_params(params: Any, number: int, first: int) -> None:
             raise TypeError(f"{label} must be of one of the types {', '.join(COMPUTE)}; got {p.dtype}")
         if not isinstance(p, FakeTensor):  # which has no memory, and steps by torch's own functions
             check_is_memory(label, p)
+            if not are_pieces:
+                check_engine(label, p)
         if id(p) in seen:
             raise ValueError(f"parameters must be given once; {label} is given twice, before as {seen[id(p)]!r}")
         seen[id(p)] = name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from lars_array._arrays import is_half
 from lars_array._stepper import KEPT, ParamState, Stepper, reads_previous_lr
 from lars_array.hyperparams import Hyperparams, check_layer_axes
+from lars_array.layers import LayerRows, LayerSlices, labels_of
 from lars_array.state.memory import check_writable
 from lars_torch import _arrays
 from lars_torch._arrays import (
@@ -25,7 +27,9 @@ from lars_torch._arrays import (
     tensor_of,
     torch_stream,
 )
+from lars_torch._dtensors import is_dtensor, like, local, local_gradient
 from lars_torch._hyperparams import numbers_of
+from lars_torch._sharding import Spread
 
 __all__ = ["NamedParam", "OutdatedError", "TensorState"]
 
@@ -61,6 +65,8 @@ class TensorState(ParamState):
         As for `lars_array.LARS`.
     kernel : str, optional
         As for `lars_array.LARS`.
+    spread : Spread, optional
+        How these parameters are spread over processes.
 
     Attributes
     ----------
@@ -79,6 +85,7 @@ class TensorState(ParamState):
         groups: Sequence[Mapping[str, Any]],
         layer_of: Callable[[str], Hashable] | None,
         kernel: str | None,
+        spread: Spread | None = None,
     ) -> None:
         super().__init__(layer_of)
         self.owners, group_of, self.names = map(list, zip(*members.values(), strict=True))
@@ -103,10 +110,16 @@ class TensorState(ParamState):
         self._without_master = [p for p, half in zip(self.owners, halves) if not half]
         self._hyperparams, self._stepper = Hyperparams(), Stepper(kernel)
         self.masters = [None] * len(self.owners)
+        self._has_dtensors = any(map(is_dtensor, self.owners))
+        self.params = list(map(local, self.owners))
+        if spread is not None:
+            self.all_reduce, self.counted, self.starts, self.norm_reduce = spread
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def read(self, state: Any, memory: Sequence[torch.Tensor], grads: Sequence[Any]) -> list[Any] | None:
+    def read(
+        self, state: Any, memory: Sequence[torch.Tensor], grads: Sequence[Any], *, are_local: bool = False
+    ) -> list[Any] | None:
         """Read the tensors of a step; return the gradients, None if there is none.
 
         Parameters
@@ -115,9 +128,14 @@ class TensorState(ParamState):
             The optimizer's, to which new momentum buffers and masters are added.
         memory, grads : sequences
             Tensors to be stepped, and their gradients or None, of all parameters of the optimizer.
+        are_local : bool
+            Whether the gradients of DTensors are what is here of them.
         """
         if len(self._index) < len(memory):
             memory, grads = ([x[i] for i in self._index] for x in (memory, grads))
+        if self._has_dtensors:
+            memory = list(map(local, memory))
+            grads = grads if are_local else list(map(local_gradient, self.names, grads, self.owners))
         self._state, self.params, self._cast = state, list(memory), {}
         try:
             if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
@@ -125,14 +143,16 @@ class TensorState(ParamState):
             else:
                 owns = [state.get(p, _NOTHING) for p in self.owners]
             self.buffers = [own.get("momentum_buffer") for own in owns]
+            if self._has_dtensors:
+                self.buffers = list(map(local, self.buffers))
         except (AttributeError, TypeError) as error:
             raise TypeError(f"optimizer.state must be a dict of dicts; {error}") from None
         self._owns = owns
         if self._has_halves:
-            self.masters = [own.get("master") for own in owns]
+            self.masters = [local(own.get("master")) for own in owns]
             if any(master is not None for master in self.masters):
                 self._drop_outdated_masters()
-        if all(g is None for g in grads):
+        if all(g is None for g in grads) and not self.shards:
             return None
         return resolved(grads) if self._has_complex else list(grads)
 
@@ -147,7 +167,7 @@ class TensorState(ParamState):
                 self.masters[i] = None
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.owners]
+        return [(0 if p.is_inference() else p._version, local(p).data_ptr()) for p in self.owners]
 
     def note_versions(self, grads: Sequence[Any]) -> None:
         """Note how often parameters that were stepped had been written to, this step included."""
@@ -183,13 +203,14 @@ class TensorState(ParamState):
             self.skipped += 1
             return []
         for i, v in self._cast.items():
-            self._state[self.owners[i]]["momentum_buffer"] = v
+            self._state[self.owners[i]]["momentum_buffer"] = like(v, self.owners[i])
         for p in self._without_master:
             self._state.get(p, {}).pop("master", None)
         self._without_master = []
         self._write_rates(grads)
-        self.result = result
+        self.result = result if result.names else self.result
         lists = [self.owners, self.buffers, *([self.masters] if self._has_halves else [])]
+        lists += [self.params] if self._has_dtensors else []
         if [g for g in grads if g is None]:
             lists = [[x for x, g in zip(own, grads, strict=True) if g is not None] for own in lists]
         return [x for own in lists for x in own if x is not None]
@@ -293,7 +314,8 @@ class TensorState(ParamState):
             lists.append(list(before))
             for i, (tensor, array) in enumerate(zip(before, now, strict=True)):
                 if tensor is None and array is not None:
-                    self._state.setdefault(self.owners[i], {})[key] = lists[-1][i] = tensor_of(array)
+                    lists[-1][i] = tensor_of(array)
+                    self._state.setdefault(self.owners[i], {})[key] = like(lists[-1][i], self.owners[i])
                 elif tensor is not None and array is None:
                     self._state[self.owners[i]].pop(key, None)
                     lists[-1][i] = None
@@ -318,6 +340,23 @@ class TensorState(ParamState):
             return list(map(torch.Tensor.data_ptr, arrays))  # faster
         return [0 if x is None else x.data_ptr() for x in arrays]
 
+    def layer_names(self, rows: LayerRows) -> list[str]:
+        """See `ParamState.layer_names`: slices have the numbers that they have in the whole parameter."""
+        return [name for i in range(len(self.owners)) for name in self._layers_of(i, self.params[i].shape)]
+
+    def all_layers(self, all_reduce: Any) -> list[str]:
+        """See `ParamState.all_layers`."""
+        index = [i for i, function in enumerate(self.all_reduce) if function is all_reduce]
+        return [name for i in index for name in self._layers_of(i, self.owners[i].shape)]
+
+    def _layers_of(self, i: int, shape: Sequence[int]) -> list[str]:
+        """Return the names of the layers in a parameter, or in a piece of it."""
+        label = labels_of(self.layer_of, self.names)[i]
+        lead, start = tuple(shape[: self.layer_axes[i]]), self.starts[i] if shape != self.owners[i].shape else ()
+        if 0 in lead:  # nothing of it is here
+            return self._layers_of(i, self.owners[i].shape)[:1]
+        return LayerSlices(lead, 0, prod(lead)).names(self.names[i] if label is None else str(label), start)
+
     def may_move(self, arrays: Sequence[Any]) -> bool:
         """See `ParamState.may_move`."""
         return all(x.device == self._device for x in arrays if x is not None)
@@ -334,4 +373,5 @@ class TensorState(ParamState):
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    tensor = local(tensor)
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()

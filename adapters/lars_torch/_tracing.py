@@ -18,6 +18,7 @@ from lars_array._arrays import is_half
 from lars_array._stepper import reads_previous_lr
 from lars_array.hyperparams import needs_buffer
 from lars_torch._arrays import check_tensor
+from lars_torch._dtensors import is_dtensor
 from lars_torch._hyperparams import numbers_of
 
 __all__ = ["compiled_step", "is_observed", "number", "plain_step", "recorded_step"]
@@ -43,12 +44,17 @@ def compiled_step(optimizer: Any) -> None:
     params, grads, index = [], [], []
     for i, p in enumerate(optimizer._params):  # not of its groups, whose every number the graph would be bound to
         if p.grad is not None:
-            params.append(p)
-            grads.append(p.grad)
+            params.append(piece_in_graph(p))
+            grads.append(piece_in_graph(p.grad))
             index.append(i)
     # Also where none has a gradient, since others may be put into a group; and an operator that writes to nothing would
     # be left out of the graph.
-    _step(params or optimizer._params[:1], grads, index, optimizer._number)
+    _step(params or list(map(piece_in_graph, optimizer._params[:1])), grads, index, optimizer._number)
+
+
+def piece_in_graph(x: Any) -> Any:
+    """Return what this process holds of a tensor, as a graph can take it into an operator."""
+    return x.to_local() if is_dtensor(x) else x
 
 
 # The schema is written out, since torch before 2.7 infers none from list[...].
@@ -76,8 +82,14 @@ def is_observed(optimizer: Any) -> bool:
 
     Dispatch modes and torch.func trace graphs (make_fx), or compute with tensors that have no memory (FakeTensors).
     """
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
-    return bool(modes) or isinstance(next(iter(optimizer._params), None), FakeTensor)
+    key, one = torch._C._TorchDispatchModeKey, next(iter(optimizer._params), None)
+    modes = torch._C._len_torch_dispatch_stack() and [
+        mode for kind in (key.FAKE, key.PROXY, key.FUNCTIONAL) if (mode := torch._C._get_dispatch_mode(kind))
+    ]
+    observed = bool(modes or torch._C._functorch.peek_interpreter_stack()) or isinstance(one, FakeTensor)
+    if observed and any(map(is_dtensor, optimizer._params)):
+        raise TypeError("a step of DTensors can't be traced, except by torch.compile")
+    return observed
 
 
 def plain_step(optimizer: Any) -> None:
@@ -92,6 +104,8 @@ def recorded_step(optimizer: Any) -> None:
 
 
 def _functional_step(optimizer: Any, *, recorded: bool) -> None:
+    if recorded and any(map(is_dtensor, optimizer._params)):
+        raise TypeError("a step that autograd records takes no DTensors")
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     members = [member for member in optimizer._named_params() if member.param.grad is not None]
     optimizer._check_keys()

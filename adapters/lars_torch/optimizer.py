@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from operator import is_
 from threading import RLock
@@ -16,11 +16,14 @@ from lars_array._stepper import shown
 from lars_array.core import Rule
 from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
+from lars_array.state.shards import refusals_are_told
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
+from lars_torch._dtensors import is_dtensor
 from lars_torch._hyperparams import check_group
-from lars_torch._keys import NAMES, check_keys, plain_group, resembles
+from lars_torch._keys import NAMES, PROCESSES, check_keys, plain_group, resembles
 from lars_torch._params import check_params, listed
+from lars_torch._sharding import check_engines, process_group, spread_of
 from lars_torch._state import NamedParam, OutdatedError, TensorState
 
 __all__ = ["LARS"]
@@ -35,7 +38,8 @@ class LARS(Optimizer):
     ----------
     params : iterable of Tensor, of (str, Tensor), or of dict
         The parameters or parameter groups, as ``torch.optim.SGD`` takes them (names since torch 2.6): float64, float32,
-        float16, bfloat16 or complex, on one device or several. Updated in place; gradients are not modified.
+        float16, bfloat16 or complex, on one device or several; DTensors on one device. Updated in place; gradients are
+        not modified.
     lr : float or Tensor
         Learning rate. Any ``torch.optim.lr_scheduler`` may change it.
     max_grad_norm : float, optional
@@ -55,6 +59,13 @@ class LARS(Optimizer):
     layer_of : mapping or callable, optional
         As there; a parameter without a name is named by its position, such as "0". The parts of a layer must lie on
         one device.
+    shard_group : ProcessGroup or DeviceMesh, optional
+        The processes that hold pieces of these parameters, in the place of `all_reduce`, where they are plain tensors:
+        of FullyShardedDataParallel with ``use_orig_params=True``, or of an engine of your own. All processes give the
+        same parameters in the same order, empty ones where they hold nothing. DTensors need no argument.
+    norm_group : ProcessGroup or DeviceMesh, optional
+        The processes that hold other parameters of the model, as with ZeroRedundancyOptimizer or in pipelines:
+        `max_grad_norm` and `nonfinite` then hold for all of them.
 
     Attributes
     ----------
@@ -70,7 +81,8 @@ class LARS(Optimizer):
         For hyper-parameters out of range, unknown keys of groups, and parameters that are given twice; and as torch's
         optimizers do.
     TypeError
-        For anything but dense tensors of a floating-point type, such as a DTensor; and as torch's optimizers do.
+        For anything but dense tensors of a floating-point type, and for what other engines have marked as a piece of a
+        parameter, without `shard_group`; and as torch's optimizers do.
 
     Notes
     -----
@@ -121,6 +133,8 @@ class LARS(Optimizer):
         capturable: bool = False,
         layer_of: LayerOf = None,
         kernel: str | None = None,
+        shard_group: Any = None,
+        norm_group: Any = None,
     ) -> None:
         params = listed(params)
         defaults = plain_group(defaults_from(locals())) | {"differentiable": differentiable}
@@ -131,6 +145,7 @@ class LARS(Optimizer):
             raise RuntimeError(f"fused and {'differentiable' if differentiable else 'foreach'} exclude each other")
         self._kernel, self._layer_of, self._number = kernel, layer_of, _tracing.number(self)
         self._lock, self._steps = RLock(), 0
+        self._processes = dict(zip(PROCESSES, (shard_group, norm_group), strict=True))
         self._params: list[torch.Tensor] = []
         self._reset()
         super().__init__(params, defaults)
@@ -172,7 +187,13 @@ class LARS(Optimizer):
             except (TypeError, ValueError) as error:
                 error.args = (f"{error} (parameter group {number})",)
                 raise
-            check_params(group["params"], number, len(self._params))
+            given = [group.get(name, self._processes[name]) for name in PROCESSES]
+            for one in given:
+                if one is not None:
+                    process_group(one)
+            check_params(group["params"], number, len(self._params), are_pieces=given[0] is not None)
+            if self.defaults["differentiable"] and any(map(is_dtensor, group["params"])):
+                raise ValueError(f"differentiable must be False for DTensors (parameter group {number})")
         super().add_param_group(param_group)
         try:
             self._named_params()
@@ -208,7 +229,8 @@ class LARS(Optimizer):
             numbers are Python's.
         """
         state_dict = super().state_dict()
-        state_dict["param_groups"] = list(map(plain_group, state_dict["param_groups"]))
+        groups = [{k: x for k, x in group.items() if k not in PROCESSES} for group in state_dict["param_groups"]]
+        state_dict["param_groups"] = list(map(plain_group, groups))
         return state_dict
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -230,12 +252,14 @@ class LARS(Optimizer):
             If a hyper-parameter is out of range, or a gradient is sparse or does not fit; then nothing was changed.
         NonFiniteError
             See `nonfinite`.
+        RefusedElsewhereError
+            If the parameters are spread over processes, and another one has refused the step.
         """
         loss = None
         if closure is not None:
-            if not callable(closure):
-                raise TypeError(f"closure must be a function that returns the loss; got {shown(closure)}")
-            with torch.enable_grad():
+            with refusals_are_told(self._shards()), torch.enable_grad():
+                if not callable(closure):
+                    raise TypeError(f"closure must be a function that returns the loss; got {shown(closure)}")
                 loss = closure()
         try:
             self._take_step()
@@ -299,13 +323,14 @@ class LARS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "_kernel": self._kernel, "_layer_of": self._layer_of}
+        return {**state, "_kernel": self._kernel, "_layer_of": self._layer_of, "_processes": self._processes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called for copies and pickles, and by load_state_dict for what it has read.
         super().__setstate__(state)
         if "_number" not in self.__dict__:  # graphs go on referring to one that was loaded into
             blank: dict[str, Any] = {"_kernel": None, "_layer_of": None, "_lock": RLock(), "_steps": 0, "_parts": []}
+            blank["_processes"] = dict.fromkeys(PROCESSES)
             self.__dict__ |= blank | self.__dict__ | {"_number": _tracing.number(self)}
         lists = [group["params"] for group in self.param_groups]
         self._params = [p for params in lists for p in params]
@@ -353,7 +378,8 @@ class LARS(Optimizer):
         with self._lock:  # steps of several threads would write their addresses into the same tables
             self._steps += 1
             try:
-                self._locked_step(given)
+                with refusals_are_told(self._shards()):
+                    self._locked_step(given)
             except (TypeError, ValueError) as error:
                 error.args = (self._placed(str(error)),)
                 raise
@@ -387,18 +413,18 @@ class LARS(Optimizer):
         current = _are_same([group["params"] for group in self.param_groups], self._lists)
         if current and all(grads[i] is None for i in self._without):
             with suppress(OutdatedError):
-                return self._step_parts(memory, grads)
+                return self._step_parts(memory, grads, are_local=given is not None)
         self._make_parts(params, grads)
-        self._step_parts(memory, resolved(grads))
+        self._step_parts(memory, resolved(grads), are_local=given is not None)
 
-    def _step_parts(self, memory: list[torch.Tensor], grads: list[Any]) -> None:
+    def _step_parts(self, memory: list[torch.Tensor], grads: list[Any], *, are_local: bool) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if len(self._parts) > 1:
             self._check_for_several()
         steps = []
         for part in self._parts:
             part.poll()
-            own = part.read(self.state, memory, grads)
+            own = part.read(self.state, memory, grads, are_local=are_local)
             if own is not None:
                 steps.append((part, own, part.groups(self.param_groups, grad_scale)))
         if len(steps) > 1:  # before the first device takes a step that the second would refuse
@@ -428,19 +454,48 @@ class LARS(Optimizer):
             warn_of_sgd(self.param_groups)
         self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
+        members = self._named_params()
+        groups = [self._process_groups("shard_group")[member.group] for member in members]
+        is_spread = self._is_spread(params)
+        check_engines(members, groups, self._params)
         on: dict[torch.device, dict[int, NamedParam]] = {}
-        for i, (member, g) in enumerate(zip(self._named_params(), grads, strict=True)):
-            if g is not None or member.param in known:
+        for i, (member, g) in enumerate(zip(members, grads, strict=True)):
+            # All processes have to have the same layers, also where only one of them has a gradient.
+            if g is not None or member.param in known or is_spread:
                 on.setdefault(member.param.device, {})[i] = member
         labels = self._labels()
         _check_layers(labels, on)
         self._skipped = self.skipped_steps
         layer_of = None if self._layer_of is None else labels.get
         shared = self.param_groups, layer_of, self._kernel
-        self._parts = [TensorState(device, own, *shared) for device, own in on.items()]
+        spread = None
+        if is_spread:
+            if len(on) > 1:
+                raise ValueError(f"parameters that are spread over processes must lie on one device; got {list(on)}")
+            norm_group = next((x for x in self._process_groups("norm_group") if x is not None), None)
+            spread = spread_of(params, groups, norm_group)
+        self._parts = [TensorState(device, own, *shared, spread) for device, own in on.items()]
         self._params = params
         self._without = [i for i in range(len(params)) if not any(i in own for own in on.values())]
         self._lists = [list(group["params"]) for group in self.param_groups]
+
+    def _process_groups(self, name: str) -> list[Any]:
+        """Return the `shard_group` or the `norm_group` of each parameter group."""
+        return [group.get(name, self._processes[name]) for group in self.param_groups]
+
+    def _is_spread(self, params: Sequence[torch.Tensor]) -> bool:
+        """Return whether sums have to be added over processes."""
+        given = (group for name in PROCESSES for group in self._process_groups(name))
+        return any(group is not None for group in given) or any(map(is_dtensor, params))
+
+    def _shards(self) -> list[Any]:
+        """Return the layers that other processes hold pieces of."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self._is_spread(params):
+            return []
+        if not _are_same([group["params"] for group in self.param_groups], self._lists):
+            self._make_parts(params, [None] * len(params))
+        return [shard for part in self._parts for shard in part.shards]
 
     def _check_for_several(self) -> None:
         """Refuse options that several devices would have to decide on together."""

@@ -60,7 +60,7 @@ class Exchange:
             unseen = asarray((gather == len(numbers)).tolist(), self.xp.bool, like=self._like, xp=self.xp)
             place = np.arange(len(numbers))
             place[own] = len(numbers) + rows[own]
-            index = (asarray(x.tolist(), like=self._like, xp=self.xp) for x in (gather, place))
+            index = (asarray(x.tolist(), self.xp.int64, like=self._like, xp=self.xp) for x in (gather, place))
             self._parts.append((shard, *index, _piece_counts(shard, numbers), unseen))
         self._digest: tuple[Any, int] = None, 0
         self.refused: Any = None  # on a device, whether a process refused the step
@@ -113,7 +113,7 @@ class Exchange:
         for k, (shard, gather, place, counts, unseen) in enumerate(self._parts):
             shard.agree()
             is_own = self._counted_of(k)
-            own = xp.sum(squares if is_own is None else xp.where(is_own, squares, 0.0))
+            own = total if shard.of_norms else xp.sum(squares if is_own is None else xp.where(is_own, squares, 0.0))
             numbers = [1.0, 0.0, self._found, own, bad, float(self._digest[1])]
             header = xp.stack([asarray(x, xp.float64, like=self._like, xp=xp) for x in numbers])
             zero = asarray([[0.0] * 3], xp.float64, like=self._like, xp=xp)
@@ -121,7 +121,7 @@ class Exchange:
             table = xp.concat([body, counts, xp.reshape(header, (2, 3))], axis=0)
             shard.add(table)
             self._decide(shard, table, unseen)
-            total = total + table[-1, 0]
+            total = table[-1, 0] if shard.of_norms else total + table[-1, 0]
             S = xp.take(xp.concat([S, table[: len(shard.layers), :]], axis=0), place, axis=0)
         return S, total
 
@@ -190,7 +190,8 @@ def _piece_counts(shard: Shards, numbers: Any) -> Any:
     is_present[numbers] = True
     for row in np.flatnonzero((shard.rows >= 0) & shard.filled):
         counts[shard.rows[row]] += PRESENT if is_present[row] else MISSING
-    return asarray(counts.reshape(-1, 3).tolist(), shard.xp.float64, like=shard.like, xp=shard.xp)
+    flat = asarray(counts.tolist(), shard.xp.float64, like=shard.like, xp=shard.xp)
+    return shard.xp.reshape(flat, (shard.count_rows, 3))
 
 
 def _count_of_sums(groups: Sequence[Mapping[str, Any]]) -> int:

@@ -53,12 +53,24 @@ class Shards:
         An array on the device of the sums.
     xp : Array API namespace
         Its namespace.
+    of_norms : bool
+        Whether it is the norms of gradients that are added up, over processes that hold different layers.
     """
 
     def __init__(
-        self, all_reduce: AllReduce, layers: Sequence[str], rows: Any, filled: Any, counted: Any, like: Any, xp: Any
+        self,
+        all_reduce: AllReduce,
+        layers: Sequence[str],
+        rows: Any,
+        filled: Any,
+        counted: Any,
+        like: Any,
+        xp: Any,
+        *,
+        of_norms: bool = False,
     ) -> None:
         self.all_reduce, self.layers, self.rows, self.filled, self.counted = all_reduce, layers, rows, filled, counted
+        self.of_norms = of_norms
         self.like, self.xp = asarray([0.0], xp.float64, like=like, xp=xp), xp
         self.processes = 0  # known once they have agreed on the layers
         self.has_told = False  # the other processes what this one does in this step
@@ -117,7 +129,7 @@ def shards_of(
     rows: LayerRows,
     keys: Sequence[str],
     all_reduce: Sequence[AllReduce | None],
-    layers: Sequence[str] | None = None,
+    layers: Callable[[AllReduce], Sequence[str] | None],
     *,
     filled: Sequence[bool],
     counted: Sequence[bool],
@@ -134,8 +146,9 @@ def shards_of(
         The name of the layer of each row.
     all_reduce : sequence of callables or None
         One a parameter; None where its layers are whole here.
-    layers : sequence of str, optional
-        The names of all layers, also of those that this process holds nothing of; by default `keys`.
+    layers : callable
+        Returns the names of all layers for an `all_reduce`, also of those that this process holds nothing of; None for
+        those in `keys`.
     filled, counted : sequences of bool
         One a parameter, see `Shards`.
     like, xp : array and its namespace
@@ -151,17 +164,10 @@ def shards_of(
     for key, function in zip(keys, of_rows, strict=True):
         if known.setdefault(key, function) is not function:
             raise ValueError(f"all parts of a layer must have the same all_reduce; those of {shown(key)} differ")
-    functions = list({id(x): x for x in all_reduce if x is not None}.values())
-    if layers is not None and len(functions) > 1:
-        raise ValueError(f"layers must be None where there is more than one all_reduce; got {len(functions)}")
-    for function in functions:
+    for function in {id(x): x for x in all_reduce if x is not None}.values():
         own = [key if x is function else None for key, x in zip(keys, of_rows, strict=True)]
-        names = list(dict.fromkeys(key for key in own if key is not None)) if layers is None else list(layers)
+        names = list(dict.fromkeys(layers(function) or [key for key in own if key is not None]))
         place = {name: i for i, name in enumerate(names)}
-        if len(place) < len(names):
-            raise ValueError(
-                f"layers must name each layer once; got {len(names)} names, {len(place)} of them different"
-            )
         lacking = next((key for key in own if key is not None and key not in place), None)
         if lacking is not None:
             raise ValueError(f"layers must name all layers of all processes; it lacks {shown(lacking)}")
@@ -178,6 +184,8 @@ def names_of_layers(layers: Any) -> tuple[str, ...] | None:
     found = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
     if isinstance(layers, str) or not all(isinstance(name, str) for name in found):
         raise TypeError(f"layers must be a list of names; got {shown(layers)}")
+    if len(set(found)) < len(found):
+        raise ValueError(f"layers must name each layer once; {len(set(found))} of {len(found)} names differ")
     return tuple(found)
 
 

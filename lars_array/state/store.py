@@ -63,6 +63,8 @@ class ParamState:
         State on the device, once steps have been queued on it.
     all_reduce, counted : lists
         Of each parameter what adds its sums over processes, or None, and whether it is this process that counts it.
+    norm_reduce : callable or None
+        What adds the norms of gradients over processes that hold different layers.
     layers : sequence of str or None
         See `lars_array.LARS`.
     """
@@ -79,6 +81,7 @@ class ParamState:
         self.device: DeviceState | None = None
         self.all_reduce: list[AllReduce | None] = []
         self.counted: list[bool] = []
+        self.norm_reduce: AllReduce | None = None
         self.layers: Sequence[str] | None = None
         self._shards: list[Shards] | None = None
 
@@ -127,8 +130,9 @@ class ParamState:
 
     def check_layers(self) -> None:
         """Raise ValueError unless the layers can be shared in the way that was asked for."""
-        if self.layers is not None and not any(self.all_reduce):
-            raise ValueError(f"layers must be None without an all_reduce; got {shown(self.layers)}")
+        functions = {id(x) for x in self.all_reduce if x is not None}
+        if self.layers is not None and len(functions) != 1:
+            raise ValueError(f"layers must be given with one all_reduce, for which they are; got {len(functions)}")
         _ = self.shards
 
     @property
@@ -136,12 +140,15 @@ class ParamState:
         """The layers of which other processes hold pieces."""
         if self._shards is None:
             self._shards = []
-            if any(self.all_reduce):
+            if any(self.all_reduce) or self.norm_reduce is not None:
                 rows, like = self.rows(), self.view(self.params[0])
-                names = layer_names(self.names, labels_of(self.layer_of, self.names), rows.slices)
-                masks = {"filled": [size(p) > 0 for p in self.params], "counted": self.counted}
-                options = {"like": like, "xp": array_namespace(like), **masks}
-                self._shards = shards_of(rows, names, self.all_reduce, self.layers, **options)
+                filled, xp = [size(p) > 0 for p in self.params], array_namespace(like)
+                arrays = {"filled": filled, "counted": self.counted, "like": like, "xp": xp}
+                self._shards = shards_of(rows, self.layer_names(rows), self.all_reduce, self.all_layers, **arrays)
+                if self.norm_reduce is not None:
+                    nowhere, one = np.full(len(rows.owner), -1), np.ones(len(rows.owner), bool)
+                    last = Shards(self.norm_reduce, [], nowhere, one, one, like, xp, of_norms=True)
+                    self._shards = [*self._shards, last]
         return self._shards
 
     @property
@@ -269,6 +276,14 @@ class ParamState:
     def specs(self, arrays: Sequence[Any], specs_of: Callable[[Sequence[Any]], ArraySpecs] | None) -> ArraySpecs:
         """Return the types and layouts of arrays; `specs_of` is the kernel's way to find them."""
         return (specs_of or ArraySpecs)(arrays)
+
+    def all_layers(self, all_reduce: AllReduce) -> Sequence[str] | None:
+        """Return the names of all layers that `all_reduce` adds up, None for those that are here."""
+        return self.layers
+
+    def layer_names(self, rows: LayerRows) -> list[str]:
+        """Return the name of the layer of each row."""
+        return layer_names(self.names, labels_of(self.layer_of, self.names), rows.slices)
 
     def addresses(self, arrays: Sequence[Any]) -> Any:
         """Return where momentum buffers or masters lie, if their owner may move them."""

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from devices import printed_by
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    script = Path(__file__).parents[2] / "support" / "sharded_steps.py"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
-    command = [sys.executable, "-W", "error", script]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    result: dict[str, Any] = json.loads(run.stdout)
-    return result
+    (result,) = printed_by("sharded_steps.py", 8)
+    of_runs: dict[str, Any] = result
+    return of_runs
 
 
 def test_sharded_steps_are_the_unsharded_ones(found: dict[str, Any]) -> None:
@@ -47,6 +35,10 @@ def test_all_norms_of_a_model_take_one_all_reduce(found: dict[str, Any], name: s
 @pytest.mark.parametrize("name", ["line, mapped", "plane, mapped", "line, mapped, stacked"])
 def test_under_shard_map_too(found: dict[str, Any], name: str) -> None:
     assert found["runs"][name]["collectives"] == {"all-reduce": 1}
+
+
+def test_a_third_sum_of_clipped_gradients_takes_another(found: dict[str, Any]) -> None:
+    assert found["runs"]["plane, mapped, clipped"]["collectives"] == {"all-reduce": 2}
 
 
 @JOINED

@@ -1,0 +1,84 @@
+"""DTensors, of which each process holds a piece, and the pieces.
+
+Nothing of torch.distributed is imported: before somebody else has, there are no DTensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+__all__ = ["check_placements", "is_dtensor", "like", "local", "local_gradient", "spread_as"]
+
+
+def is_dtensor(x: Any) -> bool:
+    """Return whether a tensor is spread over a mesh of processes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Any) -> Any:
+    """Return what this process holds of a tensor; the tensor itself where that is all."""
+    if not is_dtensor(x):
+        return x
+    piece = x._local_tensor  # not to_local(), which makes a new parameter at each call
+    return piece.wait() if hasattr(piece, "wait") else piece  # of a collective that may still run
+
+
+def like(piece: Any, p: Any) -> Any:
+    """Return a tensor on the memory of a piece that is spread as a parameter is."""
+    if not is_dtensor(p):
+        return piece
+    dtensor: Any = sys.modules["torch.distributed.tensor"].DTensor
+    return dtensor.from_local(piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def spread_as(name: str, x: Any, p: Any) -> Any:
+    """Return a tensor spread over processes as a parameter is: cut from a whole one that each process has.
+
+    Raises
+    ------
+    ValueError
+        If it is spread in another way.
+    """
+    if getattr(x, "shape", None) != p.shape:
+        return x  # a message about it is for others
+    if not is_dtensor(p):
+        way_out = "load it by torch.distributed.checkpoint, or give its full_tensor()"
+        raise ValueError(f"{name} in state_dict must be a plain tensor, as the parameter is; got a DTensor: {way_out}")
+    if not is_dtensor(x):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    if x.device_mesh != p.device_mesh:
+        raise ValueError(f"{name} in state_dict must be on the parameter's mesh {p.device_mesh}; got {x.device_mesh}")
+    return x if x.placements == p.placements else x.redistribute(placements=p.placements)
+
+
+def local_gradient(name: str, g: Any, p: Any) -> Any:
+    """Return what this process needs of a gradient: reduced, where it holds parts of a sum, and cut as the parameter.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If only one of both is spread over processes, or each over another mesh.
+    """
+    if g is None or not is_dtensor(p):
+        if is_dtensor(g):
+            raise TypeError(f"the gradient of {name!r} must be a plain tensor, as the parameter is; got a DTensor")
+        return g
+    if not is_dtensor(g):
+        raise TypeError(f"the gradient of {name!r} must be a DTensor, as the parameter is; got a {type(g).__name__}")
+    if g.device_mesh != p.device_mesh:
+        raise ValueError(
+            f"the gradient of {name!r} must be on the parameter's mesh {p.device_mesh}; got {g.device_mesh}"
+        )
+    if g.placements != p.placements:
+        g = g.redistribute(placements=p.placements)
+    return local(g)
+
+
+def check_placements(name: str, p: Any) -> None:
+    """Raise TypeError for a parameter of which each process holds a part of a sum."""
+    if any(placement.is_partial() for placement in p.placements):
+        raise TypeError(f"{name} must not be a sum that is still to be made; got placements {p.placements}")
