@@ -6,9 +6,12 @@ Nothing of torch.distributed is imported: before somebody else has, there are no
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["check_placements", "is_dtensor", "like", "local", "local_gradient", "spread_as"]
+import torch
+
+__all__ = ["check_placements", "is_dtensor", "like", "local", "local_gradients", "locals_of", "spread_as"]
 
 
 def is_dtensor(x: Any) -> bool:
@@ -22,6 +25,17 @@ def local(x: Any) -> Any:
     if not is_dtensor(x):
         return x
     piece = x._local_tensor  # not to_local(), which makes a new parameter at each call
+    return piece if type(piece) is torch.Tensor else _waited(piece)
+
+
+def locals_of(tensors: Sequence[Any]) -> list[Any]:
+    """Return `local` of many tensors or None, faster."""
+    kind, plain = sys.modules["torch.distributed.tensor"].DTensor, torch.Tensor
+    pieces = [x._local_tensor if type(x) is kind else x for x in tensors]
+    return [x if type(x) is plain else _waited(local(x)) for x in pieces]
+
+
+def _waited(piece: Any) -> Any:
     return piece.wait() if hasattr(piece, "wait") else piece  # of a collective that may still run
 
 
@@ -55,27 +69,35 @@ def spread_as(name: str, x: Any, p: Any) -> Any:
     return x if x.placements == p.placements else x.redistribute(placements=p.placements)
 
 
-def local_gradient(name: str, g: Any, p: Any) -> Any:
-    """Return what this process needs of a gradient: reduced, where it holds parts of a sum, and cut as the parameter.
+def local_gradients(names: Sequence[str], grads: Sequence[Any], params: Sequence[Any]) -> list[Any]:
+    """Return what this process needs of gradients: reduced, where it holds parts of sums, and cut as the parameters.
 
     Raises
     ------
     TypeError, ValueError
-        If only one of both is spread over processes, or each over another mesh.
+        If only one of a parameter and its gradient is spread over processes, or each over another mesh.
     """
-    if g is None or not is_dtensor(p):
-        if is_dtensor(g):
-            raise TypeError(f"the gradient of {name!r} must be a plain tensor, as the parameter is; got a DTensor")
-        return g
-    if not is_dtensor(g):
-        raise TypeError(f"the gradient of {name!r} must be a DTensor, as the parameter is; got a {type(g).__name__}")
+    kind, found = sys.modules["torch.distributed.tensor"].DTensor, []
+    for name, g, p in zip(names, grads, params, strict=True):
+        if type(g) is kind and type(p) is kind:
+            mine, its = p._spec, g._spec
+            where, there = mine.placements, its.placements
+            is_alike = its is mine or (its.mesh is mine.mesh and (there is where or there == where))
+            found.append(g if is_alike else _cut_as(name, g, p))
+        elif g is not None and is_dtensor(g) is not is_dtensor(p):
+            what, other = ("a plain tensor", "a DTensor")[:: -1 if is_dtensor(p) else 1]
+            raise TypeError(f"the gradient of {name!r} must be {what}, as the parameter is; got {other}")
+        else:
+            found.append(g)
+    return locals_of(found)
+
+
+def _cut_as(name: str, g: Any, p: Any) -> Any:
     if g.device_mesh != p.device_mesh:
         raise ValueError(
             f"the gradient of {name!r} must be on the parameter's mesh {p.device_mesh}; got {g.device_mesh}"
         )
-    if g.placements != p.placements:
-        g = g.redistribute(placements=p.placements)
-    return local(g)
+    return g if g.placements == p.placements else g.redistribute(placements=p.placements)
 
 
 def check_placements(name: str, p: Any) -> None:

@@ -27,7 +27,7 @@ from lars_torch._arrays import (
     tensor_of,
     torch_stream,
 )
-from lars_torch._dtensors import is_dtensor, like, local, local_gradient
+from lars_torch._dtensors import is_dtensor, like, local, local_gradients, locals_of
 from lars_torch._hyperparams import numbers_of
 from lars_torch._sharding import Spread
 
@@ -134,8 +134,8 @@ class TensorState(ParamState):
         if len(self._index) < len(memory):
             memory, grads = ([x[i] for i in self._index] for x in (memory, grads))
         if self._has_dtensors:
-            memory = list(map(local, memory))
-            grads = grads if are_local else list(map(local_gradient, self.names, grads, self.owners))
+            memory = locals_of(memory)
+            grads = grads if are_local else local_gradients(self.names, grads, self.owners)
         self._state, self.params, self._cast = state, list(memory), {}
         try:
             if len(state) == len(self.owners) and all(map(is_, state, self.owners)):
@@ -144,12 +144,14 @@ class TensorState(ParamState):
                 owns = [state.get(p, _NOTHING) for p in self.owners]
             self.buffers = [own.get("momentum_buffer") for own in owns]
             if self._has_dtensors:
-                self.buffers = list(map(local, self.buffers))
+                self.buffers = locals_of(self.buffers)
         except (AttributeError, TypeError) as error:
             raise TypeError(f"optimizer.state must be a dict of dicts; {error}") from None
         self._owns = owns
         if self._has_halves:
-            self.masters = [local(own.get("master")) for own in owns]
+            self.masters = [own.get("master") for own in owns]
+            if self._has_dtensors:
+                self.masters = locals_of(self.masters)
             if any(master is not None for master in self.masters):
                 self._drop_outdated_masters()
         if all(g is None for g in grads) and not self.shards:

@@ -372,6 +372,7 @@ class LARS(Optimizer):
         self._lists: list[list[torch.Tensor]] = []  # of the groups when the parts were made
         self._known_keys: list[list[str]] = []
         self._skipped = 0
+        self._has_shards = False  # known once there are parts
 
     def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         """Take a step; where parameters are `given`, with the tensor in the place of each and its gradient."""
@@ -456,7 +457,7 @@ class LARS(Optimizer):
         known = {p for part in self._parts for p in part.unmoved()}
         members = self._named_params()
         groups = [self._process_groups("shard_group")[member.group] for member in members]
-        is_spread = self._is_spread(params)
+        self._has_shards = is_spread = self._is_spread(params)
         check_engines(members, groups, self._params)
         on: dict[torch.device, dict[int, NamedParam]] = {}
         for i, (member, g) in enumerate(zip(members, grads, strict=True)):
@@ -490,6 +491,8 @@ class LARS(Optimizer):
 
     def _shards(self) -> list[Any]:
         """Return the layers that other processes hold pieces of."""
+        if self._lists and not self._has_shards:
+            return []
         params = [p for group in self.param_groups for p in group["params"]]
         if not self._is_spread(params):
             return []

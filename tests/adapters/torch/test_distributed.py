@@ -130,16 +130,3 @@ def test_sharded_states_keep_the_last_learning_rates() -> None:
     models = [trained(False, resumed=False), trained(True, resumed=False), trained(True, resumed=True)]
     for other in models[1:]:
         assert all(map(torch.equal, models[0].parameters(), other.parameters()))
-
-
-@pytest.mark.skipif(torch.__version__ < (2, 7), reason="fully_shard trains on a CPU since torch 2.7")
-def test_parameters_that_are_in_several_processes_are_refused() -> None:
-    """The norm of a part is not that of the whole."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = network()
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    message = "parameter '0' of group 0 must be a plain tensor, LARS needs its whole norm; got a DTensor: keep"
-    with pytest.raises(TypeError, match=message):
-        LARS(model.parameters(), lr=0.1)
