@@ -1,7 +1,4 @@
-"""Run by `distributed/test_mpi.py` in four processes under ``mpirun --with-ft ulfm``; survivors write JSON to a folder.
-
-MPI is imported by `main` only: whoever looks for examples in this file imports it.
-"""
+"""Run by `test_mpi.py` in four processes under ``mpirun --with-ft ulfm``; survivors write JSON to a folder."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 from assertions import fingerprint
 from launch import TIME_LIMIT
+from mpi4py import MPI
 
 from lars_array import LARS, collectives
 
@@ -49,8 +47,6 @@ class Pieces:
 
 def main(folder: Path) -> None:
     faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
-    from mpi4py import MPI
-
     comm, found = MPI.COMM_WORLD, []
     cases = [Pieces(comm, kernel) for kernel in ("compiled", "blocked")]
     for case in cases:

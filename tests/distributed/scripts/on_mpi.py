@@ -1,7 +1,4 @@
-"""Run by `distributed/test_mpi.py` in four processes under mpirun; the first prints JSON.
-
-MPI is imported by `main` only: whoever looks for examples in this file imports it.
-"""
+"""Run by `test_mpi.py` in four processes under mpirun; the first prints JSON."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 from assertions import fingerprint
 from launch import TIME_LIMIT
+from mpi4py import MPI
 
 from lars_array import LARS, collectives, warmup_cosine
 
@@ -245,8 +243,6 @@ def late_step(comm: Any) -> dict[str, Any]:
 
 def main() -> None:
     faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
-    from mpi4py import MPI
-
     comm = MPI.COMM_WORLD
     runs: dict[str, Any] = {}
 
