@@ -5,7 +5,6 @@ Each process holds a piece of a layer, which may be empty.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -231,5 +230,7 @@ def refusals_are_told(shards: Sequence[Shards]) -> Iterator[None]:
 
 def digest(values: Any) -> list[int]:
     """Return three numbers of 20 bits that differ where the representations of values do."""
-    number = int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big")
+    from hashlib import sha256  # which importing lars_array need not wait for
+
+    number = int.from_bytes(sha256(repr(values).encode()).digest()[:8], "big")
     return [(number >> (BITS * i)) % (1 << BITS) for i in range(3)]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-OPTIONAL = ["cupy", "jax", "matplotlib", "numba", "rich", "scipy", "sklearn", "torch"]
+OPTIONAL = ["cupy", "jax", "matplotlib", "mpi4py", "numba", "rich", "scipy", "sklearn", "torch"]
 
 
 # An installed package is compiled; so must be the one that is measured.

@@ -14,7 +14,7 @@ __all__ = ["FLOORS", "floor_of", "violations"]
 FLOORS = {
     **dict.fromkeys(("_messages", "_version"), 0),
     **dict.fromkeys(("_arrays", "layers", "schedules"), 1),
-    **dict.fromkeys(("core", "nonfinite"), 2),
+    **dict.fromkeys(("collectives", "core", "nonfinite"), 2),
     **dict.fromkeys(("rules", "hyperparams", "telemetry", "kernels"), 3),
     "state": 4,
     **dict.fromkeys(("_stepper", "functional", "param_groups"), 5),
