@@ -173,7 +173,7 @@ class Exchange:
         for layer, group in layout.strange_layers(table) if len(layout.unseen) else ():
             self._prevent(self.policies[group], shown(layout.shards.layers[layer]))
         if bad > 0:
-            self._prevent("raise" if bad >= RAISES else "skip", "a layer of its own")
+            self._prevent("raise" if bad >= RAISES else "skip", "a whole layer")
 
 
 def _on_host(x: Any) -> Any:

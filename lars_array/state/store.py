@@ -131,8 +131,8 @@ class ParamState:
         """Raise ValueError unless the layers can be shared in the way that was asked for."""
         count = len({id(x) for x in self.all_reduce if x is not None})
         if self.layers is not None and count != 1:
-            without = "without an all_reduce" if count == 0 else f"where there is more than one all_reduce; got {count}"
-            raise ValueError(f"layers must be None {without}")
+            where = f"where there are {count} of them" if count else "without an all_reduce"
+            raise ValueError(f"layers must be None {where}; got {shown(self.layers)}")
         _ = self.shards
 
     @property
