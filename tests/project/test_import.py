@@ -27,6 +27,13 @@ def test_import_brings_no_other_library():
     assert [name for name in OPTIONAL if name in loaded] == []
 
 
+def test_torch_brings_nothing_of_several_processes():
+    pytest.importorskip("torch")
+    loaded = python("import sys, lars_torch; print(*sys.modules)").split()
+    several = ["cupy", "mpi4py", "torch.distributed.fsdp", "torch.distributed.tensor"]
+    assert [name for name in several if name in loaded] == []
+
+
 def test_version_is_the_installed_one():
     shown = python("import lars_array; print(lars_array.__version__)")
     assert shown.strip() == importlib.metadata.version("lars-array")
