@@ -94,8 +94,16 @@ SHAPE = "ValueError: the gradient of 'uneven' must have the parameter's shape (2
 NAN = "NonFiniteError: the gradient of 'uneven' has 10 non-finite entries of 10; nothing was changed (step 4)"
 NAN_IN_WHOLE = "NonFiniteError: the gradient of 'whole' has 12 non-finite entries of 12; nothing was changed (step 4)"
 
+RATE = (
+    "ValueError: hyper-parameters must be the same on all processes, such as a learning rate that follows a loss; "
+    "nothing was changed"
+)
+NEGATIVE = "ValueError: Invalid learning rate: -1.0 (parameter group 0)"
+
 # The error of most processes, "" where they skip the step, and that of one.
 WRONG: dict[str, tuple[str, int, str]] = {
+    "learning rate": (RATE, 3, RATE),
+    "negative learning rate": (REFUSED, 3, NEGATIVE),
     "shape": (REFUSED, 1, SHAPE),
     "nan, raise": (ELSEWHERE, 2, NAN),
     "nan, skip": ("", 2, ""),
