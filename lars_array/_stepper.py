@@ -22,7 +22,6 @@ from array_api_compat import array_namespace
 from lars_array import kernels
 from lars_array._arrays import (
     ArraySpecs,
-    asarray,
     changed_in_place,
     check_buffer,
     check_master,
@@ -38,18 +37,18 @@ from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
 from lars_array.layers import LayerRows, labels_of
 from lars_array.nonfinite import (
-    NonFiniteError,
     finite,
     finite_layers,
     max_finite,
     max_square_sum,
     quick_finite,
+    refuse_entries,
     refuse_nonfinite,
 )
 from lars_array.state.device import DeviceRows, DeviceState
+from lars_array.state.device_exchange import DeviceExchange, exchange_of
 from lars_array.state.exchange import Exchange, SkippedError
 from lars_array.state.memory import MemoryRanges, check_writable
-from lars_array.state.shards import Shards
 from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
@@ -130,7 +129,7 @@ class Stepper:
         with device_context(state.params[0]), np.errstate(all="ignore"):  # non-finite numbers are reported by name
             try:
                 if has_none:
-                    return _exchange_nothing(shards, groups, found_inf)
+                    return _exchange_nothing(state, groups, found_inf)
                 program, gradients = self.bind(state, grads, groups)
                 if found_inf is _FOUND and not shards:
                     return None
@@ -442,20 +441,21 @@ class StepProgram:
         """Take a step with gradients from `bind`; see `Stepper.step`."""
         for p, master in self._to_fill:  # with the parameter as it is now, until a step is taken
             master[...] = self.xp.astype(p, master.dtype)
+        exchange = self._exchange_of(state, groups, found_inf)
         if is_on_accelerator(self._like):
-            return self._queue(state, grads, groups, found_inf)
+            return self._queue(state, grads, groups, found_inf, exchange)
         policies = [group["nonfinite"] for group in groups]
         of_rows = {policies[k] for k in self._used_groups}
-        exchange = self._exchange_of(state, groups, found_inf)
         writes = of_rows == {"propagate"} and exchange is None
         fused = self._fused(state, grads, groups, exchange, write=writes)
         S, C, result = fused or self._staged(state, grads, groups, exchange)
         if exchange is not None:
             exchange.complete()
-        if of_rows != {"propagate"} and self._is_skipped(S, C, policies, grads):
+        is_skipped = of_rows != {"propagate"} and self._is_skipped(S, C, policies, grads, exchange)
+        if exchange is not None:
+            is_skipped = exchange.check_finite() or is_skipped
+        if is_skipped:
             return None
-        if exchange is not None and exchange.elsewhere:
-            raise NonFiniteError(f"{exchange.elsewhere} is not finite on another process; nothing was changed")
         if fused is None or not writes:
             self._kernel.apply(grads, C)
         self._commit(state, groups)
@@ -467,7 +467,7 @@ class StepProgram:
             return None
         if self._exchange is None:
             numbers = state.row_numbers(self._position.tolist())
-            self._exchange = Exchange(state.shards, numbers, self._joined)
+            self._exchange = exchange_of(state.shards, numbers, self._joined)
         return self._exchange.prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
 
     def _fused(
@@ -509,7 +509,7 @@ class StepProgram:
         result = StepResult(self._row_names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
         return outputs.S, outputs.C, result
 
-    def _is_skipped(self, S: Any, C: Any, policies: Sequence[str], grads: Gradients) -> bool:
+    def _is_skipped(self, S: Any, C: Any, policies: Sequence[str], grads: Gradients, exchange: Exchange | None) -> bool:
         """Return whether a row that is not finite prevents the step; raise if that is an error."""
         if self._square_limit is None and quick_finite(S, C, self._least_limit, xp=self.xp):
             return False
@@ -520,8 +520,11 @@ class StepProgram:
         offenders = [i for i, policy in enumerate(of_rows) if policy != "propagate" and not bool(ok[i])]
         offenders.sort(key=lambda i: of_rows[i] != "raise")
         if offenders and of_rows[offenders[0]] == "raise":
-            sums = None if self._exchange is None else S
-            refuse_nonfinite(offenders, self._row_names, self._trained(), grads.arrays, sums, xp=self.xp)
+            lists = offenders, self._row_names, self._trained(), grads.arrays
+            if exchange is not None:
+                refuse_entries(*lists, S, xp=self.xp)
+                exchange.check_finite()
+            refuse_nonfinite(*lists, xp=self.xp)
         return bool(offenders)
 
     def _commit(self, state: ParamState, groups: Groups) -> None:
@@ -541,24 +544,23 @@ class StepProgram:
 
     # ----------------------------------------------------------------------------------------------------- on a device
 
-    def _queue(self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any) -> StepResult:
+    def _queue(
+        self, state: ParamState, grads: Gradients, groups: Groups, found_inf: Any, exchange: Exchange | None
+    ) -> StepResult:
         """Queue the step; the device decides whether to apply it."""
         like = self._like
-        if state.device is None:
-            unused = [v is None for v in state.buffers]
-            state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
         if self._device_rows is None:
             keeps = [self._keeps[k][0] for k in self._row_group.tolist()]
             param, place = self._row_param.tolist(), state.row_numbers(self._position.tolist())
             lists = self._row_names, self._row_group.tolist(), param, place, keeps
             self._device_rows = DeviceRows(*lists, self._joined, state.group_of, self._limit, self._square_limit, like)
-        device, rows = state.device, self._device_rows
+        device, rows = _ensure_device(state, like), self._device_rows
         capturing = getattr(self._kernel, "is_capturing", bool)()
         device.write(groups, captured=capturing)
         # Masters are known to the host: it waits for the step that makes or drops them.
         waits = self._changes_masters and not capturing
         before = int(device.counts[0]) if waits else 0
-        result: StepResult = rows.step(self._kernel, grads, groups, device, found_inf)
+        result: StepResult = rows.step(self._kernel, grads, groups, device, found_inf, exchange)
         if not waits or int(device.counts[0]) > before:
             self._publish(state)
         return result
@@ -581,14 +583,26 @@ def _check_found_inf(x: Any) -> None:
         raise TypeError(f"found_inf must be a number, or an array of shape (); got {shown(x)}")
 
 
-def _exchange_nothing(shards: Sequence[Shards], groups: Groups, found_inf: Any) -> StepResult:
+def _ensure_device(state: ParamState, like: Any) -> DeviceState:
+    """Return the state on the device of an array, made from that on the host if there is none."""
+    if state.device is None:
+        unused = [v is None for v in state.buffers]
+        state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
+    return state.device
+
+
+def _exchange_nothing(state: ParamState, groups: Groups, found_inf: Any) -> StepResult:
     """Take part in a step for which nothing has a gradient here."""
-    exchange = Exchange(shards, [], []).prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
-    nothing = asarray([0.0], exchange.xp.float64, like=shards[0].like, xp=exchange.xp)[:0]
-    exchange(exchange.xp.reshape(nothing, (0, 3)), nothing)
+    shards = state.shards
+    exchange = exchange_of(shards, [], []).prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
+    exchange(np.empty((0, 3)), np.empty(0))
     exchange.complete()
-    if exchange.elsewhere:
-        raise NonFiniteError(f"{exchange.elsewhere} is not finite on another process; nothing was changed")
+    if exchange.check_finite():
+        raise SkippedError
+    if isinstance(exchange, DeviceExchange):
+        device = _ensure_device(state, shards[0].like)
+        device.decide_elsewhere(exchange)
+        device.queued(may_fail=True)
     return StepResult.of_nothing()
 
 

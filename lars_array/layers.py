@@ -84,7 +84,7 @@ class LayerRows(NamedTuple):
             slices.append(LayerSlices(lead, start, prod(lead)))
             start += slices[-1].size
         owner = [i for i, own in enumerate(slices) for _ in range(own.size)]
-        return cls(slices, owner, _joined_rows(names, labels, slices))
+        return cls(slices, owner, _joined_rows(names, labels, slices, layer_axes))
 
     @property
     def is_stacked(self) -> bool:
@@ -133,11 +133,14 @@ def labels_of(layer_of: LayerOf, names: Sequence[str]) -> list[Any]:
     return labels
 
 
-def layer_names(names: Sequence[str], labels: Sequence[Any], slices: Sequence[LayerSlices]) -> list[str]:
-    """Return the name of the layer of each row: the parameter's, or its label's."""
-    found: list[str] = []
+def layer_names(names: Sequence[str], labels: Sequence[Any], slices: Sequence[LayerSlices]) -> list[str | None]:
+    """Return the name of the layer of each row: the parameter's, or its label's; None for a piece without slices."""
+    found: list[str | None] = []
     meaning: dict[str, Any] = {}
     for name, label, own in zip(names, labels, slices, strict=True):
+        if label == []:
+            found.append(None)
+            continue
         base = name if label is None else label
         texts = list(map(str, base)) if isinstance(base, list) else own.names(str(base))
         for k, text in enumerate(texts):
@@ -148,7 +151,9 @@ def layer_names(names: Sequence[str], labels: Sequence[Any], slices: Sequence[La
     return found
 
 
-def _joined_rows(names: Sequence[str], labels: Sequence[Any], slices: Sequence[LayerSlices]) -> list[list[int]]:
+def _joined_rows(
+    names: Sequence[str], labels: Sequence[Any], slices: Sequence[LayerSlices], layer_axes: Sequence[int]
+) -> list[list[int]]:
     """Return the rows of each layer with several; of stacks with one label, slices of one index form a layer."""
     first: dict[Hashable, int] = {}
     rows: dict[Hashable, list[int]] = {}
@@ -156,10 +161,11 @@ def _joined_rows(names: Sequence[str], labels: Sequence[Any], slices: Sequence[L
         if label is None:
             continue
         if isinstance(label, list):  # of a piece of a stacked parameter, each of whose slices has a label
-            if not own.lead:
+            if not layer_axes[i]:
                 raise TypeError(f"layer_of must give names of layers, or None; got {shown(label)}")
-            if len(label) != own.size:
-                counts = f"{shown(names[i])} has {own.size} slices, not {len(label)}"
+            size = own.size if own.lead else 0
+            if len(label) != size:
+                counts = f"{shown(names[i])} has {size} slices, not {len(label)}"
                 raise ValueError(f"layer_of must give one label, or one for each slice; {counts}")
             for k, one in enumerate(label):
                 rows.setdefault((one,), []).append(own.start + k)

@@ -13,9 +13,11 @@ from lars_array._messages import shown
 
 __all__ = [
     "CAUSES",
+    "ELSEWHERE",
     "GRADIENT",
     "PARAMETER",
     "POLICIES",
+    "REFUSAL",
     "UPDATE",
     "NonFiniteError",
     "finite",
@@ -23,14 +25,15 @@ __all__ = [
     "max_finite",
     "max_square_sum",
     "quick_finite",
+    "refuse_entries",
     "refuse_nonfinite",
 ]
 
 POLICIES = ("raise", "skip", "propagate")
 
 # The causes of a rejected step; a device reports the index.
-CAUSES = ("gradient", "parameter", "update")
-GRADIENT, PARAMETER, UPDATE = range(3)
+CAUSES = ("gradient", "parameter", "update", "layer elsewhere", "refusal")
+GRADIENT, PARAMETER, UPDATE, ELSEWHERE, REFUSAL = range(5)
 
 
 class NonFiniteError(ValueError):
@@ -106,10 +109,10 @@ def quick_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
     return bool(xp.max(S) < inf) and bool(xp.max(C) <= limit) and bool(xp.min(C) >= -limit)
 
 
-def refuse_nonfinite(
+def refuse_entries(
     rows: Sequence[int], names: Sequence[str], params: Sequence[Any], grads: Sequence[Any], S: Any = None, *, xp: Any
 ) -> None:
-    """Raise NonFiniteError for the first of `rows` that holds a NaN or an infinity, else for the first.
+    """Raise NonFiniteError for the first of `rows` that holds a NaN or an infinity, here or elsewhere.
 
     S holds the sums of all rows where these have pieces on other processes, else it is None.
     """
@@ -126,6 +129,13 @@ def refuse_nonfinite(
                 raise NonFiniteError(
                     f"the {kind} of {shown(names[i])} is not finite on another process; nothing was changed"
                 )
+
+
+def refuse_nonfinite(
+    rows: Sequence[int], names: Sequence[str], params: Sequence[Any], grads: Sequence[Any], *, xp: Any
+) -> None:
+    """Raise NonFiniteError for the first of `rows` that holds a NaN or an infinity, else for the first."""
+    refuse_entries(rows, names, params, grads, xp=xp)
     name, p = names[rows[0]], params[rows[0]]
     raise NonFiniteError(
         f"the update of {shown(name)} overflows {shown(p.dtype)} or the float64 of its norms; nothing was changed"

@@ -245,11 +245,10 @@ class LARS(StatefulOptimizer):
         RefusedElsewhereError
             With `all_reduce`, if another process has refused the step.
         """
-        with refusals_are_told(self._state.shards):
+        with self._polled(), refusals_are_told(self._state.shards):
             return self._step(grads, closure, found_inf)
 
     def _step(self, grads: Any, closure: Callable[[], tuple[Any, Any]] | None, found_inf: Any) -> Any:
-        self._poll_device()
         loss = None
         if closure is not None:
             if grads is not None:

@@ -342,7 +342,7 @@ class TensorState(ParamState):
             return list(map(torch.Tensor.data_ptr, arrays))  # faster
         return [0 if x is None else x.data_ptr() for x in arrays]
 
-    def layer_names(self, rows: LayerRows) -> list[str]:
+    def layer_names(self, rows: LayerRows) -> list[str | None]:
         """See `ParamState.layer_names`: slices have the numbers that they have in the whole parameter."""
         return [name for i in range(len(self.owners)) for name in self._layers_of(i, self.params[i].shape)]
 

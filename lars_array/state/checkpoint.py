@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -91,11 +92,31 @@ class StatefulOptimizer:
 
     def _poll_device(self, *, wait: bool = False) -> None:
         """Update the step counters from the device and raise if it rejected a step."""
+        error = self._device_error(wait=wait)
+        if error is not None:
+            raise error
+
+    def _device_error(self, *, wait: bool = False) -> Exception | None:
+        """Update the step counters from the device, and return the error of a step that it rejected."""
         steps, skipped, error = self._state.poll_device(wait=wait)
         self.steps += steps
         self.skipped_steps += skipped
-        if error is not None:
+        return error
+
+    @contextmanager
+    def _polled(self) -> Iterator[None]:
+        """Raise for a step that the device has rejected: before this one, or after it where processes share layers.
+
+        Each process hears of it at a time of its own, and all have to take the same steps.
+        """
+        error = self._device_error()
+        if error is not None and not self._state.shards:
             raise error
+        try:
+            yield
+        finally:
+            if error is not None:
+                raise error
 
     def _read_groups(self, options: Sequence[Mapping[str, Any]] | None = None) -> Sequence[Mapping[str, Any]]:
         """Return the groups at this step, complete and checked; `options` are theirs with schedules evaluated."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from sys import float_info
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
@@ -14,8 +14,12 @@ from lars_array._arrays import accumulation_dtype, asarray
 from lars_array._messages import shown
 from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve, with_max_ratio
 from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
-from lars_array.nonfinite import CAUSES, GRADIENT, PARAMETER, UPDATE, NonFiniteError, finite
+from lars_array.nonfinite import CAUSES, ELSEWHERE, GRADIENT, PARAMETER, REFUSAL, UPDATE, NonFiniteError, finite
+from lars_array.state.shards import RefusedElsewhereError
 from lars_array.telemetry import StepResult
+
+if TYPE_CHECKING:
+    from lars_array.state.device_exchange import DeviceExchange
 
 __all__ = ["DeviceRows", "DeviceState", "PinnedCounts", "StepCounts"]
 
@@ -30,11 +34,18 @@ class StepCounts(NamedTuple):
     rejected: int = 0
     offender: int = 0
 
-    def error(self, names: Sequence[str]) -> NonFiniteError:
+    def error(self, names: Sequence[str]) -> NonFiniteError | RefusedElsewhereError:
         """Return the error for the last rejected step, given the names of all rows."""
         row, cause = divmod(self.offender, len(CAUSES))
         name, kind = names[row], CAUSES[cause]
-        if kind == "update":
+        if cause == REFUSAL:
+            return RefusedElsewhereError(
+                "not all processes took part alike in an earlier step, which changed nothing: one has refused it, "
+                "lacks a gradient, or has other hyper-parameters"
+            )
+        if cause == ELSEWHERE:
+            reason = "a layer of another process was not finite"
+        elif kind == "update":
             reason = f"the update of {shown(name)} overflowed its type or the float64 of its norms"
         else:
             reason = f"the norm of the {kind} of {shown(name)} was not finite"
@@ -186,7 +197,15 @@ class DeviceState:
         self.first[...] = self.first & ~(stepped & keeps)
         self.previous_lr[...] = self.xp.where(stepped, lr, self.previous_lr)
 
-    def decide(self, ok: Any, raises: Any, found_inf: Any, outputs: StageOutputs, place: Any) -> Any:
+    def decide(
+        self,
+        ok: Any,
+        raises: Any,
+        found_inf: Any,
+        outputs: StageOutputs,
+        place: Any,
+        exchange: DeviceExchange | None = None,
+    ) -> Any:
         """Count a step, and return whether it is taken: a bool array of shape (), or None for certainly.
 
         Parameters
@@ -201,17 +220,16 @@ class DeviceState:
             Its sums say whether the gradient or the parameter was not finite.
         place : integer array of shape (rows,)
             The number of each row among all rows of the model.
+        exchange : DeviceExchange, optional
+            What it has noted prevents the step too.
         """
-        xp, counts = self.xp, self.counts
-        if ok is None and found_inf is None:
-            counts[0:1] = counts[0:1] + 1
+        xp = self.xp
+        if ok is None and found_inf is None and exchange is None:
+            self.counts[0:1] = self.counts[0:1] + 1
             return None
         bad = xp.zeros_like(raises) if ok is None else ~ok
         rejecting = bad & raises
         rejected, taken = xp.any(rejecting), ~xp.any(bad)
-        if found_inf is not None:
-            found = found_inf != 0
-            rejected, taken = rejected & ~found, taken & ~found
         # A row whose norms are not finite comes first: by clipping it makes the updates of others NaN.
         rank = 2 - xp.astype(xp.all(xp.isfinite(outputs.S[:, :2]), axis=1), xp.int64)
         worst = xp.reshape(xp.argmax(rank * xp.astype(rejecting, xp.int64)), (1,))
@@ -219,6 +237,26 @@ class DeviceState:
         p_finite, g_finite = (xp.astype(xp.isfinite(row[i]), xp.int64) for i in (0, 1))
         kind = GRADIENT + g_finite * ((PARAMETER - GRADIENT) + p_finite * (UPDATE - PARAMETER))
         offender = len(CAUSES) * xp.take(place, worst)[0] + kind
+        if exchange is not None:
+            is_known = rejected & (kind != UPDATE)
+            offender = xp.where(exchange.raises & ~is_known, ELSEWHERE, offender)
+            rejected = rejected | exchange.raises
+        return self._count(taken, rejected, offender, found_inf, exchange)
+
+    def decide_elsewhere(self, exchange: DeviceExchange) -> None:
+        """Count a step for which nothing has a gradient here: the rows of other processes decide."""
+        self._count(~exchange.raises, exchange.raises, ELSEWHERE + 0 * self.counts[3], None, exchange)
+
+    def _count(self, taken: Any, rejected: Any, offender: Any, found_inf: Any, exchange: DeviceExchange | None) -> Any:
+        """Count a step; return whether it is taken, which a refusal on another process and `found_inf` prevent."""
+        xp, counts = self.xp, self.counts
+        found = found_inf if exchange is None else exchange.found
+        if found is not None:
+            rejected, taken = rejected & (found == 0), taken & (found == 0)
+        if exchange is not None:
+            offender = xp.where(exchange.refused, REFUSAL, offender)
+            rejected = rejected | exchange.refused
+            taken = taken & ~(exchange.refused | exchange.raises | exchange.skips)
         old = [counts[i] for i in range(ENTRIES)]
         steps = [xp.astype(x, xp.int64) for x in (taken, ~taken & ~rejected, rejected)]
         new = [old[0] + steps[0], old[1] + steps[1], old[2] + steps[2], xp.where(rejected, offender, old[3])]
@@ -288,14 +326,21 @@ class DeviceRows:
         self._policies: tuple[Any, ...] = (None,)
 
     def step(
-        self, kernel: Any, grads: Any, groups: Sequence[Mapping[str, Any]], state: DeviceState, found_inf: Any
+        self,
+        kernel: Any,
+        grads: Any,
+        groups: Sequence[Mapping[str, Any]],
+        state: DeviceState,
+        found_inf: Any,
+        exchange: DeviceExchange | None = None,
     ) -> StepResult:
-        """Queue a step, by a kernel that can do it alone or by stages."""
+        """Queue a step, by a kernel that can do it alone or by stages; where processes add sums, by stages."""
         policies = [group["nonfinite"] for group in groups]
         of_rows = {policies[k] for k in self.group_of}
-        may_fail = of_rows != {"propagate"} or found_inf is not None
-        result = self._enqueued(kernel, grads, groups, policies, state, found_inf)
-        result = result or self._staged(kernel, grads, groups, policies, state, found_inf)
+        may_fail = of_rows != {"propagate"} or found_inf is not None or exchange is not None
+        arguments = kernel, grads, groups, policies, state
+        result = None if exchange is not None else self._enqueued(*arguments, found_inf)
+        result = result or self._staged(*arguments, found_inf, exchange)
         state.queued(may_fail=may_fail)
         return result
 
@@ -316,16 +361,26 @@ class DeviceRows:
         )
 
     def _staged(
-        self, kernel: Any, grads: Any, groups: Any, policies: list[str], state: DeviceState, found_inf: Any
+        self,
+        kernel: Any,
+        grads: Any,
+        groups: Any,
+        policies: list[str],
+        state: DeviceState,
+        found_inf: Any,
+        exchange: DeviceExchange | None,
     ) -> StepResult:
         xp, (group, param, number, group_of_params) = self.xp, self._index
         inputs = with_rules(state.vectors(group, param, self._limit), groups, self.group_of, xp=xp)
-        outputs = plan(inputs, lambda operand: kernel.sums(grads, operand), xp=xp, joined=self.joined)
+        sums, joined = kernel.sums, self.joined
+        outputs = plan(inputs, lambda operand: sums(grads, operand), xp=xp, joined=joined, exchange=exchange)
+        if exchange is not None:
+            exchange.complete()
         strict, raises = self._of_policies(policies)
         ok = None
         if strict is not None:
             ok = ~strict | finite(outputs.S, outputs.C, self._limit, self._square_limit, xp=xp)
-        taken = state.decide(ok, raises, found_inf, outputs, number)
+        taken = state.decide(ok, raises, found_inf, outputs, number, exchange)
         kernel.apply(grads, outputs.C, taken)
         lr = xp.take(state.hyper[:, GROUP_FIELDS.index("lr")], group_of_params)
         state.advance(taken, self._stepped, self._kept, lr)

@@ -4,6 +4,9 @@ A step that one process refuses or skips is refused or skipped by all, and nobod
 decides it travels with the sums. A table of L layers has L rows of sums, then a number for each layer that counts its
 pieces, three in a row, and two rows more: [processes, refusals, found_inf] and [squares of gradients, whole layers that
 are not finite, digest of the hyper-parameters].
+
+Each process knows whether the sums of all layers are finite. Whether coefficients are, which they are where sums and
+hyper-parameters are no extremes, only those know that have a row of the layer, of which an empty array is enough.
 """
 
 from __future__ import annotations
@@ -13,17 +16,19 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 
-from lars_array._arrays import asarray, is_on_accelerator, to_floats
+from lars_array._arrays import asarray, to_floats
 from lars_array._messages import shown
 from lars_array.core import resolve, sum_over_parts
 from lars_array.hyperparams import row_values
+from lars_array.nonfinite import NonFiniteError
 from lars_array.state.shards import BITS, RefusedElsewhereError, Shards, digest
+from lars_array.state.table_layout import TableLayout
 
-__all__ = ["Exchange", "SkippedError"]
+__all__ = ["RAISES", "Exchange", "SkippedError"]
 
-# In the number that counts the pieces of a layer: a piece with a gradient, and one without that is not empty.
-PRESENT, MISSING = 1.0, 2.0**20
+RAISES = 2.0**20  # in the number that counts whole layers that are not finite; 1 where the step is to be skipped
 
 
 class SkippedError(Exception):
@@ -31,7 +36,7 @@ class SkippedError(Exception):
 
 
 class Exchange:
-    """The sums of a step over all processes, for the rows that have a gradient here.
+    """The sums of a step over all processes, for the rows that have a gradient here; all arithmetic is on the host.
 
     Parameters
     ----------
@@ -44,41 +49,30 @@ class Exchange:
     """
 
     def __init__(self, shards: Sequence[Shards], numbers: Any, joined: Sequence[Sequence[int]]) -> None:
-        self.xp, self._like, self._joined = shards[0].xp, shards[0].like, joined
         numbers = np.array(numbers, np.int64)
-        counted = np.logical_and.reduce([shard.counted | (shard.rows < 0) for shard in shards])[numbers]
-        whole = np.logical_and.reduce([shard.rows < 0 for shard in shards])[numbers]
-        self._weights = asarray(counted.tolist(), self.xp.float64, like=self._like, xp=self.xp)
-        self._counted = None if counted.all() else asarray(counted[:, None].tolist(), like=self._like, xp=self.xp)
-        self._whole = asarray(whole.tolist(), self.xp.bool, like=self._like, xp=self.xp) if whole.any() else None
-        self._parts: list[tuple[Shards, Any, Any, Any, Any]] = []
-        for shard in shards:
-            rows = shard.rows[numbers]
-            own = np.flatnonzero(rows >= 0)
-            gather = np.full(len(shard.layers), len(numbers))  # a row of zeros, for layers without a gradient here
-            gather[rows[own]] = own
-            unseen = asarray((gather == len(numbers)).tolist(), self.xp.bool, like=self._like, xp=self.xp)
-            place = np.arange(len(numbers))
-            place[own] = len(numbers) + rows[own]
-            index = (asarray(x.tolist(), self.xp.int64, like=self._like, xp=self.xp) for x in (gather, place))
-            self._parts.append((shard, *index, _piece_counts(shard, numbers), unseen))
-        self._digest: tuple[Any, int] = None, 0
-        self.refused: Any = None  # on a device, whether a process refused the step
-        self.found_inf: Any = None  # on a device, the sum of all
-        self.elsewhere = ""  # what is not finite, but not here
-        self._policy, self._found = "propagate", 0.0
-        self._count, self._left, self._last = 1, 1, (None, None)
+        self.layouts = [TableLayout(shard, numbers) for shard in shards]
+        self.counted = np.logical_and.reduce([shard.counted | (shard.rows < 0) for shard in shards])[numbers]
+        self.whole = np.flatnonzero(np.logical_and.reduce([shard.rows < 0 for shard in shards])[numbers])
+        self.group_of = shards[0].groups[numbers]
+        self.joined = [rows for rows in joined if rows[0] in self.whole]  # those of shared layers the table adds
+        self.digest, self.clips = 0, False
+        self.found: Any = 0.0
+        self.policies: list[str] = []
+        self._groups: Any = None
+        self._count, self.left = 1, 1
+        self._last: tuple[Any, Any] = None, None
+        self.elsewhere, self._is_skipped = "", False  # what is not finite, and has no row here
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], found_inf: Any) -> Exchange:
         """Take over the hyper-parameters of this step, and its `found_inf` as a number or an array on the device."""
-        if self._digest[0] is not groups:
-            self._digest = groups, _digest_of(groups)
-            policies = {group["nonfinite"] for group in groups}
-            self._policy = next(x for x in ("raise", "skip", "propagate") if x in policies)
-            self._count = _count_of_sums(groups)
-        self._left = self._count
-        self._found, self.elsewhere = 0.0 if found_inf is None else found_inf, ""
-        self.refused = self.found_inf = None
+        if self._groups is not groups:
+            self._groups, self.digest = groups, _digest_of(groups)
+            self.policies = [group["nonfinite"] for group in groups]
+            self.clips = any(group["max_grad_norm"] is not None for group in groups)
+            reads_third = any(resolve(group["rule"]).norm_of != "gradient" for group in groups)
+            self._count = 2 if self.clips and reads_third else 1  # the third sum is of clipped gradients
+        self.left, self.found = self._count, 0.0 if found_inf is None else found_inf
+        self.elsewhere, self._is_skipped = "", False
         return self
 
     def __call__(self, S: Any, factors: Any) -> tuple[Any, Any]:
@@ -88,123 +82,118 @@ class Exchange:
         ----------
         S : array of shape (rows, 3)
             The sums of the pieces that are here.
-        factors : array of shape (rows,)
-            `rescale_grad` of each row.
+        factors : array of shape (rows,), or None
+            `rescale_grad` of each row; needed where gradients are clipped.
 
         Returns
         -------
         tuple (S, squares)
-            The sums of whole layers; and the square of the norm of all gradients of the model, rescaled.
+            The sums of whole layers; and the square of the norm of all gradients of the model, rescaled, or 0 where
+            nothing is clipped.
 
         Raises
         ------
-        RefusedElsewhereError, RuntimeError, ValueError, NonFiniteError, SkippedError
-            On all processes, if one of them refuses or skips the step. On a device nothing is raised: see `refused`.
+        RefusedElsewhereError, RuntimeError, ValueError, SkippedError
+            On all processes, if one of them refuses or skips the step.
         """
-        xp, self._last = self.xp, (S, factors)
-        self._left -= 1
-        S = S if self._counted is None else xp.where(self._counted, S, 0.0)
-        squares = xp.where(self._weights > 0, factors**2 * S[:, 1], 0.0)
-        here = xp.zeros_like(self._like[0]) if self._whole is None else xp.sum(xp.where(self._whole, squares, 0.0))
-        bad = here * 0.0
-        if self._whole is not None:
-            bad = xp.sum(xp.astype(self._whole & ~xp.all(xp.isfinite(S), axis=1), xp.float64))
-        S, total = sum_over_parts(S, self._joined, xp), here
-        for k, (shard, gather, place, counts, unseen) in enumerate(self._parts):
-            shard.agree()
-            is_own = self._counted_of(k)
-            own = total if shard.of_norms else xp.sum(squares if is_own is None else xp.where(is_own, squares, 0.0))
-            numbers = [1.0, 0.0, self._found, own, bad, float(self._digest[1])]
-            header = xp.stack([asarray(x, xp.float64, like=self._like, xp=xp) for x in numbers])
-            zero = asarray([[0.0] * 3], xp.float64, like=self._like, xp=xp)
-            body = xp.take(xp.concat([S, zero], axis=0), gather, axis=0)
-            table = xp.concat([body, counts, xp.reshape(header, (2, 3))], axis=0)
-            shard.add(table)
-            self._decide(shard, table, unseen)
-            total = table[-1, 0] if shard.of_norms else total + table[-1, 0]
-            S = xp.take(xp.concat([S, table[: len(shard.layers), :]], axis=0), place, axis=0)
-        return S, total
+        self._last, self.left = (S, factors), self.left - 1
+        own = _on_host(S)
+        sent = own if self.counted.all() else np.where(self.counted[:, None], own, 0.0)
+        squares = _on_host(factors) ** 2 * sent[:, 1] if self.clips else np.zeros(len(own))
+        total = squares[self.whole].sum()
+        result, is_skipped = sum_over_parts(own, self.joined, np), False
+        bad = self._bad_layers(own)
+        for layout in self.layouts:
+            shards = layout.shards
+            shards.agree()
+            table = layout.table(sent)
+            table[-2] = 1.0, 0.0, self.found
+            own_squares = total if shards.of_norms else squares[layout.own].sum()
+            table[-1] = own_squares if self.clips else 0.0, bad, self.digest
+            added = shards.table(table)
+            shards.add(added)
+            table = _on_host(added)
+            try:
+                self._decide(layout, table)
+            except SkippedError:
+                is_skipped, self.found = True, 1.0  # processes that share other layers skip it as well
+            shards.is_awaited = self.left > 0 and not is_skipped
+            total = table[-1, 0] if shards.of_norms else total + table[-1, 0]
+            result = layout.sums(table, result)
+        if is_skipped:
+            raise SkippedError
+        if self.clips and np.isnan(total):  # and with it the steps of all layers that are clipped
+            for group in self._groups:
+                if group["max_grad_norm"] is not None:
+                    self._prevent(group["nonfinite"], "the norm of all gradients")
+        return _as(result, S), _as(np.asarray(total), S)
 
     def complete(self) -> None:
         """Add sums as often as other processes do, which may have rules that need them twice."""
-        while self._left > 0:
+        while self.left > 0:
             self(*self._last)
 
-    def _counted_of(self, k: int) -> Any:
-        """Return which rows are those of a part; None for all."""
-        if len(self._parts) == 1 and self._whole is None:
-            return None
-        _, _, place, *_ = self._parts[k]
-        return place >= self._weights.shape[0]
+    def check_finite(self) -> bool:
+        """Return whether layers without a row here have the step skipped; raise if they have it refused."""
+        if self.elsewhere:
+            raise NonFiniteError(f"{self.elsewhere} is not finite on another process; nothing was changed")
+        return self._is_skipped
 
-    def _decide(self, shard: Shards, table: Any, unseen: Any) -> None:
+    def _prevent(self, policy: str, what: str) -> None:
+        """Note that something without a row here is not finite."""
+        self._is_skipped = self._is_skipped or policy == "skip"
+        if policy == "raise":
+            self.elsewhere = self.elsewhere or what
+
+    def _bad_layers(self, S: Any) -> float:
+        """Return the number of whole layers that are not finite, as `RAISES` and ones."""
+        if not len(self.whole) or np.isfinite(S[self.whole]).all():
+            return 0.0
+        worth = {"raise": RAISES, "skip": 1.0, "propagate": 0.0}
+        return sum(worth[self.policies[self.group_of[i]]] for i in self.whole if not np.isfinite(S[i]).all())
+
+    def _decide(self, layout: TableLayout, table: Any) -> None:
         """Raise on all processes, if one of them refuses or skips the step."""
-        xp, size = self.xp, len(shard.layers)
-        pieces = xp.reshape(table[size:-2, :], (-1,))[:size]
-        missing = pieces >= MISSING
-        torn = missing & (pieces - xp.floor(pieces / MISSING) * MISSING >= PRESENT)
-        if is_on_accelerator(table):
-            self._note(shard, table, xp.any(torn))
-            return
-        (processes, refusals, found_inf), (_, bad, digest) = (to_floats(table[i, :]) for i in (-2, -1))
-        count = shard.processes
+        count = layout.shards.processes
+        processes, refusals, found_inf, _, bad, digest = table[-2:].ravel().tolist()
         if processes != count:
             raise RuntimeError(f"all_reduce must add over all {count} processes; got a sum over {processes:g}")
         if refusals:
             raise RefusedElsewhereError(f"{refusals:g} of {count} processes refused the step; nothing was changed")
-        if digest != count * self._digest[1]:
+        if digest != count * self.digest:
             raise ValueError(
                 "hyper-parameters must be the same on all processes, such as a learning rate that follows a loss; "
                 "nothing was changed"
             )
         if found_inf != 0:
             raise SkippedError
-        if bool(xp.any(torn)):
-            name = shard.layers[int(xp.argmax(xp.astype(torn, xp.int64)))]
-            raise ValueError(
-                f"the gradient of {shown(name)} must be given by all processes that hold a piece of it, or by none; "
-                "nothing was changed"
-            )
-        if self._policy == "propagate":
+        layout.check_pieces(table)
+        if set(self.policies) == {"propagate"}:
             return
-        strange = unseen & ~xp.all(xp.isfinite(table[:size, :]), axis=1)
-        if bool(xp.any(strange)):
-            self.elsewhere = shown(shard.layers[int(xp.argmax(xp.astype(strange, xp.int64)))])
-        elif bad:
-            self.elsewhere = f"a layer of {bad:g} of {count} processes"
-        if self.elsewhere and self._policy == "skip":
-            raise SkippedError
-
-    def _note(self, shard: Shards, table: Any, torn: Any) -> None:
-        """Note on the device what the host would raise."""
-        refused = torn | (table[-2, 0] != shard.processes) | (table[-2, 1] != 0)
-        refused = refused | (table[-1, 2] != shard.processes * float(self._digest[1]))
-        self.refused = refused if self.refused is None else self.refused | refused
-        self.found_inf = table[-2, 2] if self.found_inf is None else self.found_inf + table[-2, 2]
+        for layer, group in layout.strange_layers(table) if len(layout.unseen) else ():
+            self._prevent(self.policies[group], shown(layout.shards.layers[layer]))
+        if bad > 0:
+            self._prevent("raise" if bad >= RAISES else "skip", "a layer of its own")
 
 
-def _piece_counts(shard: Shards, numbers: Any) -> Any:
-    """Return the numbers that count the pieces of each layer here, in rows of three."""
-    counts = np.zeros(3 * shard.count_rows)
-    is_present = np.zeros(len(shard.rows), bool)
-    is_present[numbers] = True
-    for row in np.flatnonzero((shard.rows >= 0) & shard.filled):
-        counts[shard.rows[row]] += PRESENT if is_present[row] else MISSING
-    flat = asarray(counts.tolist(), shard.xp.float64, like=shard.like, xp=shard.xp)
-    return shard.xp.reshape(flat, (shard.count_rows, 3))
+def _on_host(x: Any) -> Any:
+    """Return an array of any library as NumPy's, in float64."""
+    if isinstance(x, np.ndarray):
+        return x
+    flat = to_floats(array_namespace(x).reshape(x, (-1,)))
+    return np.array(flat).reshape(tuple(x.shape))
 
 
-def _count_of_sums(groups: Sequence[Mapping[str, Any]]) -> int:
-    """Return how often a step adds sums over processes: twice if the third is of clipped gradients."""
-    clips = any(group["max_grad_norm"] is not None for group in groups)
-    return 1 + (clips and any(resolve(group["rule"]).norm_of != "gradient" for group in groups))
+def _as(x: Any, like: Any) -> Any:
+    """Return a NumPy array as one of the library and type of another."""
+    return x if isinstance(like, np.ndarray) else asarray(x, like.dtype, like=like, xp=array_namespace(like))
 
 
 def _digest_of(groups: Sequence[Mapping[str, Any]]) -> int:
     """Return a number of 40 bits for hyper-parameters; those on a device, which the host can't read, are not in it."""
     known: list[Any] = []
     for group in groups:
-        known.append([float(x) if isinstance(x, Real) else None for x in row_values(group)])
+        known.append([float(x) if isinstance(x, Real) or type(x) is np.ndarray else None for x in row_values(group)])
         rule = resolve(group["rule"])
         known.append([group["nonfinite"], rule.norm_of, getattr(rule.function, "__qualname__", "")])
     first, second, _ = digest(known)

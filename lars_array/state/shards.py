@@ -6,10 +6,11 @@ Each process holds a piece of a layer, which may be empty.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from array_api_compat import is_jax_array
 
 from lars_array._arrays import asarray, to_floats
 from lars_array._messages import listed, shown
@@ -48,12 +49,21 @@ class Shards:
     filled, counted : bool arrays of shape (rows,)
         Whether this process holds anything of a row; and whether it is this process that counts it, where several hold
         the same.
+    groups : int array of shape (rows,)
+        The parameter group of each row.
     like : array
-        An array on the device of the sums.
+        An array of the library and on the device of the tables that are sent.
     xp : Array API namespace
         Its namespace.
     of_norms : bool
-        Whether it is the norms of gradients that are added up, over processes that hold different layers.
+        Whether it is the norms of gradients that are added, over processes that hold different layers.
+
+    Attributes
+    ----------
+    processes : int
+        How many they are; 0 before they have agreed on the layers.
+    is_awaited : bool
+        Whether the other processes wait for a table from this one.
     """
 
     def __init__(
@@ -63,16 +73,20 @@ class Shards:
         rows: Any,
         filled: Any,
         counted: Any,
+        groups: Any,
         like: Any,
         xp: Any,
         *,
         of_norms: bool = False,
     ) -> None:
-        self.all_reduce, self.layers, self.rows, self.filled, self.counted = all_reduce, layers, rows, filled, counted
         self.of_norms = of_norms
-        self.like, self.xp = asarray([0.0], xp.float64, like=like, xp=xp), xp
-        self.processes = 0  # known once they have agreed on the layers
-        self.has_told = False  # the other processes what this one does in this step
+        self.all_reduce, self.layers, self.rows, self.filled, self.counted = all_reduce, layers, rows, filled, counted
+        self.groups = groups
+        # What can't be written in place is sent as a NumPy array.
+        self.xp = np if is_jax_array(like) else xp
+        self.like = np.zeros(1) if is_jax_array(like) else asarray([0.0], xp.float64, like=like, xp=xp)
+        self.processes = 0
+        self.is_awaited = False
 
     def agree(self) -> None:
         """Compare the layers with those of the other processes, in a message whose size does not depend on them.
@@ -88,8 +102,9 @@ class Shards:
             return
         parts = digest(self.layers)
         # n Σd² = (Σd)² only where all d are the same.
-        found = self._added([[1.0, float(d), float(d * d)] for d in parts])
-        count, total, squares = (np.array(column) for column in zip(*found, strict=True))
+        table = self.table(np.array([[1.0, d, d * d] for d in parts]))
+        self.add(table)
+        count, total, squares = np.array([to_floats(table[i, :]) for i in range(len(parts))]).T
         size = getattr(self.all_reduce, "size", None)
         if size is not None and (count != size).any():
             raise RuntimeError(f"all_reduce must add over its {size} processes; got a sum over {count[0]:g}")
@@ -100,38 +115,40 @@ class Shards:
                 f"{len(self.layers)}, the first {first}"
             )
         self.processes = int(count[0])
+        self.is_awaited = True
 
     def refuse(self) -> None:
-        """Tell the other processes that this one refuses the step."""
-        if not self.processes:
-            self.agree()
-        header = [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
-        self._added([[0.0, 0.0, 0.0]] * (len(self.layers) + self.count_rows) + header)
+        """Tell the other processes that this one refuses the step; the host does not wait for their answer."""
+        self.agree()
+        table = np.zeros((self.table_rows, 3))
+        table[-2] = 1.0, 1.0, 0.0
+        self.add(self.table(table))
 
     @property
-    def count_rows(self) -> int:
-        """How many rows the numbers take that count pieces."""
-        return -(-len(self.layers) // 3)
+    def table_rows(self) -> int:
+        """How many rows the table of a step has: see `lars_array.state.exchange`."""
+        return len(self.layers) + -(-len(self.layers) // 3) + 2
+
+    def table(self, values: Any) -> Any:
+        """Return a NumPy array as one that `all_reduce` takes."""
+        return values if self.xp is np else asarray(values, self.xp.float64, like=self.like, xp=self.xp)
 
     def add(self, table: Any) -> None:
         """Add a table over all processes, in place."""
-        self.has_told = True
+        self.is_awaited = False  # after an error of `all_reduce`, too: it may not work any more
         self.all_reduce(table)
-
-    def _added(self, values: list[list[float]]) -> list[list[float]]:
-        table = asarray(values, self.xp.float64, like=self.like, xp=self.xp)
-        self.add(table)
-        return [to_floats(table[i, :]) for i in range(len(values))]
 
 
 def shards_of(
     rows: LayerRows,
-    keys: Sequence[str],
+    keys: Sequence[str | None],
     all_reduce: Sequence[AllReduce | None],
     layers: Callable[[AllReduce], Sequence[str] | None],
+    norm_reduce: AllReduce | None = None,
     *,
     filled: Sequence[bool],
     counted: Sequence[bool],
+    groups: Sequence[int],
     like: Any,
     xp: Any,
 ) -> list[Shards]:
@@ -141,14 +158,16 @@ def shards_of(
     ----------
     rows : LayerRows
         The rows of all parameters.
-    keys : sequence of str
-        The name of the layer of each row.
+    keys : sequence of str or None
+        The name of the layer of each row; None for the one row of a piece of a stacked parameter that has no slices.
     all_reduce : sequence of callables or None
         One a parameter; None where its layers are whole here.
     layers : callable
         Returns the names of all layers for an `all_reduce`, also of those that this process holds nothing of; None for
         those in `keys`.
-    filled, counted : sequences of bool
+    norm_reduce : callable, optional
+        Adds the norms of gradients over processes that hold different layers.
+    filled, counted, groups : sequences
         One a parameter, see `Shards`.
     like, xp : array and its namespace
         See `Shards`.
@@ -161,8 +180,10 @@ def shards_of(
     of_rows, shared = rows.spread(all_reduce), []
     known: dict[str, AllReduce | None] = {}
     for key, function in zip(keys, of_rows, strict=True):
-        if known.setdefault(key, function) is not function:
+        if key is not None and known.setdefault(key, function) is not function:
             raise ValueError(f"all parts of a layer must have the same all_reduce; those of {shown(key)} differ")
+    is_filled, is_counted = (np.array(rows.spread(x), bool) for x in (filled, counted))
+    group_of = np.array(rows.spread(groups), np.int64)
     for function in {id(x): x for x in all_reduce if x is not None}.values():
         own = [key if x is function else None for key, x in zip(keys, of_rows, strict=True)]
         names = list(dict.fromkeys(layers(function) or [key for key in own if key is not None]))
@@ -171,8 +192,10 @@ def shards_of(
         if lacking is not None:
             raise ValueError(f"layers must name all layers of all processes; it lacks {shown(lacking)}")
         index = np.array([-1 if key is None else place[key] for key in own], np.int64)
-        is_filled, is_counted = (np.array(rows.spread(x), bool) for x in (filled, counted))
-        shared.append(Shards(function, names, index, is_filled, is_counted, like, xp))
+        shared.append(Shards(function, names, index, is_filled, is_counted, group_of, like, xp))
+    if norm_reduce is not None:
+        nowhere = np.full(len(keys), -1)
+        shared.append(Shards(norm_reduce, [], nowhere, is_filled, is_counted, group_of, like, xp, of_norms=True))
     return shared
 
 
@@ -192,15 +215,17 @@ def names_of_layers(layers: Any) -> tuple[str, ...] | None:
 def refusals_are_told(shards: Sequence[Shards]) -> Iterator[None]:
     """Tell the other processes of an error here, so that they refuse the step as well and don't wait for this one."""
     for shard in shards:
-        shard.has_told = False
+        shard.is_awaited = True
     try:
         yield
     except Exception as error:
-        with ExitStack() as stack:
-            for shard in shards:
-                if not shard.has_told:
-                    stack.callback(shard.refuse)
-        raise error
+        for shard in shards:
+            if shard.is_awaited:
+                try:
+                    shard.refuse()
+                except Exception as failure:
+                    error.add_note(f"the other processes could not be told: {failure}")
+        raise
 
 
 def digest(values: Any) -> list[int]:

@@ -21,7 +21,6 @@ from lars_array._arrays import (
 )
 from lars_array._messages import near, shown
 from lars_array.layers import LayerOf, LayerRows, labels_of, layer_names
-from lars_array.nonfinite import NonFiniteError
 from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
 from lars_array.state.memory import MemoryRanges, check_writable
@@ -130,9 +129,10 @@ class ParamState:
 
     def check_layers(self) -> None:
         """Raise ValueError unless the layers can be shared in the way that was asked for."""
-        functions = {id(x) for x in self.all_reduce if x is not None}
-        if self.layers is not None and len(functions) != 1:
-            raise ValueError(f"layers must be given with one all_reduce, for which they are; got {len(functions)}")
+        count = len({id(x) for x in self.all_reduce if x is not None})
+        if self.layers is not None and count != 1:
+            without = "without an all_reduce" if count == 0 else f"where there is more than one all_reduce; got {count}"
+            raise ValueError(f"layers must be None {without}")
         _ = self.shards
 
     @property
@@ -142,13 +142,10 @@ class ParamState:
             self._shards = []
             if any(self.all_reduce) or self.norm_reduce is not None:
                 rows, like = self.rows(), self.view(self.params[0])
-                filled, xp = [size(p) > 0 for p in self.params], array_namespace(like)
-                arrays = {"filled": filled, "counted": self.counted, "like": like, "xp": xp}
-                self._shards = shards_of(rows, self.layer_names(rows), self.all_reduce, self.all_layers, **arrays)
-                if self.norm_reduce is not None:
-                    nowhere, one = np.full(len(rows.owner), -1), np.ones(len(rows.owner), bool)
-                    last = Shards(self.norm_reduce, [], nowhere, one, one, like, xp, of_norms=True)
-                    self._shards = [*self._shards, last]
+                filled, xp, groups = [size(p) > 0 for p in self.params], array_namespace(like), self.group_of.tolist()
+                of_params: dict[str, Any] = {"filled": filled, "counted": self.counted, "groups": groups}
+                names, functions = self.layer_names(rows), (self.all_layers, self.norm_reduce)
+                self._shards = shards_of(rows, names, self.all_reduce, *functions, **of_params, like=like, xp=xp)
         return self._shards
 
     @property
@@ -175,7 +172,7 @@ class ParamState:
         with device_context(self.params[0]):
             return np.array(to_floats(self.device.previous_lr))
 
-    def poll_device(self, *, wait: bool) -> tuple[int, int, NonFiniteError | None]:
+    def poll_device(self, *, wait: bool) -> tuple[int, int, Exception | None]:
         """Return by how much the counts of steps and skipped steps change, and the error of a rejected step."""
         if self.device is None:
             return 0, 0, None
@@ -281,7 +278,7 @@ class ParamState:
         """Return the names of all layers that `all_reduce` adds up, None for those that are here."""
         return self.layers
 
-    def layer_names(self, rows: LayerRows) -> list[str]:
+    def layer_names(self, rows: LayerRows) -> list[str | None]:
         """Return the name of the layer of each row."""
         return layer_names(self.names, labels_of(self.layer_of, self.names), rows.slices)
 

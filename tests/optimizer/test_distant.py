@@ -24,7 +24,7 @@ from lars_array._arrays import is_on_accelerator
 from lars_array.core import Hyper
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.state import device as device_state
-from lars_array.state import memory
+from lars_array.state import device_exchange, memory
 from lars_array.state.device import DeviceState, PinnedCounts, StepCounts
 
 WAITS = {"_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero"}
@@ -71,7 +71,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         place = array_api_strict.Device("device1")
         yield Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
         return
-    for module in (memory, hyperparams, _stepper):
+    for module in (memory, hyperparams, device_exchange, _stepper):
         monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
     yield Device(lambda x: torch.tensor(x), NoWaiting)
 

@@ -22,7 +22,7 @@ from lars_array import _stepper, hyperparams, kernels
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.kernels.cuda import kernel
 from lars_array.kernels.cuda.source import COMMON, ELEMENTS, pair_name, source
-from lars_array.state import memory, store
+from lars_array.state import device_exchange, memory, store
 
 HERE = Path(__file__).parent
 PAIRS = list(product(ELEMENTS, ELEMENTS))
@@ -180,7 +180,7 @@ def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
         return [x.view(FarArray) if is_far(p) else x for p, x in zip(params, allocate(params), strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (hyperparams, memory, _stepper):
+        for module in (hyperparams, memory, device_exchange, _stepper):
             patch.setattr(module, "is_on_accelerator", is_far)
         for owner in (store, _stepper):
             patch.setattr(owner, "allocate_buffers", allocated)

@@ -117,7 +117,7 @@ class Kernel:
         write : bool
             Whether to do the third stage too: each layer as soon as its coefficients are known.
         exchange : callable, optional
-            See `core.plan`.
+            See `core.plan`; `rescale_grad` is None where nothing is clipped.
 
         Returns
         -------
@@ -128,8 +128,9 @@ class Kernel:
         S, C = np.zeros((self._count, 3)), np.empty((self._count, 6))
         rows = len(inputs.rules)
         waits = inputs.clips or exchange is not None  # for sums over all layers, or over all processes
+        squares = None
         if inputs.clips:
-            S, squares = self.sums(grads), None
+            S = self.sums(grads)
             if exchange is not None:
                 S, squares = exchange(S, inputs.hyper.rescale_grad[hyper_row])
             totals = [np.bincount(hyper_row, column, rows) for column in S.T]
@@ -139,7 +140,8 @@ class Kernel:
         else:
             is_known = False
         if exchange is not None and not is_known:
-            S, _ = exchange(self.sums(grads, _spread(inputs.operand, hyper_row)), inputs.hyper.rescale_grad[hyper_row])
+            factors = inputs.hyper.rescale_grad[hyper_row] if squares is not None else None
+            S, _ = exchange(self.sums(grads, _spread(inputs.operand, hyper_row)), factors)
             is_known = True
         arrays = hyper_row, _table().weights_of(inputs.operand, rows), previous_lr, hyper
         if is_known:

@@ -22,6 +22,7 @@ from lars_array.kernels.threads import run_on_threads, thread_count
 __all__ = ["Table", "coefficients", "hyper_of", "inputs_for_sums", "programs", "weights_of"]
 
 SHARE = 1 << 17  # elements that make up for waking another thread
+LAYERS = 1 << 11  # layers whose coefficients do so
 
 _WHAT = {"measure": MEASURE, "write": WRITE, "both": MEASURE | WRITE}
 
@@ -123,7 +124,17 @@ def _work(arguments: tuple[Any, ...], held: Any) -> None:
 
 def coefficients(S: Any, inputs: Any, tapes: Any, C: Any) -> None:
     """Write `core.coefficients` to C."""
-    at_first(coefficients_of, S, inputs, tapes, C)
+    hyper_row, weights, previous_lr, hyper = inputs
+    threads = max(1, min(thread_count(), len(S) // LAYERS))
+    size = -(-len(S) // threads)
+    parts = iter([slice(i * size, (i + 1) * size) for i in range(threads)])
+
+    def work_off() -> None:
+        for part in parts:
+            own = hyper_row[part], weights, previous_lr[part], hyper
+            at_first(coefficients_of, S[part], own, tapes, C[part])
+
+    run_on_threads(work_off, threads)
 
 
 def hyper_of(inputs: RuleInputs) -> Any:

@@ -1,0 +1,166 @@
+"""A step is taken or skipped by all processes, whichever of them knows a reason against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from assertions import fingerprint
+from pieces import CUTS, SECOND, SHAPES, Pieces, assert_models_close, groups_of, model, trained_whole
+
+from lars_array import LARS, NonFiniteError
+from lars_array.kernels import NUMPY_KERNELS as KERNELS
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("policy", ["raise", "skip", "propagate"])
+def test_found_inf_of_one_process_skips_the_step_of_all(policy: str, kernel: str) -> None:
+    for rank in range(3):
+        pieces = Pieces(kernel=kernel, nonfinite=policy)
+        pieces.step(model(1))
+        before = fingerprint(pieces.params)
+
+        def work(r: int, optimizer: LARS, grads: Any, rank: int = rank) -> None:
+            optimizer.step(grads, found_inf=float(r == rank))
+
+        assert pieces.outcomes(work, model(2)) == [None] * 3
+        assert fingerprint(pieces.params) == before
+        assert [(x.steps, x.skipped_steps) for x in pieces.optimizers] == 3 * [(1, 1)]
+        pieces.step(model(2))
+        assert_models_close(pieces.joined(), trained_whole(2)[0], 1e-12)
+
+
+def spoiled(pieces: Pieces, rank: int, grads: Any, what: str) -> Any:
+    """Put a nan into the piece of w on one rank: into its gradient or into the parameter."""
+    own = pieces.cut(grads, rank)
+    target = own["w"] if what == "gradient" else pieces.params[rank]["w"]
+    target[-1, 0] = np.nan
+    return own
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "rule": "optax"}])
+def test_what_is_not_finite_on_one_process_refuses_the_step_of_all(options: Any, kernel: str) -> None:
+    for what in ("gradient", "parameter"):
+        pieces = Pieces(kernel=kernel, **options)
+        pieces.step(model(1))
+        own = spoiled(pieces, 1, model(2), what)
+        before = fingerprint([pieces.params, pieces.optimizers])
+
+        def work(r: int, optimizer: LARS, grads: Any, own: Any = own) -> None:
+            optimizer.step(own if r == 1 else grads)
+
+        outcomes = pieces.outcomes(work, model(2))
+        elsewhere = f"the {what} of 'w' is not finite on another process; nothing was changed (step 1)"
+        here = f"the {what} of 'w' has 1 non-finite entries of 25; nothing was changed (step 1)"
+        assert [(type(x), str(x)) for x in outcomes] == [(NonFiniteError, x) for x in (elsewhere, here, elsewhere)]
+        assert fingerprint([pieces.params, pieces.optimizers]) == before
+        assert pieces.ranks.calls == 1 + 2 * (1 + (len(options) == 2))
+        if what == "gradient":
+            pieces.step(model(2))
+            assert_models_close(pieces.joined(), trained_whole(2, **options)[0], 1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_finite_on_one_process_skips_the_step_of_all(kernel: str) -> None:
+    pieces = Pieces(kernel=kernel, nonfinite="skip")
+    pieces.step(model(1))
+    before, own = fingerprint(pieces.params), spoiled(pieces, 2, model(2), "gradient")
+    assert pieces.outcomes(lambda r, x, grads: x.step(own if r == 2 else grads), model(2)) == [None] * 3
+    assert fingerprint(pieces.params) == before
+    assert [(x.steps, x.skipped_steps) for x in pieces.optimizers] == 3 * [(1, 1)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_finite_goes_through_all_processes(kernel: str) -> None:
+    pieces = Pieces(kernel=kernel, nonfinite="propagate")
+    own = spoiled(pieces, 0, model(1), "gradient")
+    assert pieces.outcomes(lambda r, x, grads: x.step(own if r == 0 else grads), model(1)) == [None] * 3
+    joined = pieces.joined()
+    assert np.isnan(joined["w"]).all() and all(np.isfinite(joined[name]).all() for name in "bus")
+
+
+GROUPS = {"w": "raise", "b": "skip", "u": "propagate", "s": "skip"}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layer", SHAPES)
+@pytest.mark.parametrize("listed", [False, True])
+def test_policies_are_those_of_the_layer_wherever_it_is(layer: str, kernel: str, listed: bool) -> None:
+    """The third process has no piece of the layer, or an empty one without a gradient."""
+
+    def make(params: Any, rank: int, all_reduce: Any) -> LARS:
+        held = {n: p for n, p in params.items() if not listed or n != layer or rank != 2}
+        groups = [{"params": {n: p}, "nonfinite": GROUPS[n]} for n, p in held.items()]
+        if layer not in held:  # its group is there all the same
+            groups.insert(list(SHAPES).index(layer), {"params": {"none": np.empty(0)}, "nonfinite": GROUPS[layer]})
+        more = {"layers": [*SHAPES, "none"]} if listed else {}
+        return LARS(groups, lr=0.1, weight_decay=0.1, kernel=kernel, all_reduce=all_reduce, **more)
+
+    pieces = Pieces((0, 0.5, 1, 1), make=make)
+    before = fingerprint(pieces.params)
+
+    def work(r: int, optimizer: LARS, grads: Any) -> None:
+        if r == 0:
+            grads[layer].reshape(-1)[0] = np.inf
+        held = optimizer.state_dict()["state"]
+        grads |= {"none": np.empty(0)}
+        optimizer.step({n: grads[n] if grads[n].size else None for n in held})
+
+    outcomes = pieces.outcomes(work, model(1))
+    policy = GROUPS[layer]
+    assert (fingerprint(pieces.params) == before) == (policy != "propagate")
+    if policy == "raise":
+        assert str(outcomes[2]) == f"'{layer}' is not finite on another process; nothing was changed (step 0)"
+        assert [type(x) for x in outcomes] == [NonFiniteError] * 3
+    else:
+        assert outcomes == [None] * 3
+    assert [x.skipped_steps for x in pieces.optimizers] == [int(policy == "skip")] * 3
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "propagate"])
+def test_a_copy_that_is_not_finite_on_one_process_is_known_to_all(policy: str) -> None:
+    def make(params: Any, rank: int, all_reduce: Any) -> LARS:
+        groups = groups_of(params, all_reduce=None, nonfinite=policy)
+        return LARS(groups, lr=0.1, all_reduce=all_reduce, weight_decay=0.1)
+
+    pieces = Pieces(CUTS["even"], whole=SECOND, make=make)
+    before = fingerprint(pieces.params)
+
+    def work(r: int, optimizer: LARS, grads: Any) -> None:
+        grads["s"][0] = np.nan if r == 1 else 1.0
+        optimizer.step(grads)
+
+    outcomes = pieces.outcomes(work, model(1))
+    assert (fingerprint(pieces.params) == before) == (policy != "propagate")
+    if policy == "raise":
+        assert str(outcomes[1]) == "the gradient of 's' has 1 non-finite entries of 6; nothing was changed (step 0)"
+        other = "a layer of its own is not finite on another process; nothing was changed (step 0)"
+        assert [str(outcomes[r]) for r in (0, 2)] == [other] * 2
+    else:
+        assert outcomes == [None] * 3
+        assert [x.skipped_steps for x in pieces.optimizers] == [int(policy == "skip")] * 3
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_process_may_lack_all_gradients(kernel: str) -> None:
+    """Where it holds nothing that is not empty; else that is an error as well."""
+    pieces = Pieces(CUTS["all on one"], kernel=kernel)
+    nothing = dict.fromkeys(SHAPES)
+    for seed in (1, 2):
+        assert pieces.outcomes(lambda r, x, grads: x.step(grads if r == 1 else nothing), model(seed)) == [None] * 3
+    assert_models_close(pieces.joined(), trained_whole(2)[0], 1e-12)
+    assert [x.steps for x in pieces.optimizers] == [2, 2, 2]
+    outcomes = pieces.outcomes(lambda r, x, grads: x.step(nothing), model(3))
+    assert outcomes == [None] * 3, "nobody has one"
+    for optimizer in pieces.optimizers:
+        optimizer.param_groups[0]["nonfinite"] = "skip"
+
+    def spoil(r: int, optimizer: LARS, grads: Any) -> None:
+        if r == 1:
+            grads["w"][0] = np.inf
+        optimizer.step(grads if r == 1 else nothing)
+
+    assert pieces.outcomes(spoil, model(4)) == [None] * 3
+    assert [(x.steps, x.skipped_steps) for x in pieces.optimizers] == [(3, 1)] * 3
