@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ launch.needs_mpirun()
 SCRIPTS = Path(__file__).parent / "scripts"
 KERNELS = ("compiled", "blocked")
 BOUND = 1e-6
+HAS_BFLOAT16 = find_spec("ml_dtypes") is not None
 
 
 @pytest.fixture(scope="module")
 def is_compiled() -> None:
-    """Compile the kernel once, not in all processes at a time."""
-    LARS({"w": np.ones(1)}, 0.1, weight_decay=0.1, kernel="compiled").step([np.ones(1)])
+    """Compile the kernel for each type once, not in all processes at a time."""
+    types = [np.float64, np.float32, np.float16, *([import_module("ml_dtypes").bfloat16] if HAS_BFLOAT16 else [])]
+    options = {"weight_decay": 0.1, "master_weights": True, "kernel": "compiled", "all_reduce": lambda table: None}
+    for dtype in types:
+        LARS({"w": np.ones(1, dtype)}, 0.1, **options).step([np.ones(1, dtype)])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def found(is_compiled: None, shared_folder: Path) -> dict[str, Any]:
 
 def test_steps_of_pieces_are_those_of_the_whole_model(found: dict[str, Any]) -> None:
     rules = {"flash", "flash, clipped", "optax", "optax, clipped", "nvidia", "nvidia, clipped, propagate"}
-    types = {"float64", "float16"} | ({"bfloat16"} if find_spec("ml_dtypes") else set())
+    types = {"float64", "float16"} | ({"bfloat16"} if HAS_BFLOAT16 else set())
     others = {"flash, nesterov, skip", "with a list of layers"}
     assert found["runs"].keys() == {f"{kernel}: {name}" for kernel in KERNELS for name in rules | types | others}
     for name, run in found["runs"].items():
@@ -84,7 +89,7 @@ def test_processes_with_other_layers_are_refused_by_all(found: dict[str, Any]) -
 
 REFUSED = "RefusedElsewhereError: 1 of 4 processes refused the step; nothing was changed"
 ELSEWHERE = "NonFiniteError: the gradient of 'uneven' is not finite on another process; nothing was changed (step 4)"
-WHOLE = "NonFiniteError: a layer of 1 of 4 processes is not finite on another process; nothing was changed (step 4)"
+WHOLE = "NonFiniteError: a layer of its own is not finite on another process; nothing was changed (step 4)"
 NO_GRADIENT = (
     "ValueError: the gradient of 'even' must be given by all processes that hold a piece of it, or by none; "
     "nothing was changed"
