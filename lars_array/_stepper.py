@@ -49,6 +49,7 @@ from lars_array.state.device import DeviceRows, DeviceState
 from lars_array.state.device_exchange import DeviceExchange, exchange_of
 from lars_array.state.exchange import Exchange, SkippedError
 from lars_array.state.memory import MemoryRanges, check_writable
+from lars_array.state.shards import refusals_are_told
 from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
 
@@ -62,6 +63,7 @@ __all__ = [
     "listed",
     "max_finite",
     "reads_previous_lr",
+    "refusals_are_told",
     "shown",
 ]
 

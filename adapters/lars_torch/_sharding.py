@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,8 @@ class Spread(NamedTuple):
         What adds the sums of each, None for one that is whole here.
     counted : list of bool
         Whether it is this process that counts it, where several hold the same.
+    copies : list of int
+        How many processes hold the same piece.
     starts : list of tuple of int
         Where in the whole parameter the piece begins that is here.
     norm_reduce : GroupSum or None
@@ -60,6 +63,7 @@ class Spread(NamedTuple):
 
     all_reduce: list[Any]
     counted: list[bool]
+    copies: list[int]
     starts: list[tuple[int, ...]]
     norm_reduce: Any
 
@@ -82,7 +86,7 @@ def spread_of(params: Sequence[Any], groups: Sequence[Any], norm_group: Any) -> 
         return sums.setdefault(group, GroupSum(group))
 
     norm_reduce = None if norm_group is None else GroupSum(process_group(norm_group))
-    spread = Spread([None] * len(params), [True] * len(params), [()] * len(params), norm_reduce)
+    spread = Spread([None] * len(params), [True] * len(params), [1] * len(params), [()] * len(params), norm_reduce)
     by_root: dict[Any, list[int]] = {}
     for i, (p, group) in enumerate(zip(params, groups, strict=True)):
         if group is not None:
@@ -97,6 +101,7 @@ def spread_of(params: Sequence[Any], groups: Sequence[Any], norm_group: Any) -> 
             split = set().union(*(axes[i][k] for k in _splits(params[i])))
             spread.all_reduce[i] = group_sum
             spread.counted[i] = all(place[axis] == 0 for axis in used - split)
+            spread.copies[i] = prod(root.size(axis) for axis in used - split)
             spread.starts[i] = _start(params[i])
     return spread
 

@@ -113,7 +113,7 @@ class TensorState(ParamState):
         self._has_dtensors = any(map(is_dtensor, self.owners))
         self.params = list(map(local, self.owners))
         if spread is not None:
-            self.all_reduce, self.counted, self.starts, self.norm_reduce = spread
+            self.all_reduce, self.counted, self.copies, self.starts, self.norm_reduce = spread
 
     # ---------------------------------------------------------------------------------------------------------- steps
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lars_array._stepper import shown
+from lars_array._stepper import refusals_are_told, shown
 from lars_array.core import Rule
 from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
-from lars_array.state.shards import refusals_are_told
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
 from lars_torch._dtensors import is_dtensor

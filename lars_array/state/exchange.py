@@ -118,6 +118,8 @@ class Exchange:
             except SkippedError:
                 is_skipped, self.found = True, 1.0  # processes that share other layers skip it as well
             shards.is_awaited = self.left > 0 and not is_skipped
+            if not shards.are_copies_checked:
+                self._check_copies(layout, own, table)
             total = table[-1, 0] if shards.of_norms else total + table[-1, 0]
             result = layout.sums(table, result)
         if is_skipped:
@@ -127,6 +129,20 @@ class Exchange:
                 if group["max_grad_norm"] is not None:
                     self._prevent(group["nonfinite"], "the norm of all gradients")
         return _as(result, S), _as(np.asarray(total), S)
+
+    def _check_copies(self, layout: TableLayout, S: Any, table: Any) -> None:
+        """Raise, at the first step, if processes that should hold the same piece hold others."""
+        shards = layout.shards
+        shards.are_copies_checked = True
+        everywhere = shards.table(layout.table(S))
+        shards.all_reduce(everywhere)
+        copies = np.ones(layout.size)
+        copies[shards.rows[shards.rows >= 0]] = shards.copies[shards.rows >= 0]
+        expected = copies[:, None] * table[: layout.size]
+        is_same = np.isclose(_on_host(everywhere)[: layout.size], expected, rtol=1e-6, atol=0, equal_nan=True)
+        if not is_same.all():
+            name = shown(shards.layers[(~is_same).any(axis=1).argmax()])
+            raise ValueError(f"{name} must be the same on processes that hold copies of it; nothing was changed")
 
     def complete(self) -> None:
         """Add sums as often as other processes do, which may have rules that need them twice."""
@@ -173,7 +189,7 @@ class Exchange:
         for layer, group in layout.strange_layers(table) if len(layout.unseen) else ():
             self._prevent(self.policies[group], shown(layout.shards.layers[layer]))
         if bad > 0:
-            self._prevent("raise" if bad >= RAISES else "skip", "a layer of its own")
+            self._prevent("raise" if bad >= RAISES else "skip", "a whole layer")
 
 
 def _on_host(x: Any) -> Any:

@@ -49,6 +49,8 @@ class Shards:
     filled, counted : bool arrays of shape (rows,)
         Whether this process holds anything of a row; and whether it is this process that counts it, where several hold
         the same.
+    copies : int array of shape (rows,)
+        How many processes hold the same piece of a row.
     groups : int array of shape (rows,)
         The parameter group of each row.
     like : array
@@ -73,6 +75,7 @@ class Shards:
         rows: Any,
         filled: Any,
         counted: Any,
+        copies: Any,
         groups: Any,
         like: Any,
         xp: Any,
@@ -81,7 +84,7 @@ class Shards:
     ) -> None:
         self.of_norms = of_norms
         self.all_reduce, self.layers, self.rows, self.filled, self.counted = all_reduce, layers, rows, filled, counted
-        self.groups = groups
+        self.groups, self.copies, self.are_copies_checked = groups, copies, not (copies > 1).any()
         # What can't be written in place is sent as a NumPy array.
         self.xp = np if is_jax_array(like) else xp
         self.like = np.zeros(1) if is_jax_array(like) else asarray([0.0], xp.float64, like=like, xp=xp)
@@ -148,6 +151,7 @@ def shards_of(
     *,
     filled: Sequence[bool],
     counted: Sequence[bool],
+    copies: Sequence[int],
     groups: Sequence[int],
     like: Any,
     xp: Any,
@@ -167,7 +171,7 @@ def shards_of(
         those in `keys`.
     norm_reduce : callable, optional
         Adds the norms of gradients over processes that hold different layers.
-    filled, counted, groups : sequences
+    filled, counted, copies, groups : sequences
         One a parameter, see `Shards`.
     like, xp : array and its namespace
         See `Shards`.
@@ -183,7 +187,8 @@ def shards_of(
         if key is not None and known.setdefault(key, function) is not function:
             raise ValueError(f"all parts of a layer must have the same all_reduce; those of {shown(key)} differ")
     is_filled, is_counted = (np.array(rows.spread(x), bool) for x in (filled, counted))
-    group_of = np.array(rows.spread(groups), np.int64)
+    copies_of, group_of = (np.array(rows.spread(x), np.int64) for x in (copies, groups))
+    of_each = is_filled, is_counted, copies_of, group_of
     for function in {id(x): x for x in all_reduce if x is not None}.values():
         own = [key if x is function else None for key, x in zip(keys, of_rows, strict=True)]
         names = list(dict.fromkeys(layers(function) or [key for key in own if key is not None]))
@@ -192,10 +197,10 @@ def shards_of(
         if lacking is not None:
             raise ValueError(f"layers must name all layers of all processes; it lacks {shown(lacking)}")
         index = np.array([-1 if key is None else place[key] for key in own], np.int64)
-        shared.append(Shards(function, names, index, is_filled, is_counted, group_of, like, xp))
+        shared.append(Shards(function, names, index, *of_each, like, xp))
     if norm_reduce is not None:
         nowhere = np.full(len(keys), -1)
-        shared.append(Shards(norm_reduce, [], nowhere, is_filled, is_counted, group_of, like, xp, of_norms=True))
+        shared.append(Shards(norm_reduce, [], nowhere, *of_each, like, xp, of_norms=True))
     return shared
 
 

@@ -60,8 +60,9 @@ class ParamState:
         The learning rate of the last step of each, 0 before the first.
     device : DeviceState or None
         State on the device, once steps have been queued on it.
-    all_reduce, counted : lists
-        Of each parameter what adds its sums over processes, or None, and whether it is this process that counts it.
+    all_reduce, counted, copies : lists
+        Of each parameter what adds its sums over processes, or None; whether it is this process that counts it; and how
+        many hold the same piece.
     norm_reduce : callable or None
         What adds the norms of gradients over processes that hold different layers.
     layers : sequence of str or None
@@ -80,6 +81,7 @@ class ParamState:
         self.device: DeviceState | None = None
         self.all_reduce: list[AllReduce | None] = []
         self.counted: list[bool] = []
+        self.copies: list[int] = []
         self.norm_reduce: AllReduce | None = None
         self.layers: Sequence[str] | None = None
         self._shards: list[Shards] | None = None
@@ -117,7 +119,8 @@ class ParamState:
         longer.previous_lr = np.concatenate([self.last_rates(), np.zeros(len(new))])
         longer.layers = self.layers
         functions = np.repeat(np.array([*all_reduce] or [None] * len(groups), object), counts).tolist()
-        longer.all_reduce, longer.counted = [*self.all_reduce, *functions], [True] * len(longer.params)
+        longer.all_reduce, count = [*self.all_reduce, *functions], len(longer.params)
+        longer.counted, longer.copies = [True] * count, [1] * count
         if longer.has_layers:
             longer.rows()
         for name, p in zip(longer.names, longer.params, strict=True):
@@ -131,8 +134,8 @@ class ParamState:
         """Raise ValueError unless the layers can be shared in the way that was asked for."""
         count = len({id(x) for x in self.all_reduce if x is not None})
         if self.layers is not None and count != 1:
-            without = "without an all_reduce" if count == 0 else f"where there is more than one all_reduce; got {count}"
-            raise ValueError(f"layers must be None {without}")
+            where = f"where there are {count} of them" if count else "without an all_reduce"
+            raise ValueError(f"layers must be None {where}; got {shown(self.layers)}")
         _ = self.shards
 
     @property
@@ -144,6 +147,7 @@ class ParamState:
                 rows, like = self.rows(), self.view(self.params[0])
                 filled, xp, groups = [size(p) > 0 for p in self.params], array_namespace(like), self.group_of.tolist()
                 of_params: dict[str, Any] = {"filled": filled, "counted": self.counted, "groups": groups}
+                of_params["copies"] = self.copies
                 names, functions = self.layer_names(rows), (self.all_layers, self.norm_reduce)
                 self._shards = shards_of(rows, names, self.all_reduce, *functions, **of_params, like=like, xp=xp)
         return self._shards

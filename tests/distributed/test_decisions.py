@@ -136,7 +136,7 @@ def test_a_copy_that_is_not_finite_on_one_process_is_known_to_all(policy: str) -
     assert (fingerprint(pieces.params) == before) == (policy != "propagate")
     if policy == "raise":
         assert str(outcomes[1]) == "the gradient of 's' has 1 non-finite entries of 6; nothing was changed (step 0)"
-        other = "a layer of its own is not finite on another process; nothing was changed (step 0)"
+        other = "a whole layer is not finite on another process; nothing was changed (step 0)"
         assert [str(outcomes[r]) for r in (0, 2)] == [other] * 2
     else:
         assert outcomes == [None] * 3

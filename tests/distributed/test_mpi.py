@@ -89,7 +89,7 @@ def test_processes_with_other_layers_are_refused_by_all(found: dict[str, Any]) -
 
 REFUSED = "RefusedElsewhereError: 1 of 4 processes refused the step; nothing was changed"
 ELSEWHERE = "NonFiniteError: the gradient of 'uneven' is not finite on another process; nothing was changed (step 4)"
-WHOLE = "NonFiniteError: a layer of its own is not finite on another process; nothing was changed (step 4)"
+WHOLE = "NonFiniteError: a whole layer is not finite on another process; nothing was changed (step 4)"
 NO_GRADIENT = (
     "ValueError: the gradient of 'even' must be given by all processes that hold a piece of it, or by none; "
     "nothing was changed"

@@ -170,6 +170,26 @@ def collectives_of(make: Callable[[Any], Any]) -> int:
     return engines.train(model, make(model.parameters()), 2)[1]
 
 
+def other_copies() -> str:
+    """A DTensor on one axis of a plane, whose numbers differ along the other one."""
+    mesh = init_device_mesh("cpu", engines.halves(), mesh_dim_names=("dp", "tp"))
+    generator = torch.Generator().manual_seed(mesh.get_local_rank("tp"))
+    whole, other = torch.ones(4, 3), torch.randn(4, 3, generator=generator)
+    params = [
+        nn.Parameter(distribute_tensor(x, part, [Shard(0)] * part.ndim, src_data_rank=None))
+        for x, part in ((whole, mesh), (other, mesh["dp"]))
+    ]
+    optimizer = LARS(params, **engines.OPTIONS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = params[1]._local_tensor.clone()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return f"{error}, {torch.equal(before, params[1]._local_tensor)}"
+    return "stepped"
+
+
 def save() -> str:
     """Save a checkpoint that on_checkpoints loads, on as many ranks and on others."""
     model, optimizer = engines.spread(**engines.SAVED)
@@ -236,6 +256,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "replicated parameter": lambda: stepped(cut(Replicate()), as_parameter),
     "two meshes": two_meshes,
     "marks": marks,
+    "other copies": other_copies,
     "save": save,
     "collectives of torch_optimizer": lambda: collectives_of(
         lambda params: torch_optimizer.LARS(params, lr=0.1, momentum=0.9, weight_decay=0.01)
