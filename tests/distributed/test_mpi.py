@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ launch.needs_mpirun()
 SCRIPTS = Path(__file__).parent / "scripts"
 KERNELS = ("compiled", "blocked")
 BOUND = 1e-6
+HAS_BFLOAT16 = find_spec("ml_dtypes") is not None
 
 
 @pytest.fixture(scope="module")
 def is_compiled() -> None:
-    """Compile the kernel once, not in all processes at a time."""
-    LARS({"w": np.ones(1)}, 0.1, weight_decay=0.1, kernel="compiled").step([np.ones(1)])
+    """Compile the kernel for each type once, not in all processes at a time."""
+    types = [np.float64, np.float32, np.float16, *([import_module("ml_dtypes").bfloat16] if HAS_BFLOAT16 else [])]
+    options = {"weight_decay": 0.1, "master_weights": True, "kernel": "compiled", "all_reduce": lambda table: None}
+    for dtype in types:
+        LARS({"w": np.ones(1, dtype)}, 0.1, **options).step([np.ones(1, dtype)])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def found(is_compiled: None, shared_folder: Path) -> dict[str, Any]:
 
 def test_steps_of_pieces_are_those_of_the_whole_model(found: dict[str, Any]) -> None:
     rules = {"flash", "flash, clipped", "optax", "optax, clipped", "nvidia", "nvidia, clipped, propagate"}
-    types = {"float64", "float16"} | ({"bfloat16"} if find_spec("ml_dtypes") else set())
+    types = {"float64", "float16"} | ({"bfloat16"} if HAS_BFLOAT16 else set())
     others = {"flash, nesterov, skip", "with a list of layers"}
     assert found["runs"].keys() == {f"{kernel}: {name}" for kernel in KERNELS for name in rules | types | others}
     for name, run in found["runs"].items():
@@ -94,8 +99,16 @@ SHAPE = "ValueError: the gradient of 'uneven' must have the parameter's shape (2
 NAN = "NonFiniteError: the gradient of 'uneven' has 10 non-finite entries of 10; nothing was changed (step 4)"
 NAN_IN_WHOLE = "NonFiniteError: the gradient of 'whole' has 12 non-finite entries of 12; nothing was changed (step 4)"
 
+RATE = (
+    "ValueError: hyper-parameters must be the same on all processes, such as a learning rate that follows a loss; "
+    "nothing was changed"
+)
+NEGATIVE = "ValueError: Invalid learning rate: -1.0 (parameter group 0)"
+
 # The error of most processes, "" where they skip the step, and that of one.
 WRONG: dict[str, tuple[str, int, str]] = {
+    "learning rate": (RATE, 3, RATE),
+    "negative learning rate": (REFUSED, 3, NEGATIVE),
     "shape": (REFUSED, 1, SHAPE),
     "nan, raise": (ELSEWHERE, 2, NAN),
     "nan, skip": ("", 2, ""),

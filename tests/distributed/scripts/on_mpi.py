@@ -112,7 +112,7 @@ class Case:
     def go_wrong(self, spoil: Callable[[Arrays], Any], **options: Any) -> dict[str, Any]:
         """Take a step with gradients that `spoil` changes, between others."""
         self.train(range(4))
-        before, error = self.state(), ""
+        before, error, rate = self.state(), "", self.ours.param_groups[0]["lr"]
         grads = self.cut(self.draw(99))
         self.comm.Barrier()
         begin = time.perf_counter()
@@ -121,6 +121,7 @@ class Case:
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
         seconds = time.perf_counter() - begin
+        self.ours.param_groups[0]["lr"] = rate
         own = {"error": error, "changed": self.state() != before, "skipped": self.ours.skipped_steps}
         self.train(range(4, 8))
         return self.result() | {"ranks": self.comm.allgather(own | {"seconds": seconds})}
@@ -217,7 +218,13 @@ def wrong_steps(comm: Any, kernel: str) -> dict[str, dict[str, Any]]:
     def case(**options: Any) -> Case:
         return Case(comm, kernel=kernel, **options)
 
+    def of_rate(rate: float) -> dict[str, Any]:
+        own = case()
+        return own.go_wrong(on(3, lambda grads: own.ours.param_groups[0].update(lr=rate) or {}))
+
     return {
+        "learning rate": of_rate(0.2),
+        "negative learning rate": of_rate(-1.0),
         "shape": case().go_wrong(on(1, lambda grads: {"uneven": np.ones((9, 9))})),
         "nan, raise": case().go_wrong(on(2, nan("uneven"))),
         "nan, skip": case(nonfinite="skip").go_wrong(on(2, nan("uneven"))),
