@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def spread_as(name: str, x: Any, p: Any) -> Any:
     if not is_dtensor(x):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        # Without a message between processes, where torch can do without.
+        alone = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, **alone)
     if x.device_mesh != p.device_mesh:
         raise ValueError(f"{name} in state_dict must be on the parameter's mesh {p.device_mesh}; got {x.device_mesh}")
     return x if x.placements == p.placements else x.redistribute(placements=p.placements)
