@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lars_array._stepper import shown
+
 __all__ = ["check_placements", "is_dtensor", "like", "local", "local_gradients", "locals_of", "spread_as"]
 
 
@@ -68,7 +70,8 @@ def spread_as(name: str, x: Any, p: Any) -> Any:
         alone = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
         return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, **alone)
     if x.device_mesh != p.device_mesh:
-        raise ValueError(f"{name} in state_dict must be on the parameter's mesh {p.device_mesh}; got {x.device_mesh}")
+        meshes = f"{_ranks(p)}; got {_ranks(x)}"
+        raise ValueError(f"{name} in state_dict must be on the parameter's mesh, of the ranks {meshes}")
     return x if x.placements == p.placements else x.redistribute(placements=p.placements)
 
 
@@ -95,11 +98,14 @@ def local_gradients(names: Sequence[str], grads: Sequence[Any], params: Sequence
     return locals_of(found)
 
 
+def _ranks(x: Any) -> str:
+    return shown(x.device_mesh.mesh.tolist())
+
+
 def _cut_as(name: str, g: Any, p: Any) -> Any:
     if g.device_mesh != p.device_mesh:
-        raise ValueError(
-            f"the gradient of {name!r} must be on the parameter's mesh {p.device_mesh}; got {g.device_mesh}"
-        )
+        meshes = f"{_ranks(p)}; got {_ranks(g)}"
+        raise ValueError(f"the gradient of {name!r} must be on the parameter's mesh, of the ranks {meshes}")
     return g if g.placements == p.placements else g.redistribute(placements=p.placements)
 
 

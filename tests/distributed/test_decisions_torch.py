@@ -44,6 +44,7 @@ REFUSALS = {
     "other layers": ("ValueError: the layers must be the same on all 2 processes",) * 2,
     "other order": ("ValueError: the layers must be the same on all 2 processes",) * 2,
     "first step is refused": (ELSEWHERE, "ValueError: Invalid learning rate: -1.0"),
+    "gradient on another mesh": ("ValueError: the gradient of '0' must be on the parameter's mesh",) * 2,
     "partial parameter": ("TypeError: parameter '0' of group 0 must not be a sum that is still to be made",) * 2,
 }
 
@@ -84,6 +85,20 @@ def test_optimizers_share_a_group_of_processes(found: Answers) -> None:
 
 def test_a_gradient_that_is_cut_in_another_way_is_cut_anew(found: Answers) -> None:
     assert all(answer["seen"] == "stepped" for answer in found["gradient cut in another way"])
+
+
+def test_ranks_outside_of_a_mesh_hold_nothing_of_its_parameters(found: Answers) -> None:
+    for answer in found["outside of a mesh"]:
+        assert answer["seen"] == "stepped"
+        assert abs(answer["norm"] - 12**0.5) < 1e-12
+
+
+def test_a_gradient_that_is_still_being_added_is_waited_for(found: Answers) -> None:
+    assert all(found["gradient that is still added"])
+
+
+def test_pieces_may_move_between_steps(found: Answers) -> None:
+    assert all(found["moved"])
 
 
 def test_autograd_notices_writes_to_the_tensor_and_to_its_piece(found: Answers) -> None:

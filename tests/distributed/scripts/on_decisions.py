@@ -9,7 +9,7 @@ import engines
 import torch
 from ranks import serve
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
@@ -188,6 +188,56 @@ def other_placement_of_gradient() -> Any:
     return {"seen": tried(optimizer.step)}
 
 
+def gradient_on_another_mesh() -> Any:
+    """Meshes with the ranks in another order are others, though of the same processes."""
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3), DeviceMesh("cpu", [0, 1]), [Shard(0)], src_data_rank=None))
+    optimizer = LARS([p], lr=0.1, weight_decay=0.1)
+    p.grad = distribute_tensor(torch.ones(4, 3), DeviceMesh("cpu", [1, 0]), [Shard(0)], src_data_rank=None)
+    return {"seen": tried(optimizer.step)}
+
+
+def outside_of_a_mesh() -> Any:
+    """A DTensor that only the first rank holds anything of, beside one on both."""
+    both = distribute_tensor(torch.ones(4, 3), DeviceMesh("cpu", [0, 1]), [Shard(0)], src_data_rank=None)
+    alone = distribute_tensor(torch.ones(3), DeviceMesh("cpu", [0]), [Shard(0)], src_data_rank=None)
+    params = [nn.Parameter(x) for x in (both, alone)]
+    optimizer = LARS([("both", params[0]), ("alone", params[1])], **engines.OPTIONS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return {"seen": tried(optimizer.step), "norm": optimizer.norms()["both"].parameter}
+
+
+def spread_twice(rows: int) -> list[Any]:
+    """Return two parameters with the same numbers, cut in the same way."""
+    torch.manual_seed(0)
+    start, mesh = torch.randn(rows, 3), DeviceMesh("cpu", [0, 1])
+    return [nn.Parameter(distribute_tensor(start, mesh, [Shard(0)], src_data_rank=None)) for _ in range(2)]
+
+
+def gradient_that_is_still_added() -> Any:
+    """The local tensor of a gradient is what a collective returns before it is done."""
+    params = spread_twice(4)
+    for p, is_late in zip(params, (False, True), strict=True):
+        p.grad = torch.ones_like(p)
+        if is_late:
+            own = torch.ones(2, 3) / 2
+            p.grad._local_tensor = torch.distributed._functional_collectives.all_reduce(own, "sum", p.device_mesh)
+        LARS([p], **engines.OPTIONS).step()
+    return torch.equal(params[0]._local_tensor, params[1]._local_tensor)
+
+
+def moved() -> Any:
+    """The memory of a piece is replaced between steps."""
+    params = spread_twice(5)
+    optimizers = [LARS([p], **engines.OPTIONS) for p in params]
+    for _ in range(4):
+        params[1]._local_tensor.data = params[1]._local_tensor.data.clone()
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    return torch.equal(params[0]._local_tensor, params[1]._local_tensor)
+
+
 def versions() -> Any:
     """Autograd must notice that a step has written to the tensor, and to the piece of it that is here."""
     model, optimizer = engines.spread()
@@ -241,6 +291,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "two optimizers": two_optimizers,
     "partial parameter": partial_parameter,
     "gradient cut in another way": other_placement_of_gradient,
+    "gradient on another mesh": gradient_on_another_mesh,
+    "outside of a mesh": outside_of_a_mesh,
+    "gradient that is still added": gradient_that_is_still_added,
+    "moved": moved,
     "versions": versions,
     "compiled": compiled,
 }
