@@ -342,6 +342,21 @@ class TensorState(ParamState):
             return list(map(torch.Tensor.data_ptr, arrays))  # faster
         return [0 if x is None else x.data_ptr() for x in arrays]
 
+    def remember_agreements(self, parts: Sequence[TensorState]) -> None:
+        """Take over from earlier parts which layers all processes have agreed on.
+
+        Others may have kept their parts: memory may have moved on this process only.
+        """
+
+        def key(shard: Any) -> tuple[Any, ...]:
+            return shard.all_reduce.group, *shard.layers
+
+        known = {key(shard): shard for part in parts for shard in part.shards}
+        for shard in self.shards:
+            same = known.get(key(shard))
+            if same is not None:
+                shard.processes, shard.are_copies_checked = same.processes, same.are_copies_checked
+
     def layer_names(self, rows: LayerRows) -> list[str | None]:
         """See `ParamState.layer_names`: slices have the numbers that they have in the whole parameter."""
         return [name for i in range(len(self.owners)) for name in self._layers_of(i, self.params[i].shape)]

@@ -455,7 +455,8 @@ class LARS(Optimizer):
         self.synchronize()  # counts that are known on a device only would be lost
         known = {p for part in self._parts for p in part.unmoved()}
         members = self._named_params()
-        groups = [self._process_groups("shard_group")[member.group] for member in members]
+        of_groups = self._process_groups("shard_group")
+        groups = [of_groups[member.group] for member in members]
         self._has_shards = is_spread = self._is_spread(params)
         check_engines(members, groups, self._params)
         on: dict[torch.device, dict[int, NamedParam]] = {}
@@ -474,7 +475,10 @@ class LARS(Optimizer):
                 raise ValueError(f"parameters that are spread over processes must lie on one device; got {list(on)}")
             norm_group = next((x for x in self._process_groups("norm_group") if x is not None), None)
             spread = spread_of(params, groups, norm_group)
+        before = self._parts
         self._parts = [TensorState(device, own, *shared, spread) for device, own in on.items()]
+        for part in self._parts:
+            part.remember_agreements(before)
         self._params = params
         self._without = [i for i in range(len(params)) if not any(i in own for own in on.values())]
         self._lists = [list(group["params"]) for group in self.param_groups]

@@ -101,6 +101,10 @@ def test_pieces_may_move_between_steps(found: Answers) -> None:
     assert all(found["moved"])
 
 
+def test_a_rank_that_begins_anew_does_not_ask_the_others(found: Answers) -> None:
+    assert found["one rank begins anew"] == [{"seen": "stepped", "next": "stepped"}] * 2
+
+
 def test_autograd_notices_writes_to_the_tensor_and_to_its_piece(found: Answers) -> None:
     assert found["versions"] == [[True, True]] * 2
 

@@ -238,6 +238,16 @@ def moved() -> Any:
     return torch.equal(params[0]._local_tensor, params[1]._local_tensor)
 
 
+def one_rank_begins_anew() -> Any:
+    """A rank that has to look at its tensors again, here because its list is another, asks no other rank."""
+    params, optimizer = pieces()
+    optimizer.step()
+    if is_odd():
+        optimizer.param_groups[0]["params"] = list(params)
+        optimizer._lists = []
+    return {"seen": tried(optimizer.step), "next": tried(optimizer.step)}
+
+
 def versions() -> Any:
     """Autograd must notice that a step has written to the tensor, and to the piece of it that is here."""
     model, optimizer = engines.spread()
@@ -295,6 +305,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "outside of a mesh": outside_of_a_mesh,
     "gradient that is still added": gradient_that_is_still_added,
     "moved": moved,
+    "one rank begins anew": one_rank_begins_anew,
     "versions": versions,
     "compiled": compiled,
 }
