@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from assertions import fingerprint
-from pieces import CUTS, SECOND, SHAPES, Pieces, assert_models_close, groups_of, model, trained_whole
+from pieces import CUTS, OPTIONS, SECOND, SHAPES, Pieces, assert_models_close, groups_of, model, trained_whole
+from processes import Ranks
 
 from lars_array import LARS, NonFiniteError
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
@@ -164,3 +165,49 @@ def test_a_process_may_lack_all_gradients(kernel: str) -> None:
 
     assert pieces.outcomes(spoil, model(4)) == [None] * 3
     assert [(x.steps, x.skipped_steps) for x in pieces.optimizers] == [(3, 1)] * 3
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_process_without_rows_of_a_rule_adds_as_many_sums(kernel: str) -> None:
+    """A rule has a third sum, of clipped gradients, and one of the processes has no layer of its group."""
+    ranks, shared = Ranks(2), OPTIONS | {"max_grad_norm": 0.5, "kernel": kernel}
+
+    def groups(rank: int | None) -> Any:
+        sizes = {"optax": 3 if rank in (None, 0) else 0, "flash": 4 if rank in (None, 1) else 0}
+        return [{"params": {rule: np.ones(size)}, "rule": rule} for rule, size in sizes.items()]
+
+    def train(rank: int | None, **more: Any) -> Any:
+        own = groups(rank)
+        optimizer = LARS(own, **shared, **more)
+        params = {name: p for group in own for name, p in group["params"].items()}
+        for _ in range(3):
+            optimizer.step({name: np.full_like(p, 2.0) if p.size else None for name, p in params.items()})
+        return params
+
+    found, whole = ranks.run(lambda rank: train(rank, all_reduce=ranks.all_reduce(rank))), train(None)
+    for rank, name in enumerate(whole):
+        np.testing.assert_allclose(found[rank][name], whole[name], rtol=1e-12)
+    assert ranks.calls == 1 + 2 * 3
+
+
+def test_a_nan_that_clipping_spreads_is_named_or_known_everywhere() -> None:
+    """One process has a layer with a nan, one has layers that it is spread to, and one has neither."""
+    ranks, held = Ranks(3), {0: "nan", 1: "strict", 2: "free"}
+    policies = {"nan": "propagate", "strict": "raise", "free": "propagate"}
+    params = [{name: np.ones(2 if held[rank] == name else 0) for name in policies} for rank in range(3)]
+
+    def work(rank: int) -> None:
+        groups = [{"params": {name: p}, "nonfinite": policies[name]} for name, p in params[rank].items()]
+        optimizer = LARS(groups, **OPTIONS, max_grad_norm=1.0, all_reduce=ranks.all_reduce(rank))
+        grads = {name: np.full_like(p, np.nan if name == "nan" else 1.0) for name, p in params[rank].items()}
+        optimizer.step({name: g if g.size else None for name, g in grads.items()})
+
+    before = fingerprint(params)
+    outcomes = ranks.outcomes(work)
+    message = "the norm of all gradients is not finite on another process; nothing was changed (step 0)"
+    assert [(type(x), str(x)) for x in outcomes] == [(NonFiniteError, message)] * 3
+    assert fingerprint(params) == before
+    policies["nan"] = "raise"
+    outcomes = ranks.outcomes(work)
+    assert str(outcomes[0]) == "the gradient of 'nan' has 2 non-finite entries of 2; nothing was changed (step 0)"
+    assert {str(x) for x in outcomes[1:]} == {"'nan' is not finite on another process; nothing was changed (step 0)"}

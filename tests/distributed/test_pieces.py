@@ -193,3 +193,27 @@ def test_stages_with_layers_of_their_own_do_not_meet() -> None:
         ours = {name: np.concatenate([found[2 * stage + k][name] for k in (0, 1)]) for name in names}
         assert_models_close(ours, theirs, 1e-12)
         assert ranks.sum_over((2 * stage, 2 * stage + 1)).shapes == [(3, 3), *(3 + stage) * [(len(names) + 3, 3)]]
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_coefficients_of_many_layers_have_the_same_bits_on_all_threads(
+    limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a rule that reads the last learning rate, which is another for every third layer."""
+    count, rng = 10_000, np.random.default_rng(0)
+    start, grads = rng.standard_normal((2, count, 3))
+    results = []
+    for threads, more in (
+        ("1", {}),
+        ("1", {"all_reduce": lambda table: None}),
+        ("3", {"all_reduce": lambda table: None}),
+    ):
+        monkeypatch.setenv("LARS_ARRAY_THREADS", threads)
+        params = list(start.copy())
+        options = OPTIONS | {"rule": "nvidia", "lr": lambda step: 0.1 / (1 + step), "max_grad_norm": limit}
+        optimizer = LARS(params, **options, kernel="compiled", **more)
+        for absent in (3, 1, 1):
+            optimizer.step([None if i % absent else g for i, g in enumerate(grads)])
+        results.append(np.stack(params).tobytes())
+    assert results[1] == results[2], "with several threads"
+    assert limit is not None or results[0] == results[1], "with a sum over one process"

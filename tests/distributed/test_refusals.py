@@ -154,13 +154,14 @@ def test_a_gradient_that_one_process_lacks_is_missed_by_all(kernel: str) -> None
     assert_goes_on(pieces)
 
 
-def test_hyper_parameters_that_differ_are_refused() -> None:
+@pytest.mark.parametrize("kind", [float, np.array, np.float32])
+def test_hyper_parameters_that_differ_are_refused(kind: Any) -> None:
     pieces = ready()
     before = watched(pieces)
     message = "hyper-parameters must be the same on all processes, such as a learning rate that follows a loss; "
 
     def work(r: int, optimizer: LARS, grads: Any) -> None:
-        (with_option(lr=0.3) if r == 2 else with_option())(optimizer, {}, grads)
+        with_option(lr=kind(0.3 if r == 2 else 0.2))(optimizer, {}, grads)
 
     outcomes = pieces.outcomes(work, model(2, "f2"))
     assert [(type(x), str(x)) for x in outcomes] == 3 * [(ValueError, message + "nothing was changed")]
