@@ -524,7 +524,7 @@ class StepProgram:
         if offenders and of_rows[offenders[0]] == "raise":
             lists = offenders, self._row_names, self._trained(), grads.arrays
             if exchange is not None:
-                refuse_entries(*lists, S, xp=self.xp)
+                refuse_entries(*lists, S=S, xp=self.xp)
                 exchange.check_finite()
             refuse_nonfinite(*lists, xp=self.xp)
         return bool(offenders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,12 @@ from lars_array._arrays import (
 from lars_array._messages import located, shown
 from lars_array.core import step as core_step
 from lars_array.hyperparams import at_step, inputs_of, needs_buffer
-from lars_array.layers import LayerRows, labels_of
-from lars_array.nonfinite import finite_layers, max_finite, refuse_nonfinite
+from lars_array.layers import LayerOf, LayerRows, labels_of
+from lars_array.nonfinite import finite_layers, max_finite, refuse_entries, refuse_nonfinite
+from lars_array.state.exchange import Exchange, SkippedError
 from lars_array.state.inputs import Layout, gradient_order, match_gradients, read_parameters
+from lars_array.state.shards import AllReduce, checked_all_reduce
+from lars_array.state.sharing import SharedUpdate, sharing
 
 __all__ = ["State", "init", "lars_step", "update"]
 
@@ -141,13 +145,15 @@ class State(NamedTuple):
     previous_lr: Any
 
 
-def init(params: Any) -> State:
+def init(params: Any, *, all_reduce: AllReduce | None = None) -> State:
     """Return the state before the first step.
 
     Parameters
     ----------
     params : iterable of arrays, mapping of name to array, iterable of (name, array), or iterable of groups
         As for `LARS`; not modified.
+    all_reduce : callable, optional
+        As for `update`, to which the same is given. The state is that of the pieces which are here: nothing is added.
 
     Returns
     -------
@@ -159,6 +165,7 @@ def init(params: Any) -> State:
     ValueError, TypeError
         If `params` has none of these forms.
     """
+    checked_all_reduce(all_reduce)
     names, arrays = _flat(read_parameters(params))
     xp, like = array_namespace(*arrays), arrays[0]
     return State(
@@ -172,7 +179,15 @@ def init(params: Any) -> State:
 
 
 def update(
-    params: Any, grads: Any, state: State, *, nonfinite: str | None = None, layer_of: Any = None, **hyper: Any
+    params: Any,
+    grads: Any,
+    state: State,
+    *,
+    nonfinite: str | None = None,
+    layer_of: LayerOf = None,
+    all_reduce: AllReduce | None = None,
+    layers: Sequence[str] | None = None,
+    **hyper: Any,
 ) -> tuple[Any, State]:
     """Return the parameters and the state after a step, as new arrays.
 
@@ -188,6 +203,11 @@ def update(
         As for `LARS`. The default is "raise", or "propagate" if values are traced and no error can be raised.
     layer_of : mapping or callable, optional
         As for `LARS`.
+    all_reduce, layers : callable and sequence of str, optional
+        As for `LARS`: the parameters are pieces of layers that are spread over processes. It adds tables on the device
+        of the parameters, NumPy arrays if these are JAX arrays, and the host waits for the sums. Give the same function
+        in each update, since its processes compare their layers when it is new. Updates that are traced can't call it:
+        use `lars_jax.lars`.
     **hyper
         The arguments of `LARS`, including `lr`; numbers may be arrays of shape (), including traced ones, or
         functions of the step. `master_weights` raises an error for half-precision parameters: keep these in float32.
@@ -201,6 +221,8 @@ def update(
     ------
     ValueError, TypeError
         As `LARS` and `LARS.step` do.
+    RefusedElsewhereError
+        With `all_reduce`, if another process has refused the update.
 
     Examples
     --------
@@ -212,25 +234,48 @@ def update(
     >>> params["w"].round(4)
     array([2.9832, 3.9776])
     """
-    if isinstance(params, State) or isinstance(grads, State):
-        raise TypeError("update takes params, grads and state in this order; got the state before")
-    layout = read_parameters(params)
-    if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
-        raise TypeError("update needs lr")
+    with sharing(all_reduce) as shared:
+        if isinstance(params, State) or isinstance(grads, State):
+            raise TypeError("update takes params, grads and state in this order; got the state before")
+        layout = read_parameters(params)
+        shared.read(layout, hyper, layer_of, layers)
+        if "lr" not in hyper and not all("lr" in group.overrides for group in layout.groups):
+            raise TypeError("update needs lr")
+        given = hyper | {"nonfinite": "raise" if nonfinite is None else nonfinite}
+        try:
+            updated, new_state = _update(layout, grads, state, given, layer_of, shared, explicit=nonfinite is not None)
+        except SkippedError:
+            return params, state
+        return params if updated is None else updated, new_state
+
+
+def _update(
+    layout: Layout,
+    grads: Any,
+    state: State,
+    given: dict[str, Any],
+    layer_of: LayerOf,
+    shared: SharedUpdate,
+    *,
+    explicit: bool,
+) -> tuple[Any, State]:
+    """Return the results of `update`, None for parameters that stay the same."""
     names, arrays = _flat(layout)
     gradients = match_gradients(grads, names, gradient_order(names))
     index = [i for i, g in enumerate(gradients) if g is not None]
     for i in index:
         check_gradient(names[i], gradients[i], arrays[i])
     _check_state(state, names, arrays)
-    given = hyper | {"nonfinite": "raise" if nonfinite is None else nonfinite}
+    shared.refuse_traced(*arrays, *(gradients[i] for i in index), state.step, *given.values())
     groups = []
     for number, group in enumerate(layout.groups):
         with located(f"parameter group {number}" if len(layout.groups) > 1 else ""):
-            groups.append(at_step(given | group.overrides, state.step))
+            own_options = {key: x for key, x in group.overrides.items() if key != "all_reduce"}
+            groups.append(at_step(given | own_options, state.step))
     _refuse_masters(layout, groups)
     if not index:
-        return params, state._replace(step=state.step + 1)
+        is_skipped = shared.is_skipped_without_rows(groups)
+        return None, state if is_skipped else state._replace(step=state.step + 1)
 
     xp, like = array_namespace(*arrays), arrays[0]
     group_of_all = [k for k, group in enumerate(layout.groups) for _ in group.names]
@@ -248,13 +293,19 @@ def update(
         first, previous_lr = xp.take(state.first, of_rows), xp.take(state.previous_lr, of_rows)
         limit = max_finite(rows.spread(ps), like=like, xp=xp)
         inputs = inputs_of(groups, rows.spread(group_of), first, previous_lr, limit, like=like, xp=xp)
-        new_ps, new_vs, outputs = core_step(ps, gs, vs, inputs, rows, xp=xp)
+        exchange = shared.exchange(index, rows.joined, groups)
+        new_ps, new_vs, outputs = core_step(ps, gs, vs, inputs, rows, xp=xp, exchange=exchange)
+        if exchange is not None:
+            exchange.complete()
 
     policies = [groups[k]["nonfinite"] for k in rows.spread(group_of)]
     ok = finite_layers(outputs.S, outputs.C, rows.spread(ps), rows.spread([g.dtype for g in gs]), xp=xp)
     ok = ok | asarray([policy == "propagate" for policy in policies], like=like, xp=xp)
     if "raise" in policies:
-        _refuse(ok, policies, *map(rows.spread, (own, ps, gs)), explicit=nonfinite is not None, xp=xp)
+        own_rows = [rows.spread(x) for x in (own, ps, gs)]
+        _refuse(ok, policies, own_rows, outputs.S, exchange, explicit=explicit, xp=xp)
+    if exchange is not None and exchange.check_finite():
+        return None, state
     taken = xp.all(ok) if "skip" in policies else None
 
     def chosen(new: Any, old: Any) -> Any:
@@ -281,9 +332,16 @@ def update(
 
 
 def _refuse(
-    ok: Any, policies: list[str], names: list[str], params: list[Any], grads: list[Any], *, explicit: bool, xp: Any
+    ok: Any,
+    policies: list[str],
+    rows: list[list[Any]],
+    S: Any,
+    exchange: Exchange | None,
+    *,
+    explicit: bool,
+    xp: Any,
 ) -> None:
-    """Raise if a layer that is not ok has the policy "raise", if values can be read."""
+    """Raise if a layer that is not ok has the policy "raise", if values can be read; names, p and g are in `rows`."""
     raises = asarray([policy != "raise" for policy in policies], like=ok, xp=xp)
     try:
         if bool(xp.all(ok | raises)):
@@ -294,7 +352,10 @@ def _refuse(
         return
     bad = [i for i in range(len(policies)) if not bool(ok[i])]
     bad.sort(key=lambda i: policies[i] != "raise")
-    refuse_nonfinite(bad, names, params, grads, xp=xp)
+    if exchange is not None:
+        refuse_entries(bad, *rows, S=S, xp=xp)
+        exchange.check_finite()
+    refuse_nonfinite(bad, *rows, xp=xp)
 
 
 def _refuse_masters(layout: Layout, groups: list[dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "NUMBERS",
     "Hyperparams",
     "at_step",
+    "can_be_read",
     "check",
     "check_layer_axes",
     "complete",
@@ -309,12 +310,13 @@ def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Return `at_step`, with arrays of shape () replaced by numbers where they can be read without waiting."""
     group = complete(scheduled(options, step))
-    group = {key: x.item() if _can_be_read(x) else x for key, x in group.items()}
+    group = {key: x.item() if can_be_read(x) else x for key, x in group.items()}
     check(group)
     return group
 
 
-def _can_be_read(x: Any) -> bool:
+def can_be_read(x: Any) -> bool:
+    """Return whether `x` is an array of shape () that is read without waiting."""
     return getattr(x, "shape", None) == () and not (is_array(x) and is_on_accelerator(x))
 
 

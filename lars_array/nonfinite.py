@@ -110,7 +110,7 @@ def quick_finite(S: Any, C: Any, limit: float, *, xp: Any) -> bool:
 
 
 def refuse_entries(
-    rows: Sequence[int], names: Sequence[str], params: Sequence[Any], grads: Sequence[Any], S: Any = None, *, xp: Any
+    rows: Sequence[int], names: Sequence[str], params: Sequence[Any], grads: Sequence[Any], *, S: Any = None, xp: Any
 ) -> None:
     """Raise NonFiniteError for the first of `rows` that holds a NaN or an infinity, here or elsewhere.
 

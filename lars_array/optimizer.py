@@ -26,7 +26,7 @@ from lars_array.hyperparams import (
 from lars_array.layers import LayerOf
 from lars_array.state.checkpoint import StatefulOptimizer
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
-from lars_array.state.shards import AllReduce, names_of_layers, refusals_are_told
+from lars_array.state.shards import AllReduce, checked_all_reduce, names_of_layers, refusals_are_told
 from lars_array.state.store import ParamState
 
 __all__ = ["LARS"]
@@ -188,7 +188,7 @@ class LARS(StatefulOptimizer):
         readable(self.defaults | ({"lr": 0.0} if lr is required else {}), 0)
         super().__init__(Stepper(kernel))
         self._order: list[int] | None = None  # of the gradients in an iterable
-        self._all_reduce = _callable_or_none(all_reduce)
+        self._all_reduce = checked_all_reduce(all_reduce)
         self._state = ParamState(layer_of)
         self._state.layers = names_of_layers(layers)
         self._add(params)
@@ -343,7 +343,7 @@ class LARS(StatefulOptimizer):
         number = len(self.param_groups)
         layout = read_parameters(params, start=len(self._state.names))
         groups: list[dict[str, Any]] = []
-        functions = [_callable_or_none(group.overrides.pop("all_reduce", self._all_reduce)) for group in layout.groups]
+        functions = [checked_all_reduce(group.overrides.pop("all_reduce", self._all_reduce)) for group in layout.groups]
         for group in layout.groups:
             place = f"parameter group {number + len(groups)}"
             with located(place if number or len(layout.groups) > 1 else ""):
@@ -373,12 +373,6 @@ class LARS(StatefulOptimizer):
             f"the parameters of a group can't be replaced, and {shown(state.names[i])} in parameter group "
             f"{state.group_of[i]} was; write into its array, p[...] = new, or make another optimizer"
         )
-
-
-def _callable_or_none(all_reduce: Any) -> Any:
-    if not (all_reduce is None or callable(all_reduce)):
-        raise TypeError(f"all_reduce must be a function that adds an array over processes; got {shown(all_reduce)}")
-    return all_reduce
 
 
 def _copied(array: Any) -> Any:

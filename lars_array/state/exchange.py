@@ -21,7 +21,7 @@ from array_api_compat import array_namespace
 from lars_array._arrays import asarray, to_floats
 from lars_array._messages import shown
 from lars_array.core import resolve, sum_over_parts
-from lars_array.hyperparams import row_values
+from lars_array.hyperparams import can_be_read, row_values
 from lars_array.nonfinite import NonFiniteError
 from lars_array.state.shards import BITS, RefusedElsewhereError, Shards, digest
 from lars_array.state.table_layout import TableLayout
@@ -209,7 +209,7 @@ def _digest_of(groups: Sequence[Mapping[str, Any]]) -> int:
     """Return a number of 40 bits for hyper-parameters; those on a device, which the host can't read, are not in it."""
     known: list[Any] = []
     for group in groups:
-        known.append([float(x) if isinstance(x, Real) or type(x) is np.ndarray else None for x in row_values(group)])
+        known.append([float(x) if isinstance(x, Real) or can_be_read(x) else None for x in row_values(group)])
         rule = resolve(group["rule"])
         known.append([group["nonfinite"], rule.norm_of, getattr(rule.function, "__qualname__", "")])
     first, second, _ = digest(known)

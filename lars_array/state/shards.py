@@ -20,6 +20,7 @@ __all__ = [
     "AllReduce",
     "RefusedElsewhereError",
     "Shards",
+    "checked_all_reduce",
     "digest",
     "names_of_layers",
     "refusals_are_told",
@@ -202,6 +203,13 @@ def shards_of(
         nowhere = np.full(len(keys), -1)
         shared.append(Shards(norm_reduce, [], nowhere, *of_each, like, xp, of_norms=True))
     return shared
+
+
+def checked_all_reduce(all_reduce: Any) -> Any:
+    """Return the `all_reduce` of a call; raise TypeError unless it is a function or None."""
+    if not (all_reduce is None or callable(all_reduce)):
+        raise TypeError(f"all_reduce must be a function that adds an array over processes; got {shown(all_reduce)}")
+    return all_reduce
 
 
 def names_of_layers(layers: Any) -> tuple[str, ...] | None:

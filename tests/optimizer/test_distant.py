@@ -1,6 +1,6 @@
 """Steps on a device: the host never waits, and the device decides whether a step is taken.
 
-There is no such device here: array_api_strict has one in name only, and torch reports every value that is read.
+There is no such device here: see `pretended_devices`.
 """
 
 from __future__ import annotations
@@ -8,72 +8,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import array_api_strict
-import cuda_on_cpu
 import numpy as np
 import pytest
-import torch
 from assertions import assert_close, assert_same, fingerprint, to_numpy
-from torch.utils._python_dispatch import TorchDispatchMode
+from pretended_devices import DEVICES, Device, pretended
 
-from lars_array import LARS, RULES, NonFiniteError, _stepper, hyperparams, kernels
-from lars_array._arrays import is_on_accelerator
+from lars_array import LARS, RULES, NonFiniteError, hyperparams, kernels
 from lars_array.core import Hyper
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.state import device as device_state
-from lars_array.state import device_exchange, memory
 from lars_array.state.device import DeviceState, PinnedCounts, StepCounts
 
-WAITS = {"_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero"}
 SHAPES = {"w": (4, 3), "b": (3,), "last": (5,)}
 HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
 
 
-class Device(NamedTuple):
-    """How to copy an array to a device, and a context in which to read from there is an error."""
-
-    put: Callable[[Any], Any]
-    unread: Callable[[], Any]
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses what would have to wait for a device, or to send something there."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        assert function.overloadpacket.__name__ not in WAITS, f"{function} reads a value"
-        return function(*arguments, **(options or {}))
-
-
-@contextlib.contextmanager
-def nothing_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def refuse(self: Any, *_: Any, **__: Any) -> Any:
-        raise AssertionError("a value was read")
-
-    with monkeypatch.context() as patch:
-        for name in ("__bool__", "__float__", "__int__", "__index__", "__complex__"):
-            patch.setattr(array_api_strict._array_object.Array, name, refuse)
-        yield
-
-
-@pytest.fixture(params=["strict", "torch", "cuda"])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Bring arrays where the portable kernel takes them, or the CUDA kernel, which is run on the CPU."""
-    if request.param == "cuda":
-        if reason := cuda_on_cpu.missing():
-            pytest.skip(reason)
-        with cuda_on_cpu.pretended():
-            yield Device(cuda_on_cpu.far, cuda_on_cpu.nothing_read)
-        return
-    if request.param == "strict":
-        place = array_api_strict.Device("device1")
-        yield Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
-        return
-    for module in (memory, hyperparams, device_exchange, _stepper):
-        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
-    yield Device(lambda x: torch.tensor(x), NoWaiting)
+    yield from pretended(request.param, monkeypatch)
 
 
 def numbers(seed: int, scale: float = 1.0) -> dict[str, Any]:

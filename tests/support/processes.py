@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 from assertions import to_numpy
 
 SECONDS = 20.0
@@ -143,4 +144,4 @@ class Ranks:
 
 def _like(table: Any, total: Any) -> Any:
     """Return NumPy's array as one of the library and on the device of `table`."""
-    return table.__array_namespace__().asarray(total, device=table.device)
+    return array_namespace(table).asarray(total, device=table.device)
