@@ -82,7 +82,7 @@ def assert_conforms(
     ...     return p - lr * v, v
     >>> assert_conforms(layer_step(raw_gradient_first), "barlow", eps=0.0)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    AssertionError: step does not conform to rule 'barlow': wrong momentum buffer: it starts as the raw gradient, ...
+    AssertionError: step does not conform to rule 'barlow'; wrong momentum buffer: it starts as the raw gradient, ...
     """
     given = [x for x in (options_of(rule) if options is None else options) if x not in fixed]
     if unknown := set(given) - {*OPTIONS}:
@@ -98,21 +98,23 @@ def assert_conforms(
     difference = first_difference(model, runs, bound)
     if difference is None:
         return
-    name = shown(rule) if isinstance(rule, str) else "given"
+    name = f"rule {shown(rule)}" if isinstance(rule, str) else "the rule given"
     found = _reasons(model, difference, runs, bound, dtype)
-    raise AssertionError(
-        f"step does not conform to rule {name}: " + "\n".join([*found, f"first difference: {difference}"])
-    )
+    lines = [f"step does not conform to {name}; {found[0]}", *found[1:], f"first difference: {difference}"]
+    raise AssertionError("\n".join(lines))
 
 
 def _reasons(model: Model, difference: Difference, runs: list[Run], bound: Bound, dtype: str) -> list[str]:
-    """Return the lines of the message before the last."""
-    if dtype == "float64" and first_difference(model, runs, Bound.of(TOLERANCES["float32"], "float32")) is None:
-        return ["it computes in less than float64; compare it with dtype='float32'"]
-    found = reasons(model, difference, runs, bound)
+    """Return the parts of the message before the first difference."""
+    coarse = Bound.of(TOLERANCES["float32"], "float32")
+    hint = "it computes in less than float64; compare it with dtype='float32'"
+    if dtype == "float64" and first_difference(model, runs, coarse) is None:
+        return [hint]
+    hints = [hint] if any(str(p.dtype) != dtype for run in runs for p in run.params[0].values()) else []
+    found = reasons(model, difference, runs, coarse if hints else bound)
     if not found:
-        return ["none of the known mistakes, nor another rule, gives its numbers"]
-    return [*found, f"this explains all {len(runs)} cases"]
+        return ["none of the known mistakes, nor another rule, gives its numbers", *hints]
+    return [*found, f"this explains all {len(runs)} cases", *hints]
 
 
 def _results(step: Step, case: Case, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -122,7 +124,7 @@ def _results(step: Step, case: Case, fixed: Mapping[str, Any]) -> list[dict[str,
     for t, (lr, grads) in enumerate(zip(case.rates, case.grads, strict=True)):
         result = step(_copies(params), _copies(grads), state, lr=lr, **hyper)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
-            raise TypeError(f"step must return a pair of a dict of parameters and a state; got {shown(result)}")
+            raise TypeError(f"step must return a pair of a dict of parameters and a state; got {type(result).__name__}")
         new, state = result
         if new.keys() != params.keys():
             raise ValueError(f"step must return parameters named {listed(params)}; got {listed(new)}")

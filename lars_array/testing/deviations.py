@@ -27,6 +27,12 @@ def _raw_copy(C: Coefficients, norms: LayerNorms, hyper: Hyper, form: Form) -> C
     )
 
 
+def _raw_copy_always(C: Coefficients, norms: LayerNorms, hyper: Hyper, form: Form) -> Coefficients:
+    first = hyper.first & (hyper.momentum == 0)
+    lam = C.lam if form.scales_buffer else hyper.lr
+    return _raw_copy(C, norms, hyper, form)._replace(lam=np.where(first, lam, C.lam), mu=np.where(first, 0.0, C.mu))
+
+
 def _raw_start(C: Coefficients, norms: LayerNorms, hyper: Hyper, form: Form) -> Coefficients:
     return C._replace(alpha=C.alpha + np.where(_at_first(norms, hyper), C.m, 0.0))
 
@@ -125,6 +131,7 @@ BUFFER, DECAY, RATIO, VECTORS = "momentum buffer", "weight decay", "trust ratio"
 
 DEVIATIONS = (
     Deviation(BUFFER, "it starts as the raw gradient, not as the scaled one", after=_raw_copy),
+    Deviation(BUFFER, "it starts as the raw gradient, even where momentum is 0", after=_raw_copy_always),
     Deviation(BUFFER, "it starts as the raw gradient, to which the first step adds the scaled one", after=_raw_start),
     Deviation(BUFFER, "it starts as the scaled gradient, which the first step adds once more", after=_doubled),
     Deviation("momentum", "it is ignored", options={"momentum": 0.0, "nesterov": False}),
