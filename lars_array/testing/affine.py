@@ -31,7 +31,8 @@ def compared(found: Any, expected: Any, arrays: dict[str, Any], bound: float) ->
         {name: c for name, c in factors.items() if abs(c) * scales[name] > bound * length} for factors in (ours, theirs)
     )
     terms = f"; wrong: {', '.join(_TERMS[name] for name in wrong)}" if wrong else ""
-    return f"p - p' = {_sum(ours)}, expected {_sum(theirs)}{terms}"
+    digits = 6 if _sum(ours, 6) != _sum(theirs, 6) else 12
+    return f"p - p' = {_sum(ours, digits)}, expected {_sum(theirs, digits)}{terms}"
 
 
 def _independent(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -55,5 +56,5 @@ def _factors(step: Any, basis: dict[str, Any]) -> tuple[dict[str, float], float]
     return {name: float(c / length) for name, c, length in zip(basis, solution, lengths, strict=True)}, rest
 
 
-def _sum(factors: dict[str, float]) -> str:
-    return " + ".join(f"{factor:.6g} {name}" for name, factor in factors.items()).replace("+ -", "- ") or "0"
+def _sum(factors: dict[str, float], digits: int) -> str:
+    return " + ".join(f"{factor:.{digits}g} {name}" for name, factor in factors.items()).replace("+ -", "- ") or "0"

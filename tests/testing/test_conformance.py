@@ -254,6 +254,23 @@ def test_steps_that_are_not_finite_are_located() -> None:
             assert_conforms(layer_step(Unguarded()), tolerance=1e6)
 
 
+def test_nan_does_not_conform() -> None:
+    def step(p: Any, g: Any, v: Any, **hyper: Any) -> Any:
+        return np.full_like(p, np.nan), None
+
+    with pytest.raises(AssertionError, match=r"case 'no momentum', step 1 .*: p' is not finite$"):
+        assert_conforms(layer_step(step))
+
+
+def test_steps_that_differ_in_late_digits_are_shown_with_these() -> None:
+    def step(p: Any, g: Any, v: Any, *, lr: float, **hyper: Any) -> Any:
+        return lars_step(p, g, v, lr=lr * (1 + 1e-8), **hyper)
+
+    shown = r"p - p' = 0.01\d{9,} g \+ 0.00\d{9,} p, expected 0.01\d{9,} g \+ 0.00\d{9,} p; wrong: learning rate times"
+    with pytest.raises(AssertionError, match=shown):
+        assert_conforms(layer_step(step), options=["eps"])
+
+
 def test_a_step_in_float32_is_told_apart_from_a_wrong_one() -> None:
     def narrow(p: Any, g: Any, v: Any, **hyper: Any) -> Any:
         return Flash()(p.astype("float32"), g.astype("float32"), v, **hyper)
