@@ -27,6 +27,14 @@ def test_import_brings_no_other_library():
     assert [name for name in OPTIONAL if name in loaded] == []
 
 
+def test_the_conformance_kit_is_imported_by_nobody_and_needs_numpy_only():
+    loaded = python("import sys, lars_array, lars_array.optimizer; print(*sys.modules)").split()
+    assert [name for name in loaded if name.startswith("lars_array.testing")] == []
+    loaded = python("import sys, lars_array.testing; print(*sys.modules)").split()
+    assert "lars_array.testing.wrappers" in loaded
+    assert [name for name in [*OPTIONAL, "optax", "pytest"] if name in loaded] == []
+
+
 def test_torch_brings_nothing_of_several_processes():
     pytest.importorskip("torch")
     loaded = python("import sys, lars_torch; print(*sys.modules)").split()

@@ -18,9 +18,8 @@ FLOORS = {
     **dict.fromkeys(("rules", "hyperparams", "telemetry", "kernels"), 3),
     "state": 4,
     **dict.fromkeys(("_stepper", "functional", "param_groups"), 5),
-    "optimizer": 6,
+    **dict.fromkeys(("optimizer", "testing"), 6),
     **dict.fromkeys(("__init__", "info", "__main__"), 7),
-    "testing": 6,
     **dict.fromkeys(("lars_torch", "lars_jax"), 8),
 }
 
