@@ -32,7 +32,7 @@ def assert_conforms(
 ) -> None:
     """Raise an error that says which term is wrong, unless a LARS takes the steps of a rule.
 
-    The step is run on up to 14 small cases of five steps on a network of three layers: without and with momentum,
+    The step is run on up to 15 small cases of five steps on a network of three layers: without and with momentum,
     weight decay, eps, dampening and nesterov, with gradients and parameters of zeros, with tiny and with huge norms.
     The learning rate changes in all but one. The expected parameters are computed by `lars_array.update` in float64.
     A step that differs is compared with the rule with each of some 35 known mistakes, with the other rules, and with
