@@ -4,7 +4,7 @@ PYTHON ?= $(shell for candidate in python3.14 python3.13 python3.12 python3.11 p
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-newest lint types docs bench gpu mutation clients clean
+.PHONY: help demo test test-lowest test-newest lint types docs bench gpu mutation clients dist-check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -58,6 +58,21 @@ clients: ## Train with Lightning, transformers, flax and others, and write tests
 	@.venv-clients/bin/python -m pip install --disable-pip-version-check -qq -r tests/clients/requirements.txt --editable '.[fast,jax,torch]'
 	@.venv-clients/bin/python -m pip install --disable-pip-version-check -qq --no-deps lightly lightly-utils torchmetrics
 	.venv-clients/bin/python tests/clients/run.py $(ARGS)
+
+# pyroma without its question for an e-mail address of the authors, who give none.
+dist-check: ## Build the source distribution and the wheel into dist, check them, and install the wheel
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear .venv-dist
+	@.venv-dist/bin/python -m pip install --disable-pip-version-check -qq 'pip>=25.1'
+	@.venv-dist/bin/python -m pip install --disable-pip-version-check -qq --group dist
+	@rm -rf dist
+	@.venv-dist/bin/python -m build --outdir dist . > /dev/null
+	.venv-dist/bin/check-wheel-contents dist/*.whl
+	.venv-dist/bin/twine --no-color check --strict dist/*
+	.venv-dist/bin/pyroma --min 10 --skip-tests AuthorEmail dist/*.tar.gz
+	.venv-dist/bin/cffconvert --validate
+	@.venv-dist/bin/python -m pip install --disable-pip-version-check -qq dist/*.whl
+	cd dist && ../.venv-dist/bin/python -m lars_array --version
 
 clean: ## Remove everything that make makes
 	rm -rf .venv .venv-* .hypothesis .mypy_cache .pytest_cache .ruff_cache build demo-output dist docs/_build mutants

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from lars_array._version import __version__
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -20,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lars_array", description="LARS, layer-wise adaptive rate scaling, on Array API arrays."
     )
+    parser.add_argument("--version", action="version", version=f"lars-array {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     summary = "Train a small network with large batches, with LARS and without."

@@ -23,6 +23,11 @@ def test_help_names_the_commands():
     assert "info" in shown.stdout
 
 
+def test_the_version_is_shown():
+    shown = run("--version")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"lars-array {__version__}\n", "")
+
+
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("demo", "--seed", "x")], ids=" ".join)
 def test_a_wrong_call_shows_the_usage(arguments):
     shown = run(*arguments)

@@ -27,11 +27,53 @@ def test_import_brings_no_other_library():
     assert [name for name in OPTIONAL if name in loaded] == []
 
 
+def test_the_conformance_kit_is_imported_by_nobody_and_needs_numpy_only():
+    loaded = python("import sys, lars_array, lars_array.optimizer; print(*sys.modules)").split()
+    assert [name for name in loaded if name.startswith("lars_array.testing")] == []
+    loaded = python("import sys, lars_array.testing; print(*sys.modules)").split()
+    assert "lars_array.testing.wrappers" in loaded
+    assert [name for name in [*OPTIONAL, "optax", "pytest"] if name in loaded] == []
+
+
 def test_torch_brings_nothing_of_several_processes():
     pytest.importorskip("torch")
     loaded = python("import sys, lars_torch; print(*sys.modules)").split()
     several = ["cupy", "mpi4py", "torch.distributed.fsdp", "torch.distributed.tensor"]
     assert [name for name in several if name in loaded] == []
+
+
+@pytest.mark.parametrize(
+    ("package", "lacking", "extra"),
+    [("lars_torch", "torch", "torch"), ("lars_jax", "jax", "jax"), ("lars_jax", "optax", "jax")],
+)
+def test_an_adapter_without_its_library_says_what_to_install(package, lacking, extra):
+    if lacking == "optax":
+        pytest.importorskip("jax")
+    script = f"""
+import sys
+sys.modules[{lacking!r}] = None  # as if it were not installed
+try:
+    import {package}
+except ModuleNotFoundError as error:
+    print(error.name, error, sep=": ")
+"""
+    message = f"{lacking}: {package} needs {lacking}, which is not installed: pip install 'lars-array[{extra}]'\n"
+    assert python(script) == message
+
+
+@pytest.mark.parametrize(("package", "library"), [("lars_torch", "torch"), ("lars_jax", "jax")])
+def test_another_module_that_an_adapter_lacks_is_named_as_it_is(package, library):
+    pytest.importorskip(library)
+    script = f"""
+import sys
+sys.modules["lars_array.layers"] = None
+try:
+    import {package}
+except ModuleNotFoundError as error:
+    print(error.name, error, sep=": ")
+"""
+    name = "lars_array.layers"
+    assert python(script) == f"{name}: import of {name} halted; None in sys.modules\n"
 
 
 def test_version_is_the_installed_one():

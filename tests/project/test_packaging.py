@@ -3,10 +3,13 @@
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from lars_array import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,3 +60,18 @@ def test_sdist_can_be_tested(sdist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "tests/conftest.py"} <= names
     assert not [name for name in names if name.startswith((".venv", "demo-output", "docs/_build"))]
+    assert "CITATION.cff" in names
+
+
+def test_the_citation_is_of_this_version():
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {__version__}" in lines
+
+
+def test_groups_for_development_are_the_extras_that_make_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups, extras = project["dependency-groups"], project["project"]["optional-dependencies"]
+    names = groups.keys() - {"dev", "dist"}
+    assert names == {entry["include-group"] for entry in groups["dev"]}
+    assert {name: groups[name] for name in names} == {name: [f"lars-array[{name}]"] for name in names}
+    assert names <= extras.keys()

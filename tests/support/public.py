@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["MODULES", "SNAPSHOT", "differences", "public"]
 
-MODULES = ("lars_array", "lars_array.collectives", "lars_torch", "lars_jax")
+MODULES = ("lars_array", "lars_array.collectives", "lars_array.testing", "lars_torch", "lars_jax")
 SNAPSHOT = Path(__file__).resolve().parents[1] / "golden" / "public.json"
 
 
