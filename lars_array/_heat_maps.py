@@ -36,21 +36,21 @@ def figure_of(steps: Any, layers: Sequence[str], maps: Mapping[str, Any]) -> Fig
 def draw(axes: Any, steps: Any, layers: Sequence[str], values: Any) -> None:
     """Draw one heat map with its colour bar; layers from the top, and grey for numbers that are 0 or unknown."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values).T
     known = shown.compressed()
     low, high = (known.min(), known.max()) if known.size else (1.0, 1.0)
-    if low == high:  # a scale needs a length
-        low, high = low / 2, high * 2
     axes.set_facecolor("#cccccc")
     edges = np.arange(len(layers) + 1) - 0.5
     mesh = axes.pcolormesh(_edges(steps), edges, shown, norm=LogNorm(low, high), cmap="viridis", rasterized=True)
-    bar = axes.figure.colorbar(mesh, ax=axes, aspect=40, ticks=np.geomspace(low, high, 5), format="%.2g")
+    bar = axes.figure.colorbar(mesh, ax=axes, aspect=40, ticks=np.geomspace(low, high, 5), format="%.3g")
     bar.ax.minorticks_off()
     stride = -(-len(layers) // MOST_NAMES)
     names = [name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}" for name in layers]
     axes.set_yticks(range(0, len(layers), stride), names[::stride], fontsize=8)
     axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_xlabel("step")
 
 

@@ -48,7 +48,8 @@ class Recorder:
     Notes
     -----
     Reading `steps`, `layers` or the arrays waits for the device. Steps that it has skipped or rejected are left out
-    then. Copies and pickles hold what was recorded, and no optimizer: assign one to `optimizer` to go on.
+    then; until it has reported one, `every` counts it as taken. Copies and pickles hold what was recorded, and no
+    optimizer: assign one to `optimizer` to go on.
 
     Examples
     --------
@@ -86,12 +87,13 @@ class Recorder:
 
     @optimizer.setter
     def optimizer(self, optimizer: Any) -> None:
-        if not hasattr(optimizer, "_copied_results"):
+        if not hasattr(optimizer, "_copying"):
             raise TypeError(
                 f"optimizer must be a LARS of lars_array, lars_torch or lars_jax, not functions; got {shown(optimizer)}"
             )
         self._optimizer: ref[Any] | None = ref(optimizer)
-        self._last = _Position.of(optimizer)
+        with optimizer._copying():
+            self._last = _Position.of(optimizer)
 
     def record(self, step: int | None = None) -> None:
         """Record the step that the optimizer has just taken; call this after each of its steps.
@@ -112,12 +114,13 @@ class Recorder:
         optimizer = self.optimizer
         if optimizer is None:
             raise RuntimeError("record needs an optimizer, of which there is none any more; assign one to optimizer")
-        before, self._last = self._last, (now := _Position.of(optimizer))
-        if now.device is None and now.is_at(before):
-            return
-        if not now.results or (optimizer.steps - 1 if step is None else step) % self._every:
-            return
-        self._unread.append(_Unread(step, before, now, optimizer._copied_results()))
+        with optimizer._copying():
+            before, self._last = self._last, (now := _Position.of(optimizer))
+            if now.device is None and now.is_at(before):
+                return
+            if not now.results or (optimizer.steps - 1 if step is None else step) % self._every:
+                return
+            self._unread.append(_Unread(step, before, now, [result.copied() for result in optimizer._results]))
         if now.device is None and len(self._unread) >= MOST_UNREAD:
             self._read()
 

@@ -281,10 +281,6 @@ class LARS(StatefulOptimizer):
             leaves[i] = x
         self._tree = self._leaves.structure.unflatten(leaves)
 
-    def _copied_results(self) -> list[Any]:
-        with self._memory.context():
-            return super()._copied_results()
-
     def _options(self) -> list[dict[str, Any]]:
         """Return the hyper-parameters of the groups at this step."""
         options = [_with_values(options_of(group), self.steps) for group in self.param_groups]

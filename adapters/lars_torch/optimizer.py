@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from operator import is_
 from threading import RLock
 from typing import Any
@@ -328,14 +328,12 @@ class LARS(Optimizer):
     def _results(self) -> list[Any]:
         return [part.result for part in self._parts if part.result is not None]
 
-    def _copied_results(self) -> list[Any]:
-        """Return the results with copies of the arrays that the next step overwrites; does not wait for a device."""
-        copies = []
+    def _copying(self) -> AbstractContextManager[Any]:
+        """Return a context in which copies of results are queued behind the steps of all devices."""
+        stack = ExitStack()
         for part in self._parts:
-            if part.result is not None:
-                with part.context():
-                    copies.append(part.result.copied())
-        return copies
+            stack.enter_context(part.context())
+        return stack
 
     def synchronize(self) -> None:
         """Wait for all devices, and raise if one has rejected a step, see `lars_array.LARS.synchronize`."""

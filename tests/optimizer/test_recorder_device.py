@@ -103,6 +103,35 @@ def test_every_leaves_out_the_others(device: Device) -> None:
     np.testing.assert_allclose(recorder.gradient_norms[:, 0], [5, 5 / 3, 1], 1e-12)
 
 
+def test_a_step_is_recorded_once(device: Device) -> None:
+    optimizer = LARS({name: device.put(p) for name, p in model().items()}, **HYPER)
+    recorder = Recorder(optimizer)
+    optimizer.step({name: device.put(g) for name, g in gradients(0).items()})
+    recorder.record()
+    recorder.record()
+    assert recorder.steps.tolist() == [0]
+
+
+@pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
+def test_steps_that_a_graph_replays_are_recorded_though_the_host_does_not_count_them() -> None:
+    with cuda_on_cpu.pretended():
+        optimizer = LARS({name: cuda_on_cpu.far(p) for name, p in model().items()}, **HYPER)
+        recorder, numbered = Recorder(optimizer), Recorder(optimizer, every=2)
+        for step in range(5):
+            sent = {name: cuda_on_cpu.far(g) for name, g in gradients(step).items()}
+            if step == 0:
+                optimizer.step(sent)
+            else:  # as a replay: the same launches, by nobody who counts them
+                optimizer._stepper.step(optimizer._state, list(sent.values()), optimizer._read_groups())
+                optimizer._state.device._queued -= 1
+            recorder.record()
+            numbered.record(step)
+        assert optimizer.steps == 1
+        assert recorder.steps.tolist() == [0, 1, 2, 3, 4]
+        assert numbered.steps.tolist() == [0, 2, 4]
+        np.testing.assert_allclose(recorder.gradient_norms[:, 0], [5 / k for k in range(1, 6)], 1e-12)
+
+
 def test_a_recorder_made_after_skipped_steps_numbers_the_next_ones(device: Device) -> None:
     optimizer = LARS({name: device.put(p) for name, p in model().items()}, **HYPER, nonfinite="skip")
     for bad in (False, True, False, True):
@@ -113,6 +142,17 @@ def test_a_recorder_made_after_skipped_steps_numbers_the_next_ones(device: Devic
         optimizer.step({name: device.put(g) for name, g in gradients(0, bad=bad).items()})
         recorder.record()
     assert recorder.steps.tolist() == [2]
+
+
+def test_numbers_are_right_after_the_device_has_reported_skipped_steps(device: Device) -> None:
+    optimizer = LARS({name: device.put(p) for name, p in model().items()}, **HYPER, nonfinite="skip")
+    recorder = Recorder(optimizer)
+    for bad in (False, True, False, True, False):
+        optimizer.step({name: device.put(g) for name, g in gradients(0, bad=bad).items()})
+        recorder.record()
+        if bad:
+            optimizer.synchronize()
+    assert recorder.steps.tolist() == [0, 1, 2]
 
 
 def test_a_state_that_is_loaded_goes_on_with_its_number(device: Device) -> None:
