@@ -6,6 +6,7 @@ from lars_array.functional import State, init, lars_step, update
 from lars_array.nonfinite import NonFiniteError
 from lars_array.optimizer import LARS
 from lars_array.param_groups import is_bias_or_norm, param_groups
+from lars_array.recorder import Recorder
 from lars_array.rules import preset
 from lars_array.schedules import linear_scaled_lr, warmup_cosine, warmup_polynomial
 from lars_array.state.shards import RefusedElsewhereError
@@ -17,6 +18,7 @@ __all__ = [
     "Hyper",
     "NonFiniteError",
     "Norms",
+    "Recorder",
     "RefusedElsewhereError",
     "Rule",
     "State",

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_array_api_obj, is_cupy_array, is_jax_array
+from array_api_compat import array_namespace, device, is_array_api_obj, is_cupy_array, is_jax_array, is_torch_array
 
 from lars_array._messages import shown
 
@@ -36,6 +36,7 @@ __all__ = [
     "real_dtype",
     "real_parts",
     "span",
+    "synchronize",
     "to_floats",
 ]
 
@@ -126,6 +127,16 @@ def device_context(x: Any) -> AbstractContextManager[Any]:
     """Return a context in which CuPy allocates and launches on the device of `x`."""
     context: AbstractContextManager[Any] = x.device if is_cupy_array(x) else nullcontext()
     return context
+
+
+def synchronize(x: Any) -> None:
+    """Wait for all streams of the device of `x`."""
+    if is_cupy_array(x):
+        x.device.synchronize()
+    elif is_torch_array(x) and x.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(x.device)
 
 
 def asarray(values: Any, dtype: Any = None, *, like: Any, xp: Any) -> Any:

@@ -74,6 +74,8 @@ class TensorState(ParamState):
         The parameters as the optimizer has them; `params` holds the memory that a compiled graph has in their place.
     skipped : int
         How many steps were skipped.
+    corrections : int
+        What the device has reported since, to be added to the number of steps that were queued.
     result : StepResult or None
         Of the last step.
     """
@@ -93,7 +95,7 @@ class TensorState(ParamState):
         self._axes_of_groups = [group["layer_axes"] for group in groups]
         self.layer_axes = [self._axes_of_groups[k] for k in group_of]
         self.previous_lr = np.zeros(len(self.owners))
-        self.skipped = 0
+        self.skipped = self.corrections = 0
         self.result: Any = None
         self._device, self._library = device, library_of(device, self.owners)
         self._index = list(members)
@@ -252,14 +254,16 @@ class TensorState(ParamState):
         """Forget steps that were taken; return False if a new state must be made, such as on a device."""
         if self.device is not None or list(layer_axes) != self._axes_of_groups:
             return False
-        self.previous_lr, self.skipped, self.result = np.zeros(len(self.owners)), 0, None
+        self.previous_lr, self.result = np.zeros(len(self.owners)), None
+        self.skipped = self.corrections = 0
         self._known_versions = [(-1, 0)] * len(self.owners)
         return True
 
     def poll(self, *, wait: bool = False) -> None:
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
         with self.context():
-            _, skipped, error = self.poll_device(wait=wait)
+            steps, skipped, error = self.poll_device(wait=wait)
+        self.corrections += steps
         self.skipped += skipped
         if error is not None:
             raise error

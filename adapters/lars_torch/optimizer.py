@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from operator import is_
 from threading import RLock
 from typing import Any
@@ -287,9 +287,22 @@ class LARS(Optimizer):
         return super().__repr__() + note
 
     @property
+    def steps(self) -> int:
+        """How many steps were taken since the optimizer was made or has loaded a checkpoint, which holds no count.
+
+        On a GPU a step counts as taken until the device has reported otherwise.
+        """
+        return self._taken + sum(part.corrections for part in self._parts[:1])
+
+    @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because something was not finite."""
         return self._skipped + sum(part.skipped for part in self._parts)
+
+    @property
+    def last_lr(self) -> list[float]:
+        """The learning rate of each group, which schedulers change; waits for a device where it is a tensor there."""
+        return [float(group["lr"]) for group in self.param_groups]
 
     def norms(self) -> dict[str, Any]:
         """Return the norms that the last step was taken with, see `lars_array.LARS.norms`.
@@ -315,6 +328,13 @@ class LARS(Optimizer):
     def _results(self) -> list[Any]:
         return [part.result for part in self._parts if part.result is not None]
 
+    def _copying(self) -> AbstractContextManager[Any]:
+        """Return a context in which copies of results are queued behind the steps of all devices."""
+        stack = ExitStack()
+        for part in self._parts:
+            stack.enter_context(part.context())
+        return stack
+
     def synchronize(self) -> None:
         """Wait for all devices, and raise if one has rejected a step, see `lars_array.LARS.synchronize`."""
         for part in self._parts:
@@ -338,7 +358,7 @@ class LARS(Optimizer):
         axes = [group["layer_axes"] for group in self.param_groups]
         # What is known of parameters stays if only numbers and buffers are others.
         if self._parts and _are_same(lists, self._lists) and all(part.restart(axes) for part in self._parts):
-            self._skipped = 0
+            self._taken, self._skipped = 0, 0
         else:
             self._reset()
 
@@ -370,7 +390,7 @@ class LARS(Optimizer):
         self._without: list[int] = []  # parameters that have not had a gradient yet
         self._lists: list[list[torch.Tensor]] = []  # of the groups when the parts were made
         self._known_keys: list[list[str]] = []
-        self._skipped = 0
+        self._taken, self._skipped = 0, 0
         self._has_shards = False  # known once there are parts
 
     def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
@@ -442,10 +462,13 @@ class LARS(Optimizer):
         for part in self._parts if steps else ():
             if part not in stepped:
                 part.result = None  # it is not of the last step
+        was_taken = False
         for part, own, groups in steps:
             # Kernels go past autograd, which must not compute gradients from values that were overwritten.
-            torch.autograd.graph.increment_version(part.step(own, groups, found_inf))
+            torch.autograd.graph.increment_version(written := part.step(own, groups, found_inf))
+            was_taken = was_taken or bool(written)
             part.note_versions(own)
+        self._taken += was_taken
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""
@@ -466,7 +489,7 @@ class LARS(Optimizer):
                 on.setdefault(member.param.device, {})[i] = member
         labels = self._labels()
         _check_layers(labels, on)
-        self._skipped = self.skipped_steps
+        self._taken, self._skipped = self.steps, self.skipped_steps
         layer_of = None if self._layer_of is None else labels.get
         shared = self.param_groups, layer_of, self._kernel
         spread = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from lars_array.hyperparams import (
     check_layer_axes,
     complete,
     options_of,
+    scheduled,
     warn_of_sgd,
 )
 from lars_array.nonfinite import NonFiniteError
@@ -79,6 +80,24 @@ class StatefulOptimizer:
             first step.
         """
         return {} if self._last is None else self._last.trust_ratios()
+
+    @property
+    def last_lr(self) -> list[float]:
+        """The learning rates of the groups: of schedules the values at the last step, before the first those of step 0.
+
+        Numbers are returned as they are now. Waits for a device if a learning rate is an array there.
+        """
+        step = max(self.steps - 1, 0)
+        return [float(scheduled({"lr": group["lr"]}, step)["lr"]) for group in self.param_groups]
+
+    @property
+    def _results(self) -> list[StepResult]:
+        """The result of the last step, in a list as that of `lars_torch.LARS`, which has one a device."""
+        return [] if self._last is None else [self._last]
+
+    def _copying(self) -> AbstractContextManager[Any]:
+        """Return a context in which copies of results are queued behind the step."""
+        return nullcontext()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("lr", *DEFAULTS):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
-from lars_array._arrays import accumulation_dtype, asarray
+from lars_array._arrays import accumulation_dtype, asarray, synchronize
 from lars_array._messages import shown
 from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve, with_max_ratio
 from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
@@ -91,12 +91,7 @@ class PinnedCounts:
     def read(self, *, wait: bool) -> StepCounts | None:
         """Return the counts that have arrived, or with `wait` the final ones; None if they are unknown without."""
         if wait:  # for all streams, and for steps of which no copy was queued
-            if is_cupy_array(self.counts):
-                self.counts.device.synchronize()
-            elif self.pinned is not None:
-                import torch
-
-                torch.cuda.synchronize(self.counts.device)
+            synchronize(self.counts)
             return StepCounts(*(int(self.counts[i]) for i in range(ENTRIES)))
         if self.pinned is None:
             return None
@@ -169,16 +164,17 @@ class DeviceState:
                 self.hyper[row : row + 1, column : column + 1] = value
                 written[column] = value if isinstance(value, float) else None
 
+    @property
+    def expected_steps(self) -> int:
+        """The number of steps taken, as far as the host knows: one counts until the device has reported otherwise."""
+        return self._confirmed + self._queued - self._read.skipped - self._read.rejected
+
     def vectors(self, group_of: Any, owner: Any, limit: Any = float_info.max) -> Hyper:
         """Return the hyper-parameters and states of rows, given index arrays of the group and the parameter of each.
 
         `limit` is that of `nonfinite.finite`.
         """
-        spread = self.xp.take(self.hyper, group_of, axis=0)
-        columns = {name: spread[:, k] for k, name in enumerate(GROUP_FIELDS)}
-        columns |= {name: columns[name] != 0 for name in BOOLEANS}
-        first, previous_lr = (self.xp.take(x, owner) for x in (self.first, self.previous_lr))
-        return with_max_ratio(Hyper(**columns, first=first, previous_lr=previous_lr), limit, xp=self.xp)
+        return _vectors(self.hyper, self.first, self.previous_lr, group_of, owner, limit, xp=self.xp)
 
     def advance(self, taken: Any, stepped: Any, keeps: Any, lr: Any) -> None:
         """Update the state of each parameter after a step.
@@ -355,10 +351,17 @@ class DeviceRows:
         if found is None:
             return None
         S, gamma = found
-        group, param, *_ = self._index
-        return StepResult(
-            self.names, S, lambda: (gamma, state.vectors(group, param, self._limit), [rules[k] for k in self.group_of])
-        )
+        return self._result(S, gamma, rules, state)
+
+    def _result(self, S: Any, gamma: Any, rules: list[Any], state: DeviceState) -> StepResult:
+        """Return the result of a step; hyper-parameters and states are read where they are asked for."""
+        (group, param, *_), limit, group_of, xp = self._index, self._limit, self.group_of, self.xp
+
+        def inputs(gamma: Any, hyper: Any, first: Any, previous_lr: Any) -> tuple[Any, Hyper, list[Any]]:
+            spread = _vectors(hyper, first, previous_lr, group, param, limit, xp=xp)
+            return gamma, spread, [rules[k] for k in group_of]
+
+        return StepResult(self.names, S, inputs, (gamma, state.hyper, state.first, state.previous_lr), state)
 
     def _staged(
         self,
@@ -384,7 +387,7 @@ class DeviceRows:
         kernel.apply(grads, outputs.C, taken)
         lr = xp.take(state.hyper[:, GROUP_FIELDS.index("lr")], group_of_params)
         state.advance(taken, self._stepped, self._kept, lr)
-        return StepResult(self.names, outputs.S, lambda: (outputs.gamma, outputs.hyper, outputs.rules))
+        return self._result(outputs.S, outputs.gamma, [resolve(group["rule"]) for group in groups], state)
 
     def _of_policies(self, policies: list[str]) -> tuple[Any, Any]:
         """Return where a row that is not finite prevents the step, None for nowhere, and where that is an error."""
@@ -397,3 +400,12 @@ class DeviceRows:
 
     def _on_device(self, values: list[Any]) -> Any:
         return asarray(values, like=self._like, xp=self.xp)
+
+
+def _vectors(hyper: Any, first: Any, previous_lr: Any, group_of: Any, owner: Any, limit: Any, *, xp: Any) -> Hyper:
+    """See `DeviceState.vectors`."""
+    spread = xp.take(hyper, group_of, axis=0)
+    columns = {name: spread[:, k] for k, name in enumerate(GROUP_FIELDS)}
+    columns |= {name: columns[name] != 0 for name in BOOLEANS}
+    first, previous_lr = (xp.take(x, owner) for x in (first, previous_lr))
+    return with_max_ratio(Hyper(**columns, first=first, previous_lr=previous_lr), limit, xp=xp)

@@ -148,6 +148,21 @@ def test_the_learning_rate_may_be_a_function_of_the_step() -> None:
     assert optimizer.state_dict()["state"]["0"]["previous_lr"] == 1 / 3
 
 
+def test_last_lr_has_the_rates_of_the_last_step() -> None:
+    schedule = warmup_cosine(1.0, 10, 4)
+    groups = [{"params": [W.copy()], "lr": schedule}, {"params": [B.copy()], "lr": np.float32(0.25)}]
+    optimizer = LARS(groups, lr=0.5, nonfinite="skip")
+    assert optimizer.last_lr == [schedule(0), 0.25]
+    for step, bad in ((0, False), (1, False), (1, True), (2, False)):
+        optimizer.step([GW * np.inf if bad else GW, GB])
+        assert optimizer.last_lr == [schedule(step), 0.25]
+    assert {type(lr) for lr in optimizer.last_lr} == {float}
+    optimizer.param_groups[1]["lr"] = 0.125
+    assert optimizer.last_lr == [schedule(2), 0.125]
+    optimizer.load_state_dict(optimizer.state_dict() | {"steps": 8})
+    assert optimizer.last_lr == [schedule(7), 0.125]
+
+
 def test_a_skipped_step_does_not_move_the_schedule() -> None:
     p = W.copy()
     optimizer = LARS([p], lr=lambda step: 1.0 + step, weight_decay=0.1, nonfinite="skip")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_array import LARS, RULES, NonFiniteError
+from lars_array import LARS, RULES, NonFiniteError, Recorder
 
 __all__ = ["BODIES", "Place", "model"]
 
@@ -268,6 +268,24 @@ def state_goes_from_here_to_there(place: Place) -> None:
     assert ours.state_dict()["steps"] == 2
 
 
+def recorded_steps_are_those_of_the_host(place: Place) -> None:
+    """With a step that only the device knows to be skipped, and later steps that overwrite its sums."""
+    here = model(0)
+    there = [place.put(p) for p in here]
+    ours, theirs = (LARS(params, **HYPER, max_grad_norm=1.0, nonfinite="skip") for params in (there, here))
+    far, near = Recorder(ours), Recorder(theirs)
+    for seed in range(1, 6):
+        grads = [g * np.float32(np.nan if seed == 3 else seed) for g in model(seed)]
+        theirs.step(grads)
+        near.record()
+        ours.step(list(map(place.put, grads)))
+        far.record()
+    assert far.steps.tolist() == near.steps.tolist() == [0, 1, 2, 3]
+    assert far.layers == near.layers
+    for name in ("parameter_norms", "gradient_norms", "trust_ratios"):
+        np.testing.assert_allclose(getattr(far, name), getattr(near, name), 1e-6, err_msg=name)
+
+
 BODIES = [
     agrees_with_numpy,
     runs_are_alike,
@@ -281,4 +299,5 @@ BODIES = [
     slices_and_parts_of_layers,
     ten_thousand_small_arrays,
     state_goes_from_here_to_there,
+    recorded_steps_are_those_of_the_host,
 ]

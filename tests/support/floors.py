@@ -12,12 +12,12 @@ __all__ = ["FLOORS", "floor_of", "violations"]
 
 # Of a module or of a whole package; of two that fit the longer one counts. A name is `lars_array`'s unless it is here.
 FLOORS = {
-    **dict.fromkeys(("_messages", "_version"), 0),
+    **dict.fromkeys(("_messages", "_version", "_heat_maps"), 0),
     **dict.fromkeys(("_arrays", "layers", "schedules"), 1),
     **dict.fromkeys(("collectives", "core", "nonfinite"), 2),
     **dict.fromkeys(("rules", "hyperparams", "telemetry", "kernels"), 3),
     "state": 4,
-    **dict.fromkeys(("_stepper", "functional", "param_groups"), 5),
+    **dict.fromkeys(("_stepper", "functional", "param_groups", "recorder"), 5),
     **dict.fromkeys(("optimizer", "testing"), 6),
     **dict.fromkeys(("__init__", "info", "__main__"), 7),
     **dict.fromkeys(("lars_torch", "lars_jax"), 8),

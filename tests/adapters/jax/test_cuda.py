@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from jax_cuda_bodies import BODIES, OPTIONS, assert_close, draw, pair
 
-from lars_array import NonFiniteError
+from lars_array import NonFiniteError, Recorder
 from lars_array.state import device
 from lars_array.state.store import allocate_buffers
 from lars_jax import LARS, _buffers
@@ -131,6 +131,23 @@ def test_the_host_reads_nothing(cupy: Any) -> None:
         for g in grads[1:]:
             there.step(g)
     assert [x.dtype for x in cupy.asked] == 4 * [np.dtype("uint32")]
+
+
+@needs_compiler
+def test_a_recorder_reads_nothing_until_it_is_asked(cupy: Any) -> None:
+    there, here = pair(put, True, nonfinite="skip")
+    far, near = Recorder(there), Recorder(here)
+    for t in range(4):
+        g = put(draw(t))
+        here.step(g)
+        near.record()
+        with cuda_on_cpu.nothing_read():
+            there.step(g)
+            far.record()
+    assert far.steps.tolist() == near.steps.tolist() == [0, 1, 2, 3]
+    assert far.layers == near.layers
+    for name in ("parameter_norms", "gradient_norms", "trust_ratios"):
+        np.testing.assert_allclose(getattr(far, name), getattr(near, name), 1e-6, err_msg=name)
 
 
 @needs_compiler
