@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from lars_array.demo.plan import LABELS, METHODS, Outcomes, Settings, grid, tuning_scores
 from lars_array.demo.summary import Cells
@@ -90,17 +90,21 @@ def _against_lr(axes: Axes, settings: Settings, tuned: Outcomes) -> None:
 
 def _over_steps(axes: Axes, settings: Settings, trust_ratios: Mapping[str, list[float]]) -> None:
     ratios = np.array(list(trust_ratios.values()))
-    image = axes.pcolormesh(ratios, norm=LogNorm(), cmap="viridis", rasterized=True)
+    positive = ratios[ratios > 0]
+    bound = max(2.0, positive.max(), 1 / positive.min())  # The step of SGD is white; longer ones are red.
+    image = axes.pcolormesh(ratios, norm=LogNorm(1 / bound, bound), cmap="RdBu_r", rasterized=True)
     count = len(ratios)
     ends = {1: "layer 1 (input)", count: f"layer {count} (output)"}
     axes.set_yticks(np.arange(count) + 0.5, [ends.get(layer, f"layer {layer}") for layer in range(1, count + 1)])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.spines[:].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     largest = max(settings.batch_sizes)
-    axes.set_title(f"Why: trust ratio of each layer, which lengthens its steps, with batches of {largest}", loc="left")
-    axes.figure.colorbar(image, ax=axes, label="trust ratio (SGD: 1)", pad=0.01)
+    axes.set_title(f"Why: LARS gives each layer a trust ratio of its own, here with batches of {largest}", loc="left")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.figure.colorbar(image, ax=axes, label="trust ratio (SGD: 1)", pad=0.01, format=plain)
 
 
 def _ticks(axes: Axes, values: Sequence[float]) -> None:
