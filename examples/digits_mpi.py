@@ -17,7 +17,7 @@ EPOCHS, BATCH = 20, 256
 def main() -> None:
     """Train the network of the demo on handwritten digits."""
     comm, digits = MPI.COMM_WORLD, load(seed=0)
-    initial = init_params(np.random.default_rng(0), dtype=np.float64)
+    initial = init_params(np.random.default_rng(0), dtype=np.float64, init="he")
 
     # All parameters in one vector, which is padded to slices of one length; a slice may end within a layer.
     ends = np.cumsum([p.size for p in initial.values()])

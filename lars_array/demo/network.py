@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -12,12 +12,19 @@ Array: TypeAlias = NDArray[np.floating[Any]]
 Labels: TypeAlias = NDArray[np.intp]
 Params: TypeAlias = dict[str, Array]
 
-WIDTHS = (64, 128, 128, 128, 128, 128, 128, 10)
+Init: TypeAlias = Literal["uniform", "he"]
+
+WIDTHS = (64, 64, 64, 64, 64, 64, 64, 10)
 """Layer widths of the demo: an 8 x 8 image in, seven layers of weights, ten classes out."""
 
 
-def init_params(rng: np.random.Generator, widths: tuple[int, ...] = WIDTHS, dtype: DTypeLike = np.float32) -> Params:
-    """Draw He-initialised weights and zero biases.
+def init_params(
+    rng: np.random.Generator,
+    widths: tuple[int, ...] = WIDTHS,
+    dtype: DTypeLike = np.float32,
+    init: Init = "uniform",
+) -> Params:
+    """Draw the initial weights and biases.
 
     Parameters
     ----------
@@ -27,6 +34,10 @@ def init_params(rng: np.random.Generator, widths: tuple[int, ...] = WIDTHS, dtyp
         Width of the input and of the output of every layer.
     dtype : dtype
         Dtype of the parameters.
+    init : {"uniform", "he"}
+        "uniform" draws weights and biases from ±1/sqrt(fan_in), as torch's ``nn.Linear`` does by default: through every
+        layer with ReLU, signals shrink by a factor of about 2.4. "he" draws normal weights with variance 2/fan_in,
+        which keeps the size of signals, and sets biases to zero.
 
     Returns
     -------
@@ -35,9 +46,13 @@ def init_params(rng: np.random.Generator, widths: tuple[int, ...] = WIDTHS, dtyp
     """
     params: Params = {}
     for layer, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
-        weight = rng.standard_normal((fan_in, fan_out)) * np.sqrt(2.0 / fan_in)
+        if init == "uniform":
+            bound = fan_in**-0.5
+            weight, bias = rng.uniform(-bound, bound, (fan_in, fan_out)), rng.uniform(-bound, bound, fan_out)
+        else:
+            weight, bias = rng.standard_normal((fan_in, fan_out)) * np.sqrt(2.0 / fan_in), np.zeros(fan_out)
         params[f"{layer}/weight"] = weight.astype(dtype)
-        params[f"{layer}/bias"] = np.zeros(fan_out, dtype)
+        params[f"{layer}/bias"] = bias.astype(dtype)
     return params
 
 

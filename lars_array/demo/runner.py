@@ -14,7 +14,7 @@ from multiprocessing.synchronize import Event
 from types import FrameType, TracebackType
 
 from lars_array.demo.data import Digits
-from lars_array.demo.experiment import Outcome, Run, train
+from lars_array.demo.experiment import Outcome, Run, train, trust_ratios
 
 
 class Workers:
@@ -57,6 +57,12 @@ class Workers:
             outcomes[futures[future]] = future.result()
             done(futures[future])
         return {run: outcomes[run] for run in unique}
+
+    def trust_ratios(self, run: Run) -> dict[str, list[float]]:
+        """Train `run` in a worker and return the trust ratios of its layers at every step."""
+        with _ctrl_c_held_back():
+            future = self._pool.submit(_trust_ratios, run)
+        return future.result()
 
     def __enter__(self) -> Workers:
         return self
@@ -116,3 +122,7 @@ def _leave_with_parent() -> None:
 
 def _train(run: Run) -> Outcome:
     return train(run, _digits, _stop.is_set)
+
+
+def _trust_ratios(run: Run) -> dict[str, list[float]]:
+    return trust_ratios(run, _digits, _stop.is_set)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from scipy.stats import t
 
-from lars_array.demo.plan import METHODS, Choice, Outcomes, Settings, final_runs
+from lars_array.demo.plan import LABELS, METHODS, Choice, Outcomes, Settings, final_runs, grid
 
 
 @dataclass(frozen=True)
@@ -50,48 +50,50 @@ def summarise(settings: Settings, choice: Choice, final: Outcomes) -> dict[tuple
     return cells
 
 
-def verdict(settings: Settings, cells: Cells) -> list[str]:
-    """Return sentences that compare LARS on the largest batch, and list each method's loss of accuracy there.
+def lead(settings: Settings, cells: Cells, name: str) -> tuple[float, float]:
+    """Return the lead of LARS over a method on the largest batch, in points, and half its 95 % confidence interval.
 
-    A difference is claimed only if its 95 % confidence interval excludes 0. The interval is Welch's, with the degrees
-    of freedom of the smaller sample, which is conservative.
+    LARS with a tuned learning rate is compared with methods that are tuned, and scaled with scaled. The interval is
+    Welch's, with the degrees of freedom of the smaller sample, which is conservative. It covers the initial weights and
+    the order of the rows, not the split of the data.
+    """
+    largest = max(settings.batch_sizes)
+    other, lars = cells[name, largest], cells["lars-scaled" if METHODS[name].scaled else "lars", largest]
+    quantile = float(t.ppf(0.975, settings.final_seeds - 1))
+    return lars.mean - other.mean, quantile * float(np.hypot(lars.standard_error, other.standard_error))
+
+
+def verdict(settings: Settings, cells: Cells) -> list[str]:
+    """Return lines with the lead of LARS on the largest batch, and each tuned method's loss of accuracy there.
+
+    A lead whose 95 % confidence interval contains 0 is called unclear.
     """
     smallest, largest = min(settings.batch_sizes), max(settings.batch_sizes)
-    quantile = float(t.ppf(0.975, settings.final_seeds - 1))
-    lars = cells["lars", largest]
     sentences = []
     for name, method in METHODS.items():
-        if name == "lars":
-            continue
-        other = cells[name, largest]
-        lead = lars.mean - other.mean
-        margin = quantile * float(np.hypot(lars.standard_error, other.standard_error))
-        interval = f"{abs(lead):.1f} ± {margin:.1f} points"
-        if lead > margin:
-            found = f"LARS is {interval} ahead of {method.label}"
-        elif lead < -margin:
-            found = f"LARS is {interval} behind {method.label}"
-        else:
-            found = f"LARS and {method.label} do not clearly differ ({lead:+.1f} ± {margin:.1f} points)"
-        sentences.append(f"With batches of {largest}, {found}.")
-    lost = {name: cells[name, smallest].mean - cells[name, largest].mean for name in METHODS}
-    costs = ", ".join(f"{method.label} {lost[name]:.1f}" for name, method in METHODS.items())
-    sentences.append(f"Points lost from batches of {smallest} to {largest}: {costs}.")
+        if method.optimizer != "lars":
+            points, margin = lead(settings, cells, name)
+            found = f"{points:+.1f} ± {margin:.1f} points" + ("" if abs(points) > margin else " (unclear)")
+            sentences.append(f"LARS over {method.label}, batches of {largest}: {found}")
+    tuned = [name for name, method in METHODS.items() if not method.scaled]
+    lost = ", ".join(f"{LABELS[name]} {cells[name, smallest].mean - cells[name, largest].mean:.1f}" for name in tuned)
+    sentences.append(f"Points lost from batches of {smallest} to {largest}, lr tuned: {lost}")
     return sentences
 
 
 def caveats(settings: Settings, cells: Cells) -> list[str]:
-    """Return sentences on the limits of `verdict`: chosen learning rates at an end of the grid, and diverged runs."""
+    """Return lines on the limits of `verdict`: chosen learning rates at an end of the grid, and diverged runs."""
     ends, diverged = [], []
     for (name, batch_size), cell in cells.items():
         method = METHODS[name]
-        if not method.scaled and cell.lr in (min(settings.lrs), max(settings.lrs)):
+        lrs = grid(settings, method.optimizer)
+        if not method.scaled and cell.lr in (lrs[0], lrs[-1]):
             ends.append(f"{method.label} at {batch_size}")
         if cell.diverged:
             diverged.append(f"{method.label} at {batch_size}, {cell.diverged} of {settings.final_seeds} runs")
     sentences = []
     if ends:
-        sentences.append(f"The chosen lr is the last of the grid, a better one may lie beyond: {'; '.join(ends)}.")
+        sentences.append(f"The chosen lr is the last of the grid, a better one may lie beyond: {'; '.join(ends)}")
     if diverged:
-        sentences.append(f"Diverged, and counted as guessing: {'; '.join(diverged)}.")
+        sentences.append(f"Diverged, and counted as guessing: {'; '.join(diverged)}")
     return sentences

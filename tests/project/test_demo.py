@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,20 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from lars_array.demo import data, main, plan, summary
-from lars_array.demo.experiment import CHANCE, Outcome, Run, batches, fit, make_optimizer, train
+from lars_array.demo.experiment import (
+    CHANCE,
+    OPTIMIZERS,
+    Outcome,
+    Run,
+    batches,
+    fit,
+    make_optimizer,
+    train,
+    trust_ratios,
+)
 from lars_array.demo.network import WIDTHS, accuracy, init_params, loss_and_gradients
 
-RUN = Run("lars", batch_size=128, lr=0.1, seed=(0, 0, 0), epochs=3, scored_on="validation")
+RUN = Run("lars", batch_size=128, lr=0.1, seed=(0, 0, 0), epochs=3, scored_on="validation", init="he")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +74,41 @@ def test_a_guessing_network_loses_the_logarithm_of_the_classes():
     assert loss == pytest.approx(np.log(10))
 
 
-def test_params_are_he_initialised_in_single_precision():
-    params = init_params(np.random.default_rng(0))
+@pytest.mark.parametrize("init", ["uniform", "he"])
+def test_params_of_seven_layers_are_in_single_precision(init):
+    params = init_params(np.random.default_rng(0), init=init)
     assert list(params)[:2] == ["1/weight", "1/bias"]
     assert len(params) == 2 * (len(WIDTHS) - 1) == 14
     assert {param.dtype for param in params.values()} == {np.dtype(np.float32)}
-    assert params["2/weight"].std() == pytest.approx(np.sqrt(2 / 128), rel=0.05)
+
+
+def test_he_initialisation_has_normal_weights_of_variance_2_over_fan_in_and_zero_biases():
+    params = init_params(np.random.default_rng(0), widths=(50, 400, 10), init="he")
+    assert params["1/weight"].std() == pytest.approx(np.sqrt(2 / 50), rel=0.05)
+    assert params["2/weight"].std() == pytest.approx(np.sqrt(2 / 400), rel=0.05)
+    assert not params["1/bias"].any()
+
+
+def test_the_default_initialisation_is_that_of_torch():
+    """Uniform within ±1/sqrt(fan_in), weights and biases, as documented for torch.nn.Linear."""
+    params = init_params(np.random.default_rng(0), widths=(50, 400, 300))
+    for layer, fan_in in ((1, 50), (2, 400)):
+        for kind in ("weight", "bias"):
+            drawn = np.sort(params[f"{layer}/{kind}"].ravel()) * np.sqrt(fan_in)
+            uniform = np.linspace(-1, 1, drawn.size)
+            np.testing.assert_allclose(drawn, uniform, atol=0.15)
+            assert abs(drawn).max() <= 1 + 1e-6
+
+
+def test_the_default_initialisation_agrees_with_torch_itself():
+    torch = pytest.importorskip("torch")
+    params = init_params(np.random.default_rng(0), widths=(50, 400, 300))
+    for layer, (fan_in, fan_out) in ((1, (50, 400)), (2, (400, 300))):
+        linear = torch.nn.Linear(fan_in, fan_out)
+        for kind, theirs in (("weight", linear.weight), ("bias", linear.bias)):
+            ours, theirs = params[f"{layer}/{kind}"], theirs.detach().numpy()
+            assert ours.std() == pytest.approx(theirs.std(), rel=0.1)
+            assert abs(ours).max() == pytest.approx(abs(theirs).max(), rel=0.05)
 
 
 def test_gradients_keep_single_precision(digits):
@@ -121,12 +161,30 @@ def test_a_final_run_sees_no_validation_row(digits):
 
 
 def test_learning_rates_are_chosen_on_validation_only():
-    settings = plan.quick(seed=0)
-    assert {run.scored_on for run in plan.tuning_runs(settings)} == {"validation"}
-    choice = plan.choose(settings, {run: Outcome(run.lr, False, 0) for run in plan.tuning_runs(settings)})
-    finals = [run for runs in plan.final_runs(settings, choice).values() for run in runs]
-    assert {run.scored_on for run in finals} == {"test"}
-    assert not {run.seed for run in finals} & {run.seed for run in plan.tuning_runs(settings)}
+    for settings in plan.full(seed=0):
+        assert {run.scored_on for run in plan.tuning_runs(settings)} == {"validation"}
+        choice = plan.choose(settings, {run: Outcome(run.lr, False, 0) for run in plan.tuning_runs(settings)})
+        finals = [run for runs in plan.final_runs(settings, choice).values() for run in runs]
+        assert {run.scored_on for run in finals} == {"test"}
+        assert not {run.seed for run in finals} & {run.seed for run in plan.tuning_runs(settings)}
+
+
+def test_two_initialisations_are_compared_over_five_seeds_or_more():
+    experiments = plan.full(seed=0)
+    assert [settings.init for settings in experiments] == ["uniform", "he"]
+    assert all(settings.final_seeds >= 5 for settings in experiments)
+    assert {run.init for run in plan.tuning_runs(experiments[1])} == {"he"}
+
+
+def test_learning_rates_grow_as_the_threshold_of_clipping_shrinks():
+    settings = plan.Settings(seed=0, lrs=(0.03, 0.1))
+    grids = {optimizer: plan.grid(settings, optimizer) for optimizer in OPTIMIZERS}
+    assert grids == {"sgd": [0.03, 0.1], "clip-1": [0.03, 0.1], "clip-0.1": [0.3, 1.0], "lars": [0.03, 0.1]}
+
+
+def test_every_optimizer_has_a_tuned_and_a_scaled_rate():
+    kinds = sorted((method.optimizer, method.scaled) for method in plan.METHODS.values())
+    assert kinds == sorted((optimizer, scaled) for optimizer in OPTIMIZERS for scaled in (False, True))
 
 
 def test_a_run_learns(digits):
@@ -140,7 +198,7 @@ def test_equal_runs_are_bit_identical_and_the_seed_matters(digits):
     assert not np.array_equal(one["1/weight"], third["1/weight"])
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e3), ("sgd", 1e30), ("sgd-clip", 1e30), ("lars", 1e30)])
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e3), ("sgd", 1e30), ("clip-1", 1e30), ("lars", 1e30)])
 def test_a_diverged_run_counts_as_chance_without_a_warning(digits, optimizer, lr):
     outcome = train(replace(RUN, optimizer=optimizer, lr=lr), digits)
     assert outcome.diverged
@@ -148,12 +206,32 @@ def test_a_diverged_run_counts_as_chance_without_a_warning(digits, optimizer, lr
 
 
 def test_sgd_adapts_no_layer_and_lars_the_weights_only(digits):
-    for optimizer, adapted in (("sgd", ()), ("sgd-clip", ()), ("lars", [f"{layer}/weight" for layer in range(1, 8)])):
+    for optimizer, adapted in (("sgd", ()), ("clip-1", ()), ("lars", [f"{layer}/weight" for layer in range(1, 8)])):
         params = init_params(np.random.default_rng(0))
         lars = make_optimizer(replace(RUN, optimizer=optimizer), params, steps=10)
         lars.step(loss_and_gradients(params, digits.train.x, digits.train.y)[1])
         ratios = lars.trust_ratios()
         assert {name for name in ratios if ratios[name] != 1} == set(adapted)
+
+
+def test_trust_ratios_are_those_that_the_optimizer_reports_at_every_step(digits):
+    run = replace(RUN, batch_size=512, epochs=4, init="uniform")
+    recorded = trust_ratios(run, digits)
+    assert list(recorded) == [f"{layer}/weight" for layer in range(1, 8)]
+    assert {len(ratios) for ratios in recorded.values()} == {4 * 1077 // 512}
+
+    rng = np.random.default_rng(run.seed)
+    params = init_params(rng)
+    first = next(batches(rng, 1077, run))
+    _, gradients = loss_and_gradients(params, digits.train.x[first], digits.train.y[first])
+    for name, ratios in recorded.items():
+        p, g = np.linalg.norm(params[name]), np.linalg.norm(gradients[name])
+        assert ratios[0] == pytest.approx(0.05 * p / (g + 5e-4 * p), rel=1e-4)
+
+
+def test_trust_ratios_of_a_diverged_run_end_with_it(digits):
+    recorded = trust_ratios(replace(RUN, optimizer="sgd", lr=1e30), digits)
+    assert all(0 < len(ratios) < 3 * 1077 // 128 for ratios in recorded.values())
 
 
 def test_every_batch_is_full_and_every_epoch_complete():
@@ -171,14 +249,16 @@ def test_the_best_rate_is_chosen_and_scaled_with_the_batch():
     settings = plan.Settings(seed=0)
     tuned = {run: Outcome(1 - abs(run.lr - 0.03), False, 0) for run in plan.tuning_runs(settings)}
     choice = plan.choose(settings, tuned)
-    assert choice["sgd", 1024] == choice["lars", 32] == 0.03
-    assert [choice["sgd-linear", size] for size in (32, 128, 512, 1024)] == pytest.approx([0.03, 0.12, 0.48, 0.96])
+    assert choice["sgd", 1024] == choice["lars", 256] == 0.03
+    assert choice["clip-0.1", 256] == 0.3  # The smallest of its grid.
+    for scaled in ("sgd-scaled", "clip-1-scaled", "lars-scaled"):
+        assert [choice[scaled, size] for size in (256, 512, 1024)] == pytest.approx([0.03, 0.06, 0.12])
 
 
 def cells(lars: float, other: float, error: float) -> dict[tuple[str, int], summary.Cell]:
     return {
-        (name, size): summary.Cell(0.1, lars if name == "lars" else other, 0.0, error, diverged=0)
-        for name in plan.METHODS
+        (name, size): summary.Cell(0.1, lars if name == "lars" else other - method.scaled, 0.0, error, diverged=0)
+        for name, method in plan.METHODS.items()
         for size in plan.Settings(0).batch_sizes
     }
 
@@ -186,24 +266,25 @@ def cells(lars: float, other: float, error: float) -> dict[tuple[str, int], summ
 @pytest.mark.parametrize(
     ("lars", "other", "error", "said"),
     [
-        (90, 80, 1, "LARS is 10.0 ± 3.9 points ahead of SGD (lr tuned)"),
-        (80, 90, 1, "LARS is 10.0 ± 3.9 points behind SGD (lr tuned)"),
-        (90, 80, 3, "LARS and SGD (lr tuned) do not clearly differ (+10.0 ± 11.8 points)"),
+        (90, 80, 1, "LARS over SGD clipped at 1, lr tuned, batches of 1024: +10.0 ± 3.9 points"),
+        (80, 90, 1, "LARS over SGD clipped at 1, lr tuned, batches of 1024: -10.0 ± 3.9 points"),
+        (90, 80, 3, "LARS over SGD clipped at 1, lr tuned, batches of 1024: +10.0 ± 11.8 points (unclear)"),
+        (90, 80, 1, "LARS over SGD clipped at 1, lr scaled, batches of 1024: +0.0 ± 3.9 points (unclear)"),
     ],
 )
-def test_the_verdict_follows_the_numbers(lars, other, error, said):
-    assert any(said in sentence for sentence in summary.verdict(plan.Settings(0), cells(lars, other, error)))
+def test_the_verdict_follows_the_numbers_and_compares_like_with_like(lars, other, error, said):
+    assert said in summary.verdict(plan.Settings(0), cells(lars, other, error))
 
 
 def test_caveats_name_rates_that_end_the_grid_and_diverged_runs():
     settings = plan.Settings(seed=0, lrs=(0.1, 0.2))
     diverged = cells(90, 80, 1)
-    diverged["sgd-linear", 512] = replace(diverged["sgd-linear", 512], diverged=3)
+    diverged["sgd-scaled", 512] = replace(diverged["sgd-scaled", 512], diverged=3)
     ends, lost = summary.caveats(settings, diverged)
-    assert "LARS (lr tuned) at 1024" in ends
+    assert "LARS, lr tuned at 1024" in ends
     assert "scaled" not in ends  # Its rate is not of the grid.
-    assert lost == "Diverged, and counted as guessing: SGD (lr scaled) at 512, 3 of 5 runs."
-    assert summary.caveats(plan.Settings(seed=0, lrs=(0.01, 0.1, 1.0)), cells(90, 80, 1)) == []
+    assert lost == "Diverged, and counted as guessing: SGD, lr scaled at 512, 3 of 5 runs"
+    assert summary.caveats(plan.Settings(seed=0, lrs=(0.001, 0.01, 0.1, 1.0)), cells(90, 80, 1)) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- end to end
@@ -224,7 +305,9 @@ def test_quick_run_writes_the_figure_and_the_numbers_and_nothing_else(quick):
     (folder, _), (printed, errors) = quick
     assert sorted(path.name for path in folder.iterdir()) == ["demo.json", "demo.png"]
     assert not errors
-    assert "LARS (lr tuned)" in printed
+    assert "LARS, lr tuned" in printed
+    assert "LARS over SGD clipped at 1, lr tuned, batches of 1024: " in printed
+    assert re.search(r"^\d+ seconds\.$", printed, re.MULTILINE)
     assert "demo.png" in printed
     assert "demo.json" in printed
 
@@ -233,30 +316,36 @@ def test_figure_is_not_blank(quick):
     from matplotlib.image import imread
 
     image = imread(quick[0][0] / "demo.png")
-    assert image.shape[0] > 500
+    assert image.shape[0] > 1000
     assert image.shape[1] > 1000
     assert len(np.unique(image[::8, ::8, :3].reshape(-1, 3), axis=0)) > 20
 
 
 def test_json_has_every_number(quick):
     document = json.loads((quick[0][0] / "demo.json").read_text())
-    settings = plan.quick(seed=3)
-    assert document["config"]["seed"] == 3
+    settings, he = plan.quick(seed=3)
+    experiment, second = document["experiments"]
+    assert experiment["settings"]["seed"] == 3
+    assert [experiment["settings"]["init"], second["settings"]["init"]] == ["uniform", "he"]
     assert document["config"]["rows"] == {"train": 1077, "validation": 360, "test": 360}
     assert {"lars-array", "python", "numpy", "scikit-learn"} <= document["versions"].keys()
     for part in ("chosen_lrs", "summary"):
-        assert document[part].keys() == plan.METHODS.keys()
-        assert all(list(map(int, sizes)) == list(settings.batch_sizes) for sizes in document[part].values())
+        assert experiment[part].keys() == second[part].keys() == plan.METHODS.keys()
+        assert all(list(map(int, sizes)) == list(settings.batch_sizes) for sizes in experiment[part].values())
     for run in document["runs"]:
-        assert {"optimizer", "batch_size", "lr", "seed", "epochs", "scored_on", "accuracy", "diverged"} == run.keys()
-    assert sum(run["scored_on"] == "validation" for run in document["runs"]) == len(plan.tuning_runs(settings))
+        described = {"optimizer", "batch_size", "lr", "seed", "epochs", "scored_on", "init"}
+        assert described | {"accuracy", "diverged"} == run.keys()
+    tuning = [*plan.tuning_runs(settings), *plan.tuning_runs(he)]
+    assert sum(run["scored_on"] == "validation" for run in document["runs"]) == len(tuning)
     assert len(document["timings"]["seconds_of_runs"]) == len(document["runs"])
-    assert document["verdict"]
+    assert experiment["verdict"] and second["verdict"]
+    assert {len(ratios) for ratios in document["trust_ratios"].values()} == {settings.epochs * 1077 // 1024}
 
-    lars = [run for run in document["runs"] if (run["optimizer"], run["batch_size"]) == ("lars", 1024)]
-    tested = [100 * run["accuracy"] for run in lars if run["scored_on"] == "test"]
-    assert document["summary"]["lars"]["1024"]["mean"] == pytest.approx(np.mean(tested))
-    assert document["summary"]["lars"]["1024"]["std"] == pytest.approx(np.std(tested, ddof=1))
+    lr = experiment["chosen_lrs"]["lars"]["1024"]
+    wanted = {"optimizer": "lars", "batch_size": 1024, "lr": lr, "scored_on": "test", "init": "uniform"}
+    tested = [100 * run["accuracy"] for run in document["runs"] if wanted.items() <= run.items()]
+    assert experiment["summary"]["lars"]["1024"]["mean"] == pytest.approx(np.mean(tested))
+    assert experiment["summary"]["lars"]["1024"]["std"] == pytest.approx(np.std(tested, ddof=1))
 
 
 def test_equal_seeds_give_equal_numbers(quick):
