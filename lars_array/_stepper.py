@@ -14,7 +14,7 @@ from functools import cache
 from itertools import product
 from numbers import Real
 from operator import is_, mul
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -46,12 +46,13 @@ from lars_array.nonfinite import (
     refuse_nonfinite,
 )
 from lars_array.state.device import DeviceRows, DeviceState
-from lars_array.state.device_exchange import DeviceExchange, exchange_of
-from lars_array.state.exchange import Exchange, SkippedError
 from lars_array.state.memory import MemoryRanges, check_writable
-from lars_array.state.shards import refusals_are_told
+from lars_array.state.shards import SkippedError, refusals_are_told
 from lars_array.state.store import KEPT, ParamState, allocate_buffers
 from lars_array.telemetry import StepResult
+
+if TYPE_CHECKING:
+    from lars_array.state.exchange import Exchange
 
 # Adapters import the names from other modules here.
 __all__ = [
@@ -468,6 +469,8 @@ class StepProgram:
         if not state.shards:
             return None
         if self._exchange is None:
+            from lars_array.state.device_exchange import exchange_of  # only what has pieces of layers pays for it
+
             numbers = state.row_numbers(self._position.tolist())
             self._exchange = exchange_of(state.shards, numbers, self._joined)
         return self._exchange.prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
@@ -596,6 +599,8 @@ def _ensure_device(state: ParamState, like: Any) -> DeviceState:
 def _exchange_nothing(state: ParamState, groups: Groups, found_inf: Any) -> StepResult:
     """Take part in a step for which nothing has a gradient here."""
     shards = state.shards
+    from lars_array.state.device_exchange import DeviceExchange, exchange_of
+
     exchange = exchange_of(shards, [], []).prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
     exchange(np.empty((0, 3)), np.empty(0))
     exchange.complete()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -22,10 +22,12 @@ from lars_array.core import step as core_step
 from lars_array.hyperparams import at_step, inputs_of, needs_buffer
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_array.nonfinite import finite_layers, max_finite, refuse_entries, refuse_nonfinite
-from lars_array.state.exchange import Exchange, SkippedError
 from lars_array.state.inputs import Layout, gradient_order, match_gradients, read_parameters
-from lars_array.state.shards import AllReduce, checked_all_reduce
+from lars_array.state.shards import AllReduce, SkippedError, checked_all_reduce
 from lars_array.state.sharing import SharedUpdate, sharing
+
+if TYPE_CHECKING:
+    from lars_array.state.exchange import Exchange
 
 __all__ = ["State", "init", "lars_step", "update"]
 

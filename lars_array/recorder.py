@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from os import PathLike
@@ -165,6 +164,8 @@ class Recorder:
             The file, which is replaced. Its columns are "step", "layer", "parameter_norm", "gradient_norm" and
             "trust_ratio".
         """
+        import csv  # which importing lars_array need not wait for
+
         self._read()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -23,16 +23,12 @@ from lars_array._messages import shown
 from lars_array.core import resolve, sum_over_parts
 from lars_array.hyperparams import can_be_read, row_values
 from lars_array.nonfinite import NonFiniteError
-from lars_array.state.shards import BITS, RefusedElsewhereError, Shards, digest
+from lars_array.state.shards import BITS, RefusedElsewhereError, Shards, SkippedError, digest
 from lars_array.state.table_layout import TableLayout
 
-__all__ = ["RAISES", "Exchange", "SkippedError"]
+__all__ = ["RAISES", "Exchange"]
 
 RAISES = 2.0**20  # in the number that counts whole layers that are not finite; 1 where the step is to be skipped
-
-
-class SkippedError(Exception):
-    """A step is skipped on all processes."""
 
 
 class Exchange:

@@ -20,6 +20,7 @@ __all__ = [
     "AllReduce",
     "RefusedElsewhereError",
     "Shards",
+    "SkippedError",
     "checked_all_reduce",
     "digest",
     "names_of_layers",
@@ -34,6 +35,10 @@ BITS = 20  # of each part of a digest: sums of squares over 8,191 processes are 
 
 class RefusedElsewhereError(RuntimeError):
     """Another process refused a step, and nothing was changed on any."""
+
+
+class SkippedError(Exception):
+    """A step is skipped on all processes."""
 
 
 class Shards:

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from lars_array.layers import LayerOf
-from lars_array.state.exchange import Exchange
 from lars_array.state.inputs import Layout
 from lars_array.state.shards import AllReduce, Shards, checked_all_reduce, names_of_layers, refusals_are_told
 from lars_array.state.store import ParamState
+
+if TYPE_CHECKING:
+    from lars_array.state.exchange import Exchange
 
 __all__ = ["SharedUpdate", "sharing"]
 
@@ -98,6 +100,8 @@ class SharedUpdate:
         """Return the sums over all processes for the rows of the parameters at `index`; None if nothing is shared."""
         if self._state is None:
             return None
+        from lars_array.state.exchange import Exchange  # only what has pieces of layers pays for it
+
         return Exchange(self.shards, self._state.row_numbers(index), joined).prepare(groups, None)
 
     def is_skipped_without_rows(self, groups: Any) -> bool:
