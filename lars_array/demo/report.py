@@ -30,7 +30,9 @@ def title(settings: Settings) -> str:
 
 def table(settings: Settings, cells: Cells) -> Table:
     """Return test accuracies and learning rates, with one row per method and one column per batch size."""
-    rows = Table(caption="below each: the peak learning rate, chosen on validation", box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = Table(
+        caption="below each: the peak learning rate, chosen on validation", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     rows.add_column("batch size", no_wrap=True)
     for batch_size in settings.batch_sizes:
         rows.add_column(str(batch_size), justify="right", no_wrap=True)
