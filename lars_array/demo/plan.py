@@ -71,7 +71,7 @@ def full(seed: int) -> list[Settings]:
 
 def quick(seed: int) -> list[Settings]:
     """Return settings for a run of a few seconds: a demonstration, too small for conclusions."""
-    small = Settings(seed, epochs=20, batch_sizes=(256, 1024), lrs=(0.1, 0.3, 1.0), tuning_seeds=(1, 1), final_seeds=2)
+    small = Settings(seed, epochs=10, batch_sizes=(256, 1024), lrs=(0.1, 0.3), tuning_seeds=(1, 1), final_seeds=2)
     return [small, replace(small, init="he", epochs=5)]
 
 
