@@ -31,7 +31,7 @@ def title(settings: Settings) -> str:
 def table(settings: Settings, cells: Cells) -> Table:
     """Return test accuracies and learning rates, with one row per method and one column per batch size."""
     rows = Table(
-        caption="in brackets: the peak learning rate, chosen on validation", box=box.SIMPLE_HEAD, pad_edge=False
+        caption="below each: the peak learning rate, chosen on validation", box=box.SIMPLE_HEAD, pad_edge=False
     )
     rows.add_column("batch size", no_wrap=True)
     for batch_size in settings.batch_sizes:
@@ -39,7 +39,7 @@ def table(settings: Settings, cells: Cells) -> Table:
     for name, method in METHODS.items():
         found = [cells[name, batch_size] for batch_size in settings.batch_sizes]
         style = "bold" if method.optimizer == "lars" else ""
-        rows.add_row(method.label, *(f"{cell} [dim]({cell.lr:g})[/dim]" for cell in found), style=style)
+        rows.add_row(method.label, *(f"{cell}\n[dim]lr {cell.lr:g}[/dim]" for cell in found), style=style)
     return rows
 
 
