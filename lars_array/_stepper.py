@@ -472,7 +472,7 @@ class StepProgram:
             from lars_array.state.device_exchange import exchange_of  # only what has pieces of layers pays for it
 
             numbers = state.row_numbers(self._position.tolist())
-            self._exchange = exchange_of(state.shards, numbers, self._joined)
+            self._exchange = exchange_of(state.shards, numbers, self._joined, like=self._like)
         return self._exchange.prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
 
     def _fused(
@@ -598,16 +598,16 @@ def _ensure_device(state: ParamState, like: Any) -> DeviceState:
 
 def _exchange_nothing(state: ParamState, groups: Groups, found_inf: Any) -> StepResult:
     """Take part in a step for which nothing has a gradient here."""
-    shards = state.shards
     from lars_array.state.device_exchange import DeviceExchange, exchange_of
 
-    exchange = exchange_of(shards, [], []).prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
+    like = state.view(state.params[0])
+    exchange = exchange_of(state.shards, [], [], like=like).prepare(groups, 1.0 if found_inf is _FOUND else found_inf)
     exchange(np.empty((0, 3)), np.empty(0))
     exchange.complete()
     if exchange.check_finite():
         raise SkippedError
     if isinstance(exchange, DeviceExchange):
-        device = _ensure_device(state, shards[0].like)
+        device = _ensure_device(state, like)
         device.decide_elsewhere(exchange)
         device.queued(may_fail=True)
     return StepResult.of_nothing()

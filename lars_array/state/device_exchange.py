@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lars_array._arrays import asarray, is_array, is_on_accelerator
-from lars_array.state.exchange import RAISES, Exchange
+from lars_array.state.exchange import RAISES, Exchange, on_host
 from lars_array.state.shards import Shards
 from lars_array.state.table_layout import MISSING, NUMBER, TableLayout
 
@@ -102,6 +102,8 @@ class DeviceExchange(Exchange):
             added = xp.concat([table.body(sent, zeros, xp), table.counts, xp.reshape(header, (2, 3))], axis=0)
             shards.add(added)
             shards.is_awaited = self.left > 0
+            if not shards.are_copies_checked:  # in the first step, for which the host waits anyway
+                self._check_copies(table.layout, on_host(S), on_host(added))
             self._note(table, added)
             total = added[-1, 0] if shards.of_norms else total + added[-1, 0]
             sources.append(added[: table.layout.size, :])
@@ -145,11 +147,9 @@ class DeviceExchange(Exchange):
         self.skips = self.skips | ((number > 0) & (number < RAISES))
 
 
-def exchange_of(shards: Sequence[Shards], numbers: Any, joined: Sequence[Sequence[int]]) -> Exchange:
-    """Return the sums over all processes for rows, on the host or on the device; parameters are those of `Exchange`."""
-    if is_on_accelerator(shards[0].like):
-        return DeviceExchange(shards, numbers, joined)
-    return Exchange(shards, numbers, joined)
+def exchange_of(shards: Sequence[Shards], numbers: Any, joined: Sequence[Sequence[int]], *, like: Any) -> Exchange:
+    """Return the sums over all processes for rows of the library and on the device of `like`; see `Exchange`."""
+    return (DeviceExchange if is_on_accelerator(like) else Exchange)(shards, numbers, joined)
 
 
 class _DeviceLayout:

@@ -26,7 +26,7 @@ from lars_array.nonfinite import NonFiniteError
 from lars_array.state.shards import BITS, RefusedElsewhereError, Shards, SkippedError, digest
 from lars_array.state.table_layout import TableLayout
 
-__all__ = ["RAISES", "Exchange"]
+__all__ = ["RAISES", "Exchange", "on_host"]
 
 RAISES = 2.0**20  # in the number that counts whole layers that are not finite; 1 where the step is to be skipped
 
@@ -93,9 +93,9 @@ class Exchange:
             On all processes, if one of them refuses or skips the step.
         """
         self._last, self.left = (S, factors), self.left - 1
-        own = _on_host(S)
+        own = on_host(S)
         sent = own if self.counted.all() else np.where(self.counted[:, None], own, 0.0)
-        squares = _on_host(factors) ** 2 * sent[:, 1] if self.clips else np.zeros(len(own))
+        squares = on_host(factors) ** 2 * sent[:, 1] if self.clips else np.zeros(len(own))
         total = squares[self.whole].sum()
         result, is_skipped = sum_over_parts(own, self.joined, np), False
         bad = self._bad_layers(own)
@@ -108,7 +108,7 @@ class Exchange:
             table[-1] = own_squares if self.clips else 0.0, bad, self.digest
             added = shards.table(table)
             shards.add(added)
-            table = _on_host(added)
+            table = on_host(added)
             try:
                 self._decide(layout, table)
             except SkippedError:
@@ -135,7 +135,7 @@ class Exchange:
         copies = np.ones(layout.size)
         copies[shards.rows[shards.rows >= 0]] = shards.copies[shards.rows >= 0]
         expected = copies[:, None] * table[: layout.size]
-        is_same = np.isclose(_on_host(everywhere)[: layout.size], expected, rtol=1e-6, atol=0, equal_nan=True)
+        is_same = np.isclose(on_host(everywhere)[: layout.size], expected, rtol=1e-6, atol=0, equal_nan=True)
         if not is_same.all():
             name = shown(shards.layers[(~is_same).any(axis=1).argmax()])
             raise ValueError(f"{name} must be the same on processes that hold copies of it; nothing was changed")
@@ -188,7 +188,7 @@ class Exchange:
             self._prevent("raise" if bad >= RAISES else "skip", "a whole layer")
 
 
-def _on_host(x: Any) -> Any:
+def on_host(x: Any) -> Any:
     """Return an array of any library as NumPy's, in float64."""
     if isinstance(x, np.ndarray):
         return x

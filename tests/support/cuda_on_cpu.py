@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -153,6 +154,10 @@ class Kernel(kernel.Kernel):
     def unsupported_reason(params: Sequence[Any]) -> str | None:
         return None if all(map(is_far, params)) else "these lie here"
 
+    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
+        # Where NumPy has made a scalar of an array of shape (), its address is that of a copy.
+        super().apply(grads, C, None if taken is None else np.array(taken))
+
 
 def kernel_of(params: Any, grads: Any, buffers: Any = None, masters: Any = None, kind: Any = Kernel) -> Any:
     """Return the kernel for arrays that are all dense."""
@@ -209,6 +214,7 @@ class Device:
         self.launches: list[tuple[str, int]] = []
         self.allocations = 0
         self.capturing = False
+        self._turn = threading.Lock()
 
     def on(self, like: Any) -> Device:
         return self
@@ -236,4 +242,5 @@ class Device:
             else ctypes.c_int(int(x))
             for x in arguments
         ]
-        getattr(self.library, f"launch_{name}")(blocks, self.order, *values)
+        with self._turn:  # all threads of a launch take turns in one place
+            getattr(self.library, f"launch_{name}")(blocks, self.order, *values)
