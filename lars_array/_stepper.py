@@ -46,6 +46,7 @@ from lars_array.nonfinite import (
     refuse_nonfinite,
 )
 from lars_array.state.device import DeviceRows, DeviceState
+from lars_array.state.graph_memory import GraphMemory
 from lars_array.state.memory import MemoryRanges, check_writable
 from lars_array.state.shards import SkippedError, refusals_are_told
 from lars_array.state.store import KEPT, ParamState, allocate_buffers
@@ -253,6 +254,7 @@ class StepProgram:
         self._prepared: tuple[Any, ...] = (None,)
         self._device_rows: Any = None
         self._exchange: Exchange | None = None
+        self._graph_memory = GraphMemory()
 
     def _own(self, x: Any) -> Any:
         """Return the entries of a list for the parameters that take part."""
@@ -444,9 +446,12 @@ class StepProgram:
         """Take a step with gradients from `bind`; see `Stepper.step`."""
         for p, master in self._to_fill:  # with the parameter as it is now, until a step is taken
             master[...] = self.xp.astype(p, master.dtype)
-        exchange = self._exchange_of(state, groups, found_inf)
         if is_on_accelerator(self._like):
-            return self._queue(state, grads, groups, found_inf, exchange)
+            if not state.shards:
+                return self._queue(state, grads, groups, found_inf, None)
+            with self._graph_memory.while_capturing(self._kernel, self._like):
+                return self._queue(state, grads, groups, None, self._exchange_of(state, groups, found_inf))
+        exchange = self._exchange_of(state, groups, found_inf)
         policies = [group["nonfinite"] for group in groups]
         of_rows = {policies[k] for k in self._used_groups}
         writes = of_rows == {"propagate"} and exchange is None

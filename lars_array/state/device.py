@@ -375,6 +375,8 @@ class DeviceRows:
     ) -> StepResult:
         xp, (group, param, number, group_of_params) = self.xp, self._index
         inputs = with_rules(state.vectors(group, param, self._limit), groups, self.group_of, xp=xp)
+        if exchange is not None and len(set(map(id, inputs.rules))) > 1 and getattr(kernel, "is_capturing", bool)():
+            raise ValueError("rule must be the same for all layers in a step with all_reduce that a graph captures")
         sums, joined = kernel.sums, self.joined
         outputs = plan(inputs, lambda operand: sums(grads, operand), xp=xp, joined=joined, exchange=exchange)
         if exchange is not None:

@@ -279,3 +279,22 @@ def test_copies_of_a_piece_are_compared_at_the_first_step(device: Device, differ
             whole.step({"a": np.ones(3)})
         assert outcomes == [whole.norms()["a"]] * 2
         np.testing.assert_allclose(to_numpy(params[0]["a"]), theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["flash", "optax"])
+def test_a_graph_captures_steps_of_one_rule_only(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The indices of the layers of each rule would come from the host."""
+    for device in pretended("cuda", monkeypatch):
+        params = {"a": device.put(np.ones(3)), "b": device.put(np.ones(3))}
+        groups = [{"params": {"a": params["a"]}, "rule": rule}, {"params": {"b": params["b"]}}]
+        optimizer = LARS(groups, **OPTIONS, all_reduce=lambda table: None)
+        grads = {name: device.put(np.ones(3)) for name in params}
+        optimizer.step(grads)
+        optimizer._stepper._programs[0]._kernel._device.capturing = True
+        if rule == "flash":
+            optimizer.step(grads)
+            return
+        before = fingerprint(params)
+        with pytest.raises(ValueError, match="rule must be the same for all layers in a step with all_reduce that a"):
+            optimizer.step(grads)
+        assert fingerprint(params) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import inspect
 import sys
@@ -19,9 +20,11 @@ from lars_array import RULES, core, hyperparams, kernels
 from lars_array.kernels.cuda import device
 from lars_array.kernels.cuda.kernel import Kernel
 from lars_array.kernels.cuda.source import OPTIONS, ROWS, THREADS, source
+from lars_array.nonfinite import CAUSES, PARAMETER
 from lars_array.state import device as device_state
 from lars_array.state import memory as ranges
 from lars_array.state.device import DeviceRows, DeviceState, PinnedCounts, StepCounts
+from lars_array.state.graph_memory import GraphMemory
 from lars_array.state.memory import MemoryRanges, check_writable
 
 needs_compiler = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
@@ -191,12 +194,13 @@ def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatc
 
 
 def test_counts_arrive_in_pinned_memory(cupy: Any) -> None:
-    counts = array(np.array([4, 3, 2, 7], np.int64))
+    of_c = 2 * len(CAUSES) + PARAMETER
+    counts = array(np.array([4, 3, 2, of_c], np.int64))
     pinned = PinnedCounts(counts)
     assert pinned.read(wait=False) == StepCounts()
     pinned.copy()
     found = pinned.read(wait=True)
-    assert found == StepCounts(4, 3, 2, 7)
+    assert found == StepCounts(4, 3, 2, of_c)
     assert str(found.error("abc")).startswith("the norm of the parameter of 'c' was not finite")
 
 
@@ -251,3 +255,36 @@ def test_cupy_has_all_that_is_called() -> None:
     import cupyx
 
     assert callable(cupyx.zeros_pinned) and callable(cupyx.allow_synchronize)
+
+
+def test_a_captured_step_allocates_from_a_pool_of_its_own(cupy: Any) -> None:
+    """Else other arrays would get memory that replays of the graph write to."""
+    pools, entered = [], []
+
+    class Pool:
+        def __init__(self) -> None:
+            pools.append(self)
+
+        def malloc(self, size: int) -> Any:
+            raise AssertionError("nothing is allocated here")
+
+    @contextlib.contextmanager
+    def using_allocator(malloc: Any) -> Iterator[None]:
+        entered.append(malloc)
+        yield
+        entered.append("left")
+
+    cupy.cuda.MemoryPool, cupy.cuda.using_allocator = Pool, using_allocator
+    capturing = SimpleNamespace(is_capturing=lambda: True)
+    memory, like = GraphMemory(), array(np.ones(1))
+    for kernel, p in (
+        (SimpleNamespace(is_capturing=lambda: False), like),
+        (SimpleNamespace(), like),
+        (capturing, np.ones(1)),
+    ):
+        with memory.while_capturing(kernel, p):
+            assert not pools and not entered
+    for _ in range(2):
+        with memory.while_capturing(capturing, like):
+            pass
+    assert len(pools) == 1 and entered == 2 * [pools[0].malloc, "left"]
