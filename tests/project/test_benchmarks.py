@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import benchmarks.__main__ as command
-from benchmarks import cpu, growth, memory, plot, results, table
+from benchmarks import cpu, growth, memory, pieces, plot, results, table
 from benchmarks.arrays import BLOCK, GRADIENT, PARAMETER, blocks, make
 from benchmarks.cases import CASES, GROUPS, GROWTH, Case, chosen
 from benchmarks.check import RATIOS, Truth, WrongArithmeticError
@@ -510,3 +510,14 @@ def test_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["cpu", "--list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in [*CASES, *GROUPS, *(contestant.name for contestant in CPU)])
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+
+
+def test_what_a_sum_over_processes_costs_is_a_ratio_of_rounds() -> None:
+    found = pieces.measure(SHAPES, rounds=3, kernel="blocked")
+    assert list(found) == ["without", "all_reduce", "ratio"]
+    assert found["without"]["fastest_ms"] > 0 and found["all_reduce"]["fastest_ms"] > 0
+    low, high = found["ratio"]["quartiles"]
+    assert low <= found["ratio"]["median"] <= high
