@@ -108,7 +108,9 @@ class LARS(StatefulOptimizer):
         `lars_array.collectives`. ``all_reduce(table)`` adds a float64 array of shape (rows, 3) over all processes, in
         place, on the device of the parameters and in the order of its current stream; it is called once a step. All
         processes give the same layers in the same order, empty arrays where they hold nothing of one, and the same
-        hyper-parameters. A group with ``all_reduce=None`` is whole on each process, and the same.
+        hyper-parameters. A group with ``all_reduce=None`` is whole on each process, and the same. If gradients are
+        clipped, different functions of several groups must be over the same processes. On a GPU, a step that reports
+        an earlier one has been taken, as on the other processes.
     layers : sequence of str, optional
         The names of all layers, the same list on all processes, where each holds pieces of some of them only: names of
         parameters, or labels of `layer_of`. A label may be a list, with a label for each slice of a stacked parameter.

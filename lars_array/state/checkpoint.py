@@ -54,6 +54,8 @@ class StatefulOptimizer:
         NonFiniteError
             If the device has rejected a step since the last call that raised. The rejected step changed nothing; later
             steps were taken.
+        RefusedElsewhereError
+            If it has rejected the step because another process refused it, or did not take part alike.
         """
         self._poll_device(wait=True)
 

@@ -190,6 +190,26 @@ def test_a_process_without_rows_of_a_rule_adds_as_many_sums(kernel: str) -> None
     assert ranks.calls == 1 + 2 * 3
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_number_that_the_update_can_not_hold_is_one_everywhere(policy: str, kernel: str) -> None:
+    """Its square is finite; the second process has an empty piece, and the empty gradient of it."""
+    ranks = Ranks(2)
+    params = [np.ones(3 if rank == 0 else 0, "f4") for rank in range(2)]
+
+    def work(rank: int) -> int:
+        optimizer = LARS(
+            {"w": params[rank]}, lr=0.1, nonfinite=policy, kernel=kernel, all_reduce=ranks.all_reduce(rank)
+        )
+        optimizer.step({"w": np.full(len(params[rank]), 1e39)})
+        return optimizer.skipped_steps
+
+    outcomes = ranks.outcomes(work)
+    message = "the update of 'w' overflows dtype('float32') or the float64 of its norms; nothing was changed (step 0)"
+    assert list(map(str, outcomes)) == [message if policy == "raise" else "1"] * 2
+    assert params[0].tolist() == [1.0] * 3
+
+
 def test_a_nan_that_clipping_spreads_is_named_or_known_everywhere() -> None:
     """One process has a layer with a nan, one has layers that it is spread to, and one has neither."""
     ranks, held = Ranks(3), {0: "nan", 1: "strict", 2: "free"}
