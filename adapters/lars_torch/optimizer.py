@@ -443,7 +443,8 @@ class LARS(Optimizer):
             self._check_for_several()
         steps = []
         for part in self._parts:
-            part.poll()
+            if not self._has_shards:
+                part.poll()
             own = part.read(self.state, memory, grads, are_local=are_local)
             if own is not None:
                 steps.append((part, own, part.groups(self.param_groups, grad_scale)))
@@ -468,6 +469,9 @@ class LARS(Optimizer):
             torch.autograd.graph.increment_version(written := part.step(own, groups, found_inf))
             was_taken = was_taken or bool(written)
             part.note_versions(own)
+        # What a device reports of an earlier step keeps no other process waiting for this one.
+        for part in self._parts if self._has_shards else ():
+            part.poll()
         self._taken += was_taken
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:

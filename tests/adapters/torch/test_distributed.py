@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lars_array import NonFiniteError
 from lars_torch import LARS
 
 distributed = pytest.importorskip("torch.distributed")
@@ -130,3 +131,20 @@ def test_sharded_states_keep_the_last_learning_rates() -> None:
     models = [trained(False, resumed=False), trained(True, resumed=False), trained(True, resumed=True)]
     for other in models[1:]:
         assert all(map(torch.equal, models[0].parameters(), other.parameters()))
+
+
+def test_a_late_report_of_a_device_is_raised_after_taking_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes would else wait for this one, or refuse a step that nothing is wrong with."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = LARS([p], **OPTIONS, shard_group=distributed.group.WORLD)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before, (part,) = p.detach().clone(), optimizer._parts
+
+    def report(**_: Any) -> None:
+        raise NonFiniteError("an earlier step")
+
+    monkeypatch.setattr(part, "poll", report)
+    with pytest.raises(NonFiniteError, match="an earlier step"):
+        optimizer.step()
+    assert not torch.equal(p, before)
