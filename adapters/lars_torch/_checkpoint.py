@@ -35,8 +35,12 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
         given.extend(_check(optimizer, hooked))
         return hooked
 
+    processes = [{key: group[key] for key in PROCESSES if key in group} for group in optimizer.param_groups]
+
     def restore(_: Any) -> None:  # before all other hooks, which get the state as it will be
         _restore(optimizer, given)
+        for group, mine in zip(optimizer.param_groups, processes, strict=True):
+            group |= mine
 
     handles = [
         optimizer.register_load_state_dict_pre_hook(check),
@@ -140,7 +144,7 @@ def _by_name(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _spread(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a checkpoint with whole tensors cut as the parameters are, and the process groups of the optimizer."""
+    """Return a checkpoint with whole tensors cut as the parameters are."""
     saved, own = state_dict["param_groups"], optimizer.param_groups
     pairs = [(p, n) for group, other in zip(own, saved) for p, n in zip(group["params"], other["params"])]
     state = dict(state_dict["state"])
@@ -148,10 +152,7 @@ def _spread(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         kept = state.get(number)
         if isinstance(kept, Mapping) and any(is_dtensor(x) for x in (p, *kept.values())):
             state[number] = dict(kept) | {key: spread_as(key, x, p) for key, x in kept.items() if key in KEPT}
-    groups = [dict(group) for group in saved]
-    for group, mine in zip(groups, own):
-        group |= {key: mine[key] for key in PROCESSES if key in mine}
-    return {**state_dict, "state": state, "param_groups": groups}
+    return {**state_dict, "state": state}
 
 
 def _translated(state_dict: Mapping[str, Any]) -> dict[str, Any]:

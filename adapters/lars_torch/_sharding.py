@@ -153,11 +153,12 @@ def _group_over(root: Any, axes: Iterable[int]) -> Any:
         return root.get_group(axes[0])
     if len(ranks) == torch.distributed.get_world_size():
         return torch.distributed.group.WORLD
-    return _new_group(tuple(sorted(ranks.tolist())))
+    return _new_group(tuple(sorted(ranks.tolist())), torch.distributed.group.WORLD)
 
 
 @cache
-def _new_group(ranks: tuple[int, ...]) -> Any:
+def _new_group(ranks: tuple[int, ...], world: Any) -> Any:
+    """Return a new group of ranks, one for each time that torch.distributed is initialised."""
     return torch.distributed.new_group(list(ranks), use_local_synchronization=True)
 
 

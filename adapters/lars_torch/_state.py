@@ -363,19 +363,27 @@ class TensorState(ParamState):
 
     def layer_names(self, rows: LayerRows) -> list[str | None]:
         """See `ParamState.layer_names`: slices have the numbers that they have in the whole parameter."""
-        return [name for i in range(len(self.owners)) for name in self._layers_of(i, self.params[i].shape)]
+        labels = labels_of(self.layer_of, self.names)
+        meaning: dict[str, Any] = {}
+        for name, label in zip(self.names, labels, strict=True):
+            layer = (name,) if label is None else ("", label)
+            text = name if label is None else str(label)
+            if meaning.setdefault(text, layer) != layer:
+                raise ValueError(f"layers must have different names; two are called {text!r}")
+        shapes = (p.shape for p in self.params)
+        return [row for i, own in enumerate(zip(labels, shapes)) for row in self._layers_of(i, *own)]
 
     def all_layers(self, all_reduce: Any) -> list[str]:
         """See `ParamState.all_layers`."""
+        labels = labels_of(self.layer_of, self.names)
         index = [i for i, function in enumerate(self.all_reduce) if function is all_reduce]
-        return [name for i in index for name in self._layers_of(i, self.owners[i].shape)]
+        return [name for i in index for name in self._layers_of(i, labels[i], self.owners[i].shape)]
 
-    def _layers_of(self, i: int, shape: Sequence[int]) -> list[str]:
+    def _layers_of(self, i: int, label: Any, shape: Sequence[int]) -> list[str]:
         """Return the names of the layers in a parameter, or in a piece of it."""
-        label = labels_of(self.layer_of, self.names)[i]
         lead, start = tuple(shape[: self.layer_axes[i]]), self.starts[i] if shape != self.owners[i].shape else ()
         if 0 in lead:  # nothing of it is here
-            return self._layers_of(i, self.owners[i].shape)[:1]
+            return self._layers_of(i, label, self.owners[i].shape)[:1]
         return LayerSlices(lead, 0, prod(lead)).names(self.names[i] if label is None else str(label), start)
 
     def may_move(self, arrays: Sequence[Any]) -> bool:

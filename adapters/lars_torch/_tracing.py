@@ -45,16 +45,20 @@ def compiled_step(optimizer: Any) -> None:
     for i, p in enumerate(optimizer._params):  # not of its groups, whose every number the graph would be bound to
         if p.grad is not None:
             params.append(piece_in_graph(p))
-            grads.append(piece_in_graph(p.grad))
+            grads.append(piece_in_graph(p.grad, p))
             index.append(i)
     # Also where none has a gradient, since others may be put into a group; and an operator that writes to nothing would
     # be left out of the graph.
     _step(params or list(map(piece_in_graph, optimizer._params[:1])), grads, index, optimizer._number)
 
 
-def piece_in_graph(x: Any) -> Any:
-    """Return what this process holds of a tensor, as a graph can take it into an operator."""
-    return x.to_local() if is_dtensor(x) else x
+def piece_in_graph(x: Any, p: Any = None) -> Any:
+    """Return what this process holds of a tensor, cut as `p`, as a graph can take it into an operator."""
+    if not is_dtensor(x):
+        return x
+    if p is not None and x.placements != p.placements:
+        x = x.redistribute(placements=p.placements)
+    return x.to_local()
 
 
 # The schema is written out, since torch before 2.7 infers none from list[...].

@@ -256,7 +256,8 @@ class LARS(Optimizer):
         """
         loss = None
         if closure is not None:
-            with refusals_are_told(self._shards()), torch.enable_grad():
+            with refusals_are_told(self._shared), torch.enable_grad():
+                self._find_shared()
                 if not callable(closure):
                     raise TypeError(f"closure must be a function that returns the loss; got {shown(closure)}")
                 loss = closure()
@@ -392,13 +393,15 @@ class LARS(Optimizer):
         self._known_keys: list[list[str]] = []
         self._taken, self._skipped = 0, 0
         self._has_shards = False  # known once there are parts
+        self._shared: list[Any] = []  # the layers that other processes hold pieces of
 
     def _step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         """Take a step; where parameters are `given`, with the tensor in the place of each and its gradient."""
         with self._lock:  # steps of several threads would write their addresses into the same tables
             self._steps += 1
             try:
-                with refusals_are_told(self._shards()):
+                with refusals_are_told(self._shared):
+                    self._find_shared()
                     self._locked_step(given)
             except (TypeError, ValueError) as error:
                 error.args = (self._placed(str(error)),)
@@ -469,10 +472,10 @@ class LARS(Optimizer):
             torch.autograd.graph.increment_version(written := part.step(own, groups, found_inf))
             was_taken = was_taken or bool(written)
             part.note_versions(own)
+        self._taken += was_taken
         # What a device reports of an earlier step keeps no other process waiting for this one.
         for part in self._parts if self._has_shards else ():
             part.poll()
-        self._taken += was_taken
 
     def _make_parts(self, params: list[torch.Tensor], grads: list[Any]) -> None:
         """Assign the parameters that have a gradient, or had one in the memory they have now, to devices."""
@@ -506,6 +509,12 @@ class LARS(Optimizer):
         self._parts = [TensorState(device, own, *shared, spread) for device, own in on.items()]
         for part in self._parts:
             part.remember_agreements(before)
+        for shards in self._shared:
+            shards.is_awaited = False
+        # The same list, by which an error is told: other processes wait for what is in it now.
+        self._shared[:] = [shards for part in self._parts for shards in part.shards]
+        for shards in self._shared:
+            shards.is_awaited = True
         self._params = params
         self._without = [i for i in range(len(params)) if not any(i in own for own in on.values())]
         self._lists = [list(group["params"]) for group in self.param_groups]
@@ -519,16 +528,13 @@ class LARS(Optimizer):
         given = (group for name in PROCESSES for group in self._process_groups(name))
         return any(group is not None for group in given) or any(map(is_dtensor, params))
 
-    def _shards(self) -> list[Any]:
-        """Return the layers that other processes hold pieces of."""
+    def _find_shared(self) -> None:
+        """Find the layers that other processes hold pieces of, before a step looks at anything else."""
         if self._lists and not self._has_shards:
-            return []
+            return
         params = [p for group in self.param_groups for p in group["params"]]
-        if not self._is_spread(params):
-            return []
-        if not _are_same([group["params"] for group in self.param_groups], self._lists):
+        if self._is_spread(params) and not _are_same([group["params"] for group in self.param_groups], self._lists):
             self._make_parts(params, [None] * len(params))
-        return [shard for part in self._parts for shard in part.shards]
 
     def _check_for_several(self) -> None:
         """Refuse options that several devices would have to decide on together."""

@@ -64,11 +64,12 @@ class DeviceExchange(Exchange):
         super().prepare(groups, found_inf)
         self._given = self.found
         self._digest[0:1] = float(self.digest)  # in every step: a graph that is replayed writes its own
-        if self.policies != self._policies[0]:
+        key = self.policies, [group["max_grad_norm"] is None for group in groups]
+        if key != self._policies[0]:
             codes = np.array([{"propagate": 0.0, "skip": 1.0, "raise": RAISES}[policy] for policy in self.policies])
             clip = np.array([0.0 if group["max_grad_norm"] is None else 1.0 for group in groups])
             of_groups, of_rows = self._put(codes), self._put(codes[self.group_of])
-            self._policies = self.policies, of_groups, of_rows, self._put(np.array([codes @ clip]))
+            self._policies = key, of_groups, of_rows, self._put(np.array([codes @ clip]))
         zero = self._constants[0]
         self.refused = self.raises = self.skips = zero != zero
         self.found = self._as_float(self._given)

@@ -45,7 +45,7 @@ class Exchange:
     """
 
     def __init__(self, shards: Sequence[Shards], numbers: Any, joined: Sequence[Sequence[int]]) -> None:
-        numbers = np.array(numbers, np.int64)
+        self._numbers = numbers = np.array(numbers, np.int64)
         self.layouts = [TableLayout(shard, numbers) for shard in shards]
         self.counted = np.logical_and.reduce([shard.counted | (shard.rows < 0) for shard in shards])[numbers]
         self.whole = np.flatnonzero(np.logical_and.reduce([shard.rows < 0 for shard in shards])[numbers])
@@ -98,13 +98,14 @@ class Exchange:
         squares = on_host(factors) ** 2 * sent[:, 1] if self.clips else np.zeros(len(own))
         total = squares[self.whole].sum()
         result, is_skipped = sum_over_parts(own, self.joined, np), False
-        bad = self._bad_layers(own)
+        bad, bad_shared = self._bad_layers(own), 0.0
         for layout in self.layouts:
             shards = layout.shards
             shards.agree()
             table = layout.table(sent)
             table[-2] = 1.0, 0.0, self.found
             own_squares = total if shards.of_norms else squares[layout.own].sum()
+            bad += bad_shared if shards.of_norms else 0.0
             table[-1] = own_squares if self.clips else 0.0, bad, self.digest
             added = shards.table(table)
             shards.add(added)
@@ -113,6 +114,7 @@ class Exchange:
                 self._decide(layout, table)
             except SkippedError:
                 is_skipped, self.found = True, 1.0  # processes that share other layers skip it as well
+            bad_shared += self._bad_shared_layers(layout, table)
             shards.is_awaited = self.left > 0 and not is_skipped
             if not shards.are_copies_checked:
                 self._check_copies(layout, own, table)
@@ -130,12 +132,10 @@ class Exchange:
         """Raise, at the first step, if processes that should hold the same piece hold others."""
         shards = layout.shards
         shards.are_copies_checked = True
-        everywhere = shards.table(layout.table(S))
+        everywhere = shards.table(layout.table(S / shards.copies[self._numbers][:, None]))
         shards.all_reduce(everywhere)
-        copies = np.ones(layout.size)
-        copies[shards.rows[shards.rows >= 0]] = shards.copies[shards.rows >= 0]
-        expected = copies[:, None] * table[: layout.size]
-        is_same = np.isclose(on_host(everywhere)[: layout.size], expected, rtol=1e-6, atol=0, equal_nan=True)
+        sums = on_host(everywhere)[: layout.size]
+        is_same = np.isclose(sums, table[: layout.size], rtol=1e-6, atol=0, equal_nan=True)
         if not is_same.all():
             name = shown(shards.layers[(~is_same).any(axis=1).argmax()])
             raise ValueError(f"{name} must be the same on processes that hold copies of it; nothing was changed")
@@ -163,6 +163,16 @@ class Exchange:
             return 0.0
         worth = {"raise": RAISES, "skip": 1.0, "propagate": 0.0}
         return sum(worth[self.policies[self.group_of[i]]] for i in self.whole if not np.isfinite(S[i]).all())
+
+    def _bad_shared_layers(self, layout: TableLayout, table: Any) -> float:
+        """Return the number of layers in a table that are not finite, as `RAISES` and ones: for other stages."""
+        is_bad = ~np.isfinite(table[: layout.size]).all(axis=1)
+        if not is_bad.any():
+            return 0.0
+        worth = {"raise": RAISES, "skip": 1.0, "propagate": 0.0}
+        present, _, groups = layout.counted(table[layout.size : -2])
+        numbers = (groups[is_bad] / np.maximum(present[is_bad], 1)).astype(int)
+        return sum(worth[self.policies[number]] for number in numbers.tolist())
 
     def _decide(self, layout: TableLayout, table: Any) -> None:
         """Raise on all processes, if one of them refuses or skips the step."""

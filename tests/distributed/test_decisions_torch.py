@@ -105,6 +105,18 @@ def test_a_rank_that_begins_anew_does_not_ask_the_others(found: Answers) -> None
     assert found["one rank begins anew"] == [{"seen": "stepped", "next": "stepped"}] * 2
 
 
+def test_a_gradient_that_is_to_be_added_is_reduced_in_a_graph(found: Answers) -> None:
+    assert all(found["compiled with partial gradients"])
+
+
+def test_the_group_of_a_parameter_group_is_kept_when_a_checkpoint_is_loaded(found: Answers) -> None:
+    assert found["group of a parameter group"] == [{"saved": False, "kept": True, "seen": "stepped"}] * 2
+
+
+def test_a_step_that_is_refused_after_a_change_of_layouts_sends_no_more_than_others(found: Answers) -> None:
+    assert found["refused after a change"] == [{"seen": "NonFiniteError", "next": ["stepped", "stepped"]}] * 2
+
+
 def test_autograd_notices_writes_to_the_tensor_and_to_its_piece(found: Answers) -> None:
     assert found["versions"] == [[True, True]] * 2
 

@@ -87,6 +87,7 @@ CUTS = (
     "last axis",
     "stacked, cut along its layers",
     "stacked, cut within its layers",
+    "stacked, on a plane",
     "partial gradient",
     "replicated gradient",
     "replicated parameter",

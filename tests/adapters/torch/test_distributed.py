@@ -148,3 +148,13 @@ def test_a_late_report_of_a_device_is_raised_after_taking_part(monkeypatch: pyte
     with pytest.raises(NonFiniteError, match="an earlier step"):
         optimizer.step()
     assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("labels", [{"2": 0}, {"1": 1, "2": "1"}])
+def test_layers_of_pieces_must_have_different_names(labels: dict[str, Any]) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer = LARS(params, **OPTIONS, layer_of=labels.get, shard_group=distributed.group.WORLD)
+    with pytest.raises(ValueError, match="layers must have different names; two are called"):
+        optimizer.step()

@@ -248,6 +248,49 @@ def one_rank_begins_anew() -> Any:
     return {"seen": tried(optimizer.step), "next": tried(optimizer.step)}
 
 
+def compiled_with_partial_gradients() -> Any:
+    """A gradient that is still to be added is reduced within the graph."""
+    params = spread_twice(4)
+    mesh = params[0].device_mesh
+    optimizers = [LARS([p], **engines.OPTIONS) for p in params]
+    step = torch.compile(lambda: optimizers[1].step(), fullgraph=True, backend="eager")
+    for _ in range(2):
+        own = torch.full((4, 3), 1.0 + distributed.get_rank())
+        for p in params:
+            p.grad = DTensor.from_local(own.clone(), mesh, [Partial()])
+        optimizers[0].step()
+        step()
+    return torch.equal(params[0]._local_tensor, params[1]._local_tensor)
+
+
+def group_of_a_parameter_group() -> Any:
+    """`shard_group` of a parameter group stays what it was when a checkpoint is loaded, which does not hold it."""
+    params, _ = pieces()
+    named = list(zip("ab", params, strict=True))
+    groups = [{"params": named, "shard_group": distributed.group.WORLD}]
+    optimizer = LARS(groups, **engines.OPTIONS)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    kept = optimizer.param_groups[0]["shard_group"] is distributed.group.WORLD
+    return {"saved": "shard_group" in saved["param_groups"][0], "kept": kept, "seen": tried(optimizer.step)}
+
+
+def refused_after_a_change() -> Any:
+    """Tensors of another type on all ranks, and a step that is refused then: no rank sends more than the others."""
+    params, optimizer = pieces(nonfinite="raise")
+    optimizer.step()
+    for p in params:
+        p.data = p.data.float()
+        p.grad = torch.ones_like(p)
+    optimizer.state.clear()
+    if is_odd():
+        params[0].grad[...] = float("nan")
+    seen = tried(optimizer.step)
+    params[0].grad = torch.ones_like(params[0])
+    return {"seen": seen.split(":")[0], "next": [tried(optimizer.step) for _ in range(2)]}
+
+
 def versions() -> Any:
     """Autograd must notice that a step has written to the tensor, and to the piece of it that is here."""
     model, optimizer = engines.spread()
@@ -306,6 +349,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "gradient that is still added": gradient_that_is_still_added,
     "moved": moved,
     "one rank begins anew": one_rank_begins_anew,
+    "compiled with partial gradients": compiled_with_partial_gradients,
+    "group of a parameter group": group_of_a_parameter_group,
+    "refused after a change": refused_after_a_change,
     "versions": versions,
     "compiled": compiled,
 }

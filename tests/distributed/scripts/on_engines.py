@@ -251,6 +251,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "last axis": lambda: stepped(cut(Shard(2)), as_parameter),
     "stacked, cut along its layers": lambda: stepped(cut(Shard(0)), as_parameter, layer_axes=1),
     "stacked, cut within its layers": lambda: stepped(cut(Shard(1)), as_parameter, layer_axes=1),
+    "stacked, on a plane": lambda: stepped(
+        cut(Replicate(), Shard(0), shape=engines.halves()), as_parameter, layer_axes=1
+    ),
     "partial gradient": lambda: stepped(cut(Shard(0)), partial_gradient),
     "replicated gradient": lambda: stepped(cut(Shard(0)), replicated_gradient),
     "replicated parameter": lambda: stepped(cut(Replicate()), as_parameter),
