@@ -82,7 +82,9 @@ class TableLayout:
                 f"the gradient of {shown(self.shards.layers[torn.argmax()])} must be given by all processes that hold "
                 "a piece of it, or by none; nothing was changed"
             )
-        strange = (self.group >= 0) & (present > 0) & (groups != present * self.group)
+        # A process that holds nothing of a layer sees other groups by a mean that is no number of a group.
+        strange = (present > 0) & (groups % np.maximum(present, 1) != 0)
+        strange |= (self.group >= 0) & (present > 0) & (groups != present * self.group)
         if strange.any():
             raise ValueError(
                 f"{shown(self.shards.layers[strange.argmax()])} must be in the same parameter group on all processes; "

@@ -82,6 +82,10 @@ def test_ranks_with_other_parameters_clip_by_the_norm_of_all(found: Answers) -> 
     assert max(answer["distance"] for answer in found["pipeline"]) <= BOUND
 
 
+def test_a_nan_in_one_stage_skips_the_step_of_all_stages(found: Answers) -> None:
+    assert all(answer == [0, 1, 1] for answer in found["pipeline with a nan"])
+
+
 CUTS = (
     "middle axis",
     "last axis",

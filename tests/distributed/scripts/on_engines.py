@@ -103,6 +103,24 @@ def pipeline() -> dict[str, Any]:
     }
 
 
+def pipeline_with_a_nan() -> list[int]:
+    """A NaN on one rank of the first stage skips the step of both stages."""
+    rank, (stages, width) = distributed.get_rank(), engines.halves()
+    mesh = init_device_mesh("cpu", (stages, width), mesh_dim_names=("pp", "dp"))
+    stage = nn.Linear(4, 3 if rank < width else 5)
+    engines.fully_shard(stage, mesh=mesh["dp"])
+    optimizer = LARS(stage.parameters(), **engines.OPTIONS, nonfinite="skip", norm_group=mesh["pp"])
+    counts = []
+    for is_spoiled in (False, True, False):
+        for p in stage.parameters():
+            p.grad = torch.ones_like(p)
+            if is_spoiled and rank == 0:
+                p.grad._local_tensor[...] = float("nan")
+        optimizer.step()
+        counts.append(optimizer.skipped_steps)
+    return counts
+
+
 def stepped(
     make: Callable[[torch.Tensor], torch.Tensor], grad: Callable[[Any, torch.Tensor], Any], **options: Any
 ) -> Any:
@@ -247,6 +265,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "zero redundancy": partial(zero_redundancy, {}),
     "zero redundancy, norm group": lambda: zero_redundancy({"norm_group": distributed.group.WORLD}),
     "pipeline": pipeline,
+    "pipeline with a nan": pipeline_with_a_nan,
     "middle axis": lambda: stepped(cut(Shard(1)), as_parameter),
     "last axis": lambda: stepped(cut(Shard(2)), as_parameter),
     "stacked, cut along its layers": lambda: stepped(cut(Shard(0)), as_parameter, layer_axes=1),
