@@ -55,4 +55,5 @@ with torch.no_grad():
 if rank == 0:
     print(f"{kind} on {size}: accuracy {accuracy:.4f}")
 if kind != "one":
+    distributed.barrier()
     distributed.destroy_process_group()
