@@ -15,7 +15,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 from ranks import Answers, answers  # noqa: E402
 
 SCRIPT = Path(__file__).parent / "scripts" / "on_engines.py"
-RULES = ("flash", "optax", "nvidia", "clipped", "clipped, third sum", "nesterov")
+RULES = ("flash", "optax", "nvidia", "clipped", "clipped, third sum")
 ENGINES = ("fsdp", "tensor parallel", "hsdp", "fsdp and tensor parallel")
 BOUND = 1e-6
 

@@ -17,7 +17,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "digits_torch.py"
-WAYS = {"one": 1, "ddp": 2, "fsdp": 2, "hsdp": 4}
+WAYS = {"one": 1, "ddp": 2, "fsdp": 2, "hsdp": 2}
 
 
 @pytest.mark.parametrize("way", WAYS)

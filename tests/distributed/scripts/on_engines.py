@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import engines
@@ -26,15 +26,21 @@ CPU = torch.device("cpu")
 RULES: dict[str, dict[str, Any]] = {
     "flash": {},
     "optax": {"rule": "optax"},
-    "nvidia": {"rule": "nvidia"},
+    "nvidia": {"rule": "nvidia", "nesterov": True},
     "clipped": {"max_grad_norm": 0.3},
     "clipped, third sum": {"rule": "optax", "max_grad_norm": 0.3, "nonfinite": "raise"},
-    "nesterov": {"nesterov": True},
 }
 
 
-def beside(engine: str, options: dict[str, Any]) -> dict[str, Any]:
-    model, _ = engines.trained(**options)
+@cache
+def whole(rule: str) -> nn.Module:
+    """Return the whole network, trained by a rule."""
+    model, _ = engines.trained(**RULES[rule])
+    return model
+
+
+def beside(engine: str, rule: str) -> dict[str, Any]:
+    model, options = whole(rule), RULES[rule]
     ours, optimizer = engines.spread(engine, **options)
     counts = engines.train(ours, optimizer)
     replicas = [p._local_tensor.double().sum().item() for p in ours.parameters() if hasattr(p, "_local_tensor")]
@@ -256,11 +262,7 @@ def marks() -> dict[str, str]:
 
 
 CASES: dict[str, Callable[[], Any]] = {
-    **{
-        f"{engine}: {rule}": partial(beside, engine, options)
-        for engine in engines.ENGINES
-        for rule, options in RULES.items()
-    },
+    **{f"{engine}: {rule}": partial(beside, engine, rule) for engine in engines.ENGINES for rule in RULES},
     "fsdp 1": fully_sharded_1,
     "zero redundancy": partial(zero_redundancy, {}),
     "zero redundancy, norm group": lambda: zero_redundancy({"norm_group": distributed.group.WORLD}),

@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from lars_torch import LARS
 
-PATIENCE = 5  # seconds that the others wait
+PATIENCE = 3  # seconds that the others wait
 
 
 def lost(*, killed: bool) -> Any:
@@ -28,7 +28,7 @@ def lost(*, killed: bool) -> Any:
     if distributed.get_rank() == 1:
         if killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(PATIENCE + 3)
+        time.sleep(PATIENCE + 2)
     start = time.monotonic()
     try:
         optimizer.step()
