@@ -1,16 +1,20 @@
 """LARS (You et al. 2017, arXiv 1708.03888) for arrays of any Array API library."""
 
+from typing import TYPE_CHECKING, Any
+
 from lars_array._version import __version__
 from lars_array.core import RULES, Hyper, Rule, apply, coefficients, register, sums
 from lars_array.functional import State, init, lars_step, update
 from lars_array.nonfinite import NonFiniteError
 from lars_array.optimizer import LARS
 from lars_array.param_groups import is_bias_or_norm, param_groups
-from lars_array.recorder import Recorder
 from lars_array.rules import preset
 from lars_array.schedules import linear_scaled_lr, warmup_cosine, warmup_polynomial
 from lars_array.state.shards import RefusedElsewhereError
 from lars_array.telemetry import Norms
+
+if TYPE_CHECKING:
+    from lars_array.recorder import Recorder
 
 __all__ = [
     "LARS",
@@ -37,3 +41,12 @@ __all__ = [
     "warmup_cosine",
     "warmup_polynomial",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the recorder when it is asked for, which importing lars_array need not wait for."""
+    if name == "Recorder":
+        from lars_array.recorder import Recorder
+
+        return Recorder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
