@@ -125,10 +125,9 @@ class Kernel:
             Sums and coefficients, and the gradient factor of each row of `inputs`.
         """
         hyper, tapes = prepared
-        S, C = np.zeros((self._count, 3)), np.empty((self._count, 6))
-        rows = len(inputs.rules)
+        C, rows = np.empty((self._count, 6)), len(inputs.rules)
         waits = inputs.clips or exchange is not None  # for sums over all layers, or over all processes
-        squares = None
+        S = squares = None  # known before the coefficients are to be computed, where these wait
         if inputs.clips:
             S = self.sums(grads)
             if exchange is not None:
@@ -136,18 +135,15 @@ class Kernel:
             totals = [np.bincount(hyper_row, column, rows) for column in S.T]
             inputs = clip_gradients(inputs, np.stack(totals, axis=1), xp=np, squares=squares)
             hyper = _table().hyper_of(inputs)
-            is_known = inputs.operand is None
-        else:
-            is_known = False
-        if exchange is not None and not is_known:
+            S = S if inputs.operand is None else None  # the third sum is of clipped gradients
+        if exchange is not None and S is None:
             factors = inputs.hyper.rescale_grad[hyper_row] if squares is not None else None
             S, _ = exchange(self.sums(grads, _spread(inputs.operand, hyper_row)), factors)
-            is_known = True
         arrays = hyper_row, _table().weights_of(inputs.operand, rows), previous_lr, hyper
-        if is_known:
+        if S is not None:
             _table().coefficients(S, arrays, tapes, C)
         else:
-            S[...] = 0
+            S = np.zeros((self._count, 3))
             self._run("both" if write and not waits else "measure", grads, arrays, S, C, tapes)
         if waits and write:
             self.apply(grads, C)
