@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lars_array._arrays import asarray, is_array, is_on_accelerator
-from lars_array.state.exchange import RAISES, Exchange, on_host
+from lars_array.state.exchange import RAISES, WORTH, Exchange, on_host
 from lars_array.state.shards import Shards
 from lars_array.state.table_layout import MISSING, NUMBER, TableLayout
 
@@ -66,7 +66,7 @@ class DeviceExchange(Exchange):
         self._digest[0:1] = float(self.digest)  # in every step: a graph that is replayed writes its own
         key = self.policies, [group["max_grad_norm"] is None for group in groups]
         if key != self._policies[0]:
-            codes = np.array([{"propagate": 0.0, "skip": 1.0, "raise": RAISES}[policy] for policy in self.policies])
+            codes = np.array([WORTH[policy] for policy in self.policies])
             clip = np.array([0.0 if group["max_grad_norm"] is None else 1.0 for group in groups])
             of_groups, of_rows = self._put(codes), self._put(codes[self.group_of])
             self._policies = key, of_groups, of_rows, self._put(np.array([codes @ clip]))

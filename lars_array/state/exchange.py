@@ -26,9 +26,11 @@ from lars_array.nonfinite import NonFiniteError
 from lars_array.state.shards import BITS, RefusedElsewhereError, Shards, SkippedError, digest
 from lars_array.state.table_layout import TableLayout
 
-__all__ = ["RAISES", "Exchange", "on_host"]
+__all__ = ["RAISES", "WORTH", "Exchange", "on_host"]
 
-RAISES = 2.0**20  # in the number that counts whole layers that are not finite; 1 where the step is to be skipped
+RAISES = 2.0**20
+# What a layer that is not finite adds to the number that is sent of them, by the policy of its group.
+WORTH = {"propagate": 0.0, "skip": 1.0, "raise": RAISES}
 
 
 class Exchange:
@@ -98,14 +100,16 @@ class Exchange:
         squares = on_host(factors) ** 2 * sent[:, 1] if self.clips else np.zeros(len(own))
         total = squares[self.whole].sum()
         result, is_skipped = sum_over_parts(own, self.joined, np), False
-        bad, bad_shared = self._bad_layers(own), 0.0
+        bad = self._bad_layers(own)
+        added_before: list[tuple[TableLayout, Any]] = []
         for layout in self.layouts:
             shards = layout.shards
             shards.agree()
             table = layout.table(sent)
             table[-2] = 1.0, 0.0, self.found
             own_squares = total if shards.of_norms else squares[layout.own].sum()
-            bad += bad_shared if shards.of_norms else 0.0
+            if shards.of_norms:  # processes that hold none of these layers have to know of them too
+                bad += sum((self._bad_shared_layers(*before) for before in added_before), 0.0)
             table[-1] = own_squares if self.clips else 0.0, bad, self.digest
             added = shards.table(table)
             shards.add(added)
@@ -114,7 +118,7 @@ class Exchange:
                 self._decide(layout, table)
             except SkippedError:
                 is_skipped, self.found = True, 1.0  # processes that share other layers skip it as well
-            bad_shared += self._bad_shared_layers(layout, table)
+            added_before.append((layout, table))
             shards.is_awaited = self.left > 0 and not is_skipped
             if not shards.are_copies_checked:
                 self._check_copies(layout, own, table)
@@ -161,18 +165,12 @@ class Exchange:
         """Return the number of whole layers that are not finite, as `RAISES` and ones."""
         if not len(self.whole) or np.isfinite(S[self.whole]).all():
             return 0.0
-        worth = {"raise": RAISES, "skip": 1.0, "propagate": 0.0}
-        return sum(worth[self.policies[self.group_of[i]]] for i in self.whole if not np.isfinite(S[i]).all())
+        return sum(WORTH[self.policies[self.group_of[i]]] for i in self.whole if not np.isfinite(S[i]).all())
 
     def _bad_shared_layers(self, layout: TableLayout, table: Any) -> float:
-        """Return the number of layers in a table that are not finite, as `RAISES` and ones: for other stages."""
-        is_bad = ~np.isfinite(table[: layout.size]).all(axis=1)
-        if not is_bad.any():
-            return 0.0
-        worth = {"raise": RAISES, "skip": 1.0, "propagate": 0.0}
-        present, _, groups = layout.counted(table[layout.size : -2])
-        numbers = (groups[is_bad] / np.maximum(present[is_bad], 1)).astype(int)
-        return sum(worth[self.policies[number]] for number in numbers.tolist())
+        """Return the number of layers in a table that are not finite, as `_bad_layers` does."""
+        found = layout.strange_layers(table, np.arange(layout.size))
+        return sum((WORTH[self.policies[group]] for _, group in found), 0.0)
 
     def _decide(self, layout: TableLayout, table: Any) -> None:
         """Raise on all processes, if one of them refuses or skips the step."""
@@ -192,7 +190,7 @@ class Exchange:
         layout.check_pieces(table)
         if set(self.policies) == {"propagate"}:
             return
-        for layer, group in layout.strange_layers(table) if len(layout.unseen) else ():
+        for layer, group in layout.strange_layers(table, layout.unseen) if len(layout.unseen) else ():
             self._prevent(self.policies[group], shown(layout.shards.layers[layer]))
         if bad > 0:
             self._prevent("raise" if bad >= RAISES else "skip", "a whole layer")

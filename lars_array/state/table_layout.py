@@ -99,9 +99,9 @@ class TableLayout:
         missing, present = np.divmod(rest, MISSING)
         return present, missing, groups
 
-    def strange_layers(self, table: Any) -> list[tuple[int, int]]:
-        """Return the layers with sums that are not finite and no row here, each with the number of its group."""
-        bad = self.unseen[~np.isfinite(table[self.unseen]).all(axis=1)]
+    def strange_layers(self, table: Any, layers: Any) -> list[tuple[int, int]]:
+        """Return those of `layers` with sums that are not finite, each with the number of its group."""
+        bad = layers[~np.isfinite(table[layers]).all(axis=1)]
         if not len(bad):
             return []
         present, _, groups = self.counted(table[self.size : -2])
