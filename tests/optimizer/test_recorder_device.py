@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import cuda_on_cpu
 import numpy as np
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from pretended_devices import Device, pretended
 
-import lars_array._stepper
-import lars_array.hyperparams
-import lars_array.state.memory
 from lars_array import LARS, Recorder
 
 HYPER: dict[str, Any] = {
@@ -27,33 +23,11 @@ HYPER: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
 }
-WAITS = {"_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero"}
-
-
-class Device(NamedTuple):
-    put: Callable[[Any], Any]
-    unread: Callable[[], Any]
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses to read a value."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        assert function.overloadpacket.__name__ not in WAITS, f"{function} reads a value"
-        return function(*arguments, **(options or {}))
 
 
 @pytest.fixture(params=["torch", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    if request.param == "cuda":
-        if reason := cuda_on_cpu.missing():
-            pytest.skip(reason)
-        with cuda_on_cpu.pretended():
-            yield Device(cuda_on_cpu.far, cuda_on_cpu.nothing_read)
-        return
-    for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
-        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor))
-    yield Device(torch.tensor, NoWaiting)
+    yield from pretended(request.param, monkeypatch)
 
 
 def model() -> dict[str, Any]:
