@@ -296,9 +296,8 @@ def check_buffer(name: str, v: Any, p: Any, kind: str = "momentum buffer") -> No
     if type(v) is not type(p) and (not is_array(v) or array_namespace(v) is not array_namespace(p)):
         raise TypeError(f"the {kind} of {shown(name)} must be an array of {_library(p)}; got {type(v).__name__}")
     if v.dtype != compute_dtype(p, xp):
-        raise TypeError(
-            f"the {kind} of {shown(name)} must have dtype {shown(compute_dtype(p, xp))}; got {shown(v.dtype)}"
-        )
+        wanted = xp.zeros(0, dtype=compute_dtype(p, xp)).dtype  # NumPy's is a class, printed otherwise
+        raise TypeError(f"the {kind} of {shown(name)} must have dtype {shown(wanted)}; got {shown(v.dtype)}")
     if v.shape != p.shape:
         shapes = f"{shown(tuple(p.shape))}; got {shown(tuple(v.shape))}"
         raise ValueError(f"the {kind} of {shown(name)} must have the parameter's shape {shapes}")

@@ -34,6 +34,7 @@ from lars_array._arrays import (
 from lars_array._messages import listed, shown
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
+from lars_array.kernels import check_kernel_name
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
 from lars_array.layers import LayerRows, labels_of
 from lars_array.nonfinite import (
@@ -61,6 +62,7 @@ __all__ = [
     "ParamState",
     "StepProgram",
     "Stepper",
+    "check_kernel_name",
     "finite_layers",
     "listed",
     "max_finite",

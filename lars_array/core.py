@@ -259,10 +259,19 @@ def register(*names: str, **properties: Any) -> Callable[[RuleFunction], RuleFun
     Raises
     ------
     ValueError
-        If a name is already in use.
+        If a name is already in use, or there is none.
+    TypeError
+        If a name is not a string, or what is decorated not a function.
     """
+    if not names:
+        raise ValueError("register needs a name: @register('my-rule')")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"rule names must be strings; got {shown(name)}; write @register('my-rule')")
 
     def decorate(function: RuleFunction) -> RuleFunction:
+        if not callable(function):
+            raise TypeError(f"a rule must be a function; got {shown(function)}")
         rule = resolve(Rule(function, **properties))
         for name in names:
             if name in RULES:

@@ -19,7 +19,7 @@ from lars_array._arrays import (
 )
 from lars_array._messages import located, shown
 from lars_array.core import step as core_step
-from lars_array.hyperparams import at_step, inputs_of, needs_buffer
+from lars_array.hyperparams import at_step, check, inputs_of, needs_buffer
 from lars_array.layers import LayerOf, LayerRows, labels_of
 from lars_array.nonfinite import finite_layers, max_finite, refuse_entries, refuse_nonfinite
 from lars_array.state.inputs import Layout, gradient_order, match_gradients, read_parameters
@@ -111,6 +111,8 @@ def lars_step(
     elif v is None:
         buffer = xp.zeros_like(p, dtype=compute_dtype(p, xp))
     before = group["lr"] if previous_lr is None else previous_lr
+    with located("previous_lr"):
+        check(group | {"lr": before})
     rows = LayerRows.of(["p"], [p], [group["layer_axes"]], [None])
     count = len(rows.owner)
     limit = max_finite([p] * count, like=p, xp=xp)

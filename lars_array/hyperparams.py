@@ -171,6 +171,9 @@ def check(group: Mapping[str, Any]) -> None:
             value = group[name]
             raise ValueError(f"Invalid {label}: {shown(value.item() if hasattr(value, 'item') else value)}")
     rule = resolve(group["rule"])
+    for name in (*BOOLEANS, "master_weights"):
+        if not isinstance(group[name], bool | np.bool_):
+            raise TypeError(f"{name} must be True or False; got {shown(group[name])}")
     damped = known.get("dampening", 0) != 0 and not rule.damped_nesterov
     if group["nesterov"] and (known.get("momentum", 1) <= 0 or damped):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
@@ -184,9 +187,6 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rescale_grad must be finite and above 0; got {shown(group['rescale_grad'])}")
     if not known.get("max_grad_norm", 1) > 0:
         raise ValueError(f"max_grad_norm must be above 0, or None; got {shown(group['max_grad_norm'])}")
-    for name in (*BOOLEANS, "master_weights"):
-        if not isinstance(group[name], bool | np.bool_):
-            raise TypeError(f"{name} must be True or False; got {shown(group[name])}")
     if group["nonfinite"] not in POLICIES:
         raise ValueError(f"nonfinite must be one of {', '.join(map(repr, POLICIES))}; got {shown(group['nonfinite'])}")
     axes = group["layer_axes"]
@@ -433,6 +433,8 @@ class Hyperparams:
                 place = [f"parameter group {number}"] if len(all_options) > 1 else []
                 place += [f"step {step}"] if any(callable(group.get(name)) for name in NUMBERS) else []
                 with located(", ".join(place)):
+                    if missing := {"lr", *DEFAULTS} - options.keys():
+                        raise ValueError(f"a parameter group must have the key {shown(min(missing))}")
                     groups.append(readable(options, step))
             self._last = seen, groups  # in one assignment, for interrupts
         return groups

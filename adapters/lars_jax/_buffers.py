@@ -226,7 +226,7 @@ class DonatedBuffers:
     def numbers(self, groups: Sequence[dict[str, Any]], found_inf: Any) -> tuple[Any, Any]:
         """Return hyper-parameters at this step and `found_inf` as the stepper takes them."""
         _check_device("found_inf", found_inf, self._device)
-        return groups, None if found_inf is None else bool(found_inf)
+        return groups, np.asarray(found_inf) if isinstance(found_inf, jax.Array) else found_inf
 
     def to_numpy(self, array: Any) -> Any:
         """Return a copy of a momentum buffer or master."""

@@ -118,6 +118,8 @@ class LARS(StatefulOptimizer):
     ) -> None:
         hyper = defaults_from(locals()) | {"layer_axes": 0}  # which leaves have themselves
         check_rate("lr", lr, params)
+        if not isinstance(donate, bool):
+            raise TypeError(f"donate must be True or False; got {shown(donate)}")
         readable(_with_values(hyper, 0), 0)
         super().__init__(Stepper(kernel))
         tree = Leaves.of(params)

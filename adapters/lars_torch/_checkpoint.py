@@ -22,7 +22,7 @@ __all__ = ["load"]
 def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: Mapping[str, Any]) -> None:
     """Load `state_dict` into `optimizer`; see `lars_torch.LARS.load_state_dict`."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        got = listed(map(shown, state_dict)) if isinstance(state_dict, Mapping) else shown(state_dict)
+        got = listed(map(shown, state_dict)) if state_dict and isinstance(state_dict, Mapping) else shown(state_dict)
         raise TypeError(f"state_dict must be a mapping with the keys 'state' and 'param_groups'; got {got}")
     if "steps" in state_dict:
         state_dict = _from_lars_array(optimizer, state_dict)

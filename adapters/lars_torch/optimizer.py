@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lars_array._stepper import refusals_are_told, shown
+from lars_array._stepper import check_kernel_name, refusals_are_told, shown
 from lars_array.core import Rule
 from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
@@ -142,6 +142,8 @@ class LARS(Optimizer):
             raise ValueError("differentiable and master_weights exclude each other; got True for both")
         if fused and (differentiable or foreach):
             raise RuntimeError(f"fused and {'differentiable' if differentiable else 'foreach'} exclude each other")
+        if kernel is not None:
+            check_kernel_name(kernel)
         self._kernel, self._layer_of, self._number = kernel, layer_of, _tracing.number(self)
         self._lock, self._steps = RLock(), 0
         self._processes = dict(zip(PROCESSES, (shard_group, norm_group), strict=True))

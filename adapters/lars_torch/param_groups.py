@@ -11,6 +11,7 @@ from torch import nn
 
 import lars_array
 from lars_array import is_bias_or_norm
+from lars_array._stepper import shown
 
 __all__ = ["NORMALIZATIONS", "param_groups"]
 
@@ -90,6 +91,8 @@ def param_groups(
     has_names = named
     if isinstance(params, nn.Module):
         params, owners = _of_module(params)
+    elif not isinstance(params, Iterable):
+        raise TypeError(f"params must be a module, or an iterable of tensors or of pairs; got {shown(params)}")
     elif not named:
         params = params if isinstance(params, Mapping) else list(params)
         has_names = isinstance(params, Mapping) or all(isinstance(x, tuple) for x in params)

@@ -29,7 +29,7 @@ from typing import Any
 
 from lars_array._messages import near, shown
 
-__all__ = ["KERNELS", "NUMPY_KERNELS", "choose", "report"]
+__all__ = ["KERNELS", "NUMPY_KERNELS", "check_kernel_name", "choose", "report"]
 
 KERNELS = ("compiled", "blocked", "cuda", "portable")  # fastest first
 NUMPY_KERNELS = ("compiled", "blocked", "portable")
@@ -60,12 +60,17 @@ def choose(params: Sequence[Any], name: str | None = None) -> Any:
         name, source = os.environ["LARS_ARRAY_KERNEL"], "LARS_ARRAY_KERNEL"
     if name is None:
         return next(kernel for kernel in map(_load, KERNELS) if kernel.unsupported_reason(params) is None)
-    if not isinstance(name, str) or name not in KERNELS:
-        raise ValueError(f"{source} must be one of {', '.join(KERNELS)}; got {shown(name)}{near(name, KERNELS)}")
+    check_kernel_name(name, source)
     reason = _load(name).unsupported_reason(params)
     if reason is not None:
         raise ValueError(f"{source} {shown(name)} can't be used here: {reason}")
     return _load(name)
+
+
+def check_kernel_name(name: Any, source: str = "kernel") -> None:
+    """Raise ValueError unless a kernel is called `name`; `source` is what gave it."""
+    if not isinstance(name, str) or name not in KERNELS:
+        raise ValueError(f"{source} must be one of {', '.join(KERNELS)}; got {shown(name)}{near(name, KERNELS)}")
 
 
 def report() -> list[tuple[str, bool, str]]:

@@ -388,7 +388,12 @@ def test_loading_a_state_without_masters_takes_them_away() -> None:
 @pytest.mark.parametrize(
     ("name", "master", "kind", "message"),
     [
-        ("h", np.ones(3, np.float16), TypeError, "the master copy of 'h' must have dtype {f4!r}; got dtype('float16')"),
+        (
+            "h",
+            np.ones(3, np.float16),
+            TypeError,
+            "the master copy of 'h' must have dtype dtype('float32'); got dtype('float16')",
+        ),
         (
             "h",
             np.ones(2, np.float32),
@@ -410,7 +415,6 @@ def test_a_master_that_does_not_fit(name: str, master: Any, kind: type[Exception
     optimizer.step(list(map(np.copy, params.values())))
     state = optimizer.state_dict()
     state["state"][name]["master"] = master
-    message = message.format(f4=np.float32)
     assert_refused(lambda: optimizer.load_state_dict(state), kind, message, optimizer, *params.values())
 
 
