@@ -33,7 +33,7 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
     def check(_: Any, hooked: Any) -> Any:  # after all other hooks, and before anything is changed
         hooked = _spread(optimizer, _by_name(optimizer, hooked))
         given.extend(_check(optimizer, hooked))
-        return hooked
+        return _filled(optimizer, hooked)
 
     processes = [{key: group[key] for key in PROCESSES if key in group} for group in optimizer.param_groups]
 
@@ -59,7 +59,7 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Te
     _check_origin(groups, state_dict)
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
         return []  # torch has a better message
-    for group in saved:
+    for group in _filled(optimizer, state_dict)["param_groups"]:
         check_group(optimizer.defaults | group)
     kept = _kept(optimizer, state_dict)
     for p, key, v in kept:
@@ -76,6 +76,14 @@ def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Te
         if v.is_complex() != p.is_complex() or not (v.is_floating_point() or v.is_complex()):
             raise ValueError(f"{key} must be of a type like {p.dtype}, the parameter's; got {v.dtype}")
     return kept
+
+
+def _filled(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a checkpoint whose groups have those options of the optimizer's that they lack; others don't save all."""
+    groups = list(state_dict["param_groups"])
+    for number, (own, saved) in enumerate(zip(optimizer.param_groups, groups)):
+        groups[number] = {key: own[key] for key in optimizer.defaults if key in own} | saved
+    return {**state_dict, "param_groups": groups}
 
 
 def _check_origin(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:

@@ -267,6 +267,19 @@ def test_checkpoints_of_others_load(peer: Any) -> None:
     advance(ours, 3, 5)
 
 
+def test_options_that_a_checkpoint_lacks_stay_those_of_the_group() -> None:
+    first, *others = parameters()
+    own = {"adapt": False, "trust_coefficient": 0.02}
+    optimizer = LARS([{"params": [first]}, {"params": others, **own}], **OPTIONS)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["adapt"], group["trust_coefficient"]
+    optimizer.load_state_dict(saved | {"param_groups": [group | {"lr": 0.3} for group in saved["param_groups"]]})
+    assert [group["adapt"] for group in optimizer.param_groups] == [True, False]
+    assert [group["trust_coefficient"] for group in optimizer.param_groups] == [0.1, 0.02]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
+
+
 @pytest.mark.parametrize("peer", [sgd, torch_optimizer, timm])
 def test_our_checkpoints_load_into_others(peer: Any) -> None:
     ours = LARS(parameters(), **OPTIONS)
