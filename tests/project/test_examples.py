@@ -50,4 +50,4 @@ def test_a_moved_script_takes_the_steps_of_the_original() -> None:
     found = re.findall(r"^(.+): loss (\S+), later (\S+); parameters differ by (\S+) of their norms$", printed, re.M)
     assert [script for script, *_ in found] == ["Barlow Twins", "VICReg"]
     for _, before, later, apart in found:
-        assert float(later) < float(before) and float(apart) < 1e-13
+        assert float(later) < float(before) and float(apart) < 1e-12

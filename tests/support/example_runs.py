@@ -30,7 +30,8 @@ def run_example(name: str, **environment: str) -> str:
         With the end of the errors that it prints, if the example fails.
     """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
-    command, variables = [sys.executable, str(EXAMPLES[name])], os.environ | {"PYTHONPATH": paths} | environment
+    variables = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment  # cores may be shared
+    command = [sys.executable, str(EXAMPLES[name])]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
