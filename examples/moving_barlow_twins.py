@@ -18,7 +18,7 @@ from torch import nn
 from lars_array import preset, warmup_cosine
 from lars_torch import LARS, param_groups
 
-STEPS, BATCH, WEIGHT_DECAY, LAMBDA = 100, 2048, 1e-6, 0.0051
+STEPS, BATCH, WEIGHT_DECAY, LAMBDA = 50, 2048, 1e-6, 0.0051
 torch.set_default_dtype(torch.float64)
 
 
