@@ -16,8 +16,8 @@ import pytest
 
 # What tests may do without. They need NumPy, array_api_compat, pytest and Hypothesis.
 _OPTIONAL = (
-    "array_api_strict cupy cupyx equinox expecttest hatchling jax jaxlib llvmlite matplotlib ml_dtypes mpi4py numba "
-    "optax pytorch_optimizer rich scipy sklearn timm torch torch_optimizer"
+    "array_api_strict cupy cupyx equinox expecttest flax hatchling jax jaxlib lightning llvmlite matplotlib ml_dtypes "
+    "mpi4py numba optax pytorch_optimizer rich scipy sklearn timm torch torch_optimizer"
 ).split()
 
 

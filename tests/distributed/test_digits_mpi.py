@@ -25,7 +25,3 @@ def test_accuracy_is_the_same_over_four_processes_and_momentum_a_fourth() -> Non
     assert float(accuracy) > 0.95
     assert accuracy_of_four == accuracy
     assert momentum <= 4 * momentum_of_one < momentum + 4 * 8
-
-
-def test_it_is_short() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 60

@@ -32,7 +32,3 @@ def test_the_example_trains(way: str) -> None:
     assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr[-3000:]
     found = re.search(rf"{way} on {WAYS[way]}: accuracy (0\.\d+)", done.stdout)
     assert found is not None and float(found[1]) > 0.97
-
-
-def test_the_example_is_short() -> None:
-    assert len(SCRIPT.read_text().splitlines()) < 60
