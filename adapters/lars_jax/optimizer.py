@@ -176,7 +176,7 @@ class LARS(StatefulOptimizer):
         ------
         ValueError, TypeError
             If `grads` does not fit the parameters, or these were deleted; for traced numbers, whose derivatives would
-            be lost; and inside of functions that JAX traces, or under ``jax.set_mesh`` of other devices. Then nothing
+            be lost; and inside of functions that JAX traces, or under `jax.set_mesh` of other devices. Then nothing
             was changed.
         NonFiniteError
             As for `lars_array.LARS.step`. On a CUDA device a rejected step returns the parameters as they were; a later

@@ -29,14 +29,14 @@ __all__ = ["LARS"]
 
 
 class LARS(Optimizer):
-    """`lars_array.LARS` as a ``torch.optim.Optimizer``.
+    """`lars_array.LARS` as a `torch.optim.Optimizer`.
 
     Arguments as for `lars_array.LARS`, except:
 
     Parameters
     ----------
     params : iterable of Tensor, of (str, Tensor), or of dict
-        The parameters or parameter groups, as ``torch.optim.SGD`` takes them (names since torch 2.6): float64, float32,
+        The parameters or parameter groups, as `torch.optim.SGD` takes them (names since torch 2.6): float64, float32,
         float16, bfloat16 or complex, on one device or several; DTensors on one device. Updated in place; gradients are
         not modified.
     lr : float or Tensor
