@@ -30,6 +30,8 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 autodoc_default_options = {"members": True}
+autodoc_preserve_defaults = True  # `REQUIRED` and functions by name
+maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 
 # Names in single backticks are links, see `leave_arguments_alone`.

@@ -65,7 +65,7 @@ def lars(
     nesterov: bool = False,
     trust_coefficient: Any = 0.001,
     eps: Any = None,
-    rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
+    rule: str | Rule | Callable[..., Any] = "flash",
     trust_clip: bool = False,
     trust_bounds: tuple[float, float] | None = None,
     always_adapt: bool = False,
