@@ -1,10 +1,12 @@
-"""README.md and docs: figures are those that were measured, and code fits on a page."""
+"""README.md and docs: figures are those that were measured, code fits on a page, the reference is complete."""
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
+import public
 import pytest
 
 from benchmarks import figures
@@ -67,3 +69,26 @@ def test_the_command_writes_and_then_finds_nothing_to_write(tmp_path, monkeypatc
     assert "| torch_optimizer | 1.00 |" in page.read_text()
     assert figures.main(["--check"]) == 0
     assert capsys.readouterr().out == "differs: page.md\nwritten: page.md\n"
+
+
+def documented(pages: list[str]) -> set[str]:
+    """Return the names that Sphinx is told to document, with their modules."""
+    names, module = set(), ""
+    for kind, name in re.findall(r"^\.\. ([a-z:]+):: (\S+)$", "\n".join(pages), re.MULTILINE):
+        if kind.endswith("module"):
+            module = name
+        else:
+            names.add(f"{module}.{name}")
+    return names
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = [page.read_text() for page in PAGES if page.parent.name == "api"]
+    modules = map(import_module, public.MODULES)
+    names = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}
+    assert names - documented(pages) <= {"lars_array.__version__"}
+
+
+def test_a_page_of_the_reference_is_read_by_module() -> None:
+    page = ".. py:module:: a\n.. autofunction:: f\n\n.. currentmodule:: a.b\n.. autoclass:: C\n   :members:\n"
+    assert documented([page]) == {"a.f", "a.b.C"}
