@@ -169,7 +169,8 @@ def _times(row: dict[str, Any] | None) -> str:
     """Return device time and wall-clock time, or what there is of them."""
     if row is None:
         return ""
-    return ", ".join(f"{row[clock]['median_ms']:.2f}" for clock in ("device", "host") if row[clock] is not None)
+    times = (f"{row[clock]['median_ms']:.2f}" for clock in ("device", "host") if row[clock] is not None)
+    return ",\N{NO-BREAK SPACE}".join(times)
 
 
 def _short(x: float | None) -> str:

@@ -22,6 +22,7 @@ extensions = [
 myst_enable_extensions = ["amsmath", "dollarmath"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+pygments_style = "default"  # in the light; furo's own has no colours for what a diff adds
 html_static_path = ["_static"]
 html_css_files = ["narrow.css"]
 
