@@ -41,8 +41,8 @@ class mpi:  # noqa: N801 - used as a function, like functools.partial
 
     Notes
     -----
-    What MPI raises goes through `LARS.step`, which has changed nothing then. Copies of an optimizer share the
-    communicator.
+    What MPI raises goes through `lars_array.LARS.step`, which has changed nothing then. Copies of an optimizer share
+    the communicator.
     """
 
     def __init__(self, comm: Any) -> None:

@@ -189,8 +189,8 @@ def gradient_factor(hyper: Hyper, S: Array | None, *, xp: Namespace, squares: Ar
     r"""Return :math:`\gamma`, the factor of each layer's gradient, an array of shape (layers,).
 
     .. math::
-        \gamma = \pm s \cdot \min\Bigl(1, \frac{\text{max\_grad\_norm}}{\|s\,g\|_{\text{all layers}}}\Bigr),
-        \qquad s = \text{rescale\_grad}
+        \gamma = \pm s \cdot \min\Bigl(1, \frac{\mathrm{max\_grad\_norm}}{\|s\,g\|_{\text{all layers}}}\Bigr),
+        \qquad s = \mathrm{rescale\_grad}
 
     with minus for ``maximize``. It depends on the sums S only, so clipping by the global norm needs no extra pass; if S
     is None, gradients are not clipped. If a gradient holds a NaN, gamma is NaN for all layers that are clipped.
@@ -446,12 +446,12 @@ def momentum_form(
     r"""Return the coefficients of SGD with momentum applied to a scaled gradient, :math:`d = g + w p`.
 
     .. math::
-        v' = \mu v + (1 - \tau)\,\text{grad\_scale}\,d, \qquad
-        p' = p - \text{step\_scale}\,v' \quad\text{or, with nesterov,}\quad
-        p' = p - \text{step\_scale}\,(\text{grad\_scale}\,d + \mu v')
+        v' = \mu v + (1 - \tau)\,\mathrm{grad\_scale}\,d, \qquad
+        p' = p - \mathrm{step\_scale}\,v' \quad\text{or, with nesterov,}\quad
+        p' = p - \mathrm{step\_scale}\,(\mathrm{grad\_scale}\,d + \mu v')
 
     Implementations differ in the factor that contains the learning rate and the trust ratio. Without momentum,
-    :math:`p' = p - \text{step\_scale}\,\text{grad\_scale}\,d`.
+    :math:`p' = p - \mathrm{step\_scale}\,\mathrm{grad\_scale}\,d`.
 
     Parameters
     ----------

@@ -50,7 +50,7 @@ def lars_step(
     nonfinite: str = "propagate",
     **options: Any,
 ) -> tuple[Array, Array | None]:
-    """Take one step of one layer, as a pure function of arrays of any Array API namespace, also under ``jax.jit``.
+    """Take one step of one layer, as a pure function of arrays of any Array API namespace, also under `jax.jit`.
 
     Parameters
     ----------

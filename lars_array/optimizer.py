@@ -16,7 +16,6 @@ from lars_array._messages import located, shown
 from lars_array._stepper import Stepper
 from lars_array.core import Rule
 from lars_array.hyperparams import (
-    DEFAULTS,
     complete,
     defaults_from,
     described,
@@ -78,9 +77,9 @@ class LARS(StatefulOptimizer):
     maximize : bool
         :math:`g \leftarrow -g`, before everything else.
     rescale_grad : float
-        :math:`g \leftarrow \text{rescale\_grad}\,g`, before clipping and the rule.
+        :math:`g \leftarrow \mathrm{rescale\_grad}\,g`, before clipping and the rule.
     max_grad_norm : float, optional
-        :math:`g \leftarrow g \min(1, \text{max\_grad\_norm} / \|g\|)`, with the norm of all gradients together.
+        :math:`g \leftarrow g \min(1, \mathrm{max\_grad\_norm} / \|g\|)`, with the norm of all gradients together.
     nonfinite : {"raise", "skip", "propagate"}
         Policy for layers with non-finite parameters, gradients or coefficients. "raise": the step is rejected with a
         `NonFiniteError` that names the layer, and nothing is changed. "skip": the step is skipped, nothing is changed,
@@ -168,7 +167,7 @@ class LARS(StatefulOptimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
+        rule: str | Rule | Callable[..., Any] = "flash",
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,

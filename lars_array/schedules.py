@@ -139,7 +139,7 @@ class warmup_cosine(_WarmUp):  # noqa: N801 - used as a function, like functools
     array's namespace and returns an array: of the same dtype, or of the default floating-point dtype for integer
     arrays.
 
-    The values equal those of ``optax.warmup_cosine_decay_schedule``.
+    The values equal those of `optax.warmup_cosine_decay_schedule`.
 
     Examples
     --------

@@ -26,7 +26,7 @@ def to_state_dict(state: Any, params: Any, learning_rate: Any, **options: Any) -
     Parameters
     ----------
     state : LarsState, or pytree that holds one
-        From ``init`` or ``update``; alone, or in another state, such as that of ``optax.chain``.
+        From ``init`` or ``update``; alone, or in another state, such as that of `optax.chain`.
     params : pytree
         The parameters.
     learning_rate : float, array of shape (), or schedule

@@ -14,7 +14,6 @@ from lars_array import Rule
 from lars_array._arrays import ArraySpecs, check_parameter
 from lars_array._stepper import ParamState, Stepper, shown
 from lars_array.hyperparams import (
-    DEFAULTS,
     defaults_from,
     described,
     options_of,
@@ -100,7 +99,7 @@ class LARS(StatefulOptimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
+        rule: str | Rule | Callable[..., Any] = "flash",
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,
@@ -178,7 +177,7 @@ class LARS(StatefulOptimizer):
         ------
         ValueError, TypeError
             If `grads` does not fit the parameters, or these were deleted; for traced numbers, whose derivatives would
-            be lost; and inside of functions that JAX traces, or under ``jax.set_mesh`` of other devices. Then nothing
+            be lost; and inside of functions that JAX traces, or under `jax.set_mesh` of other devices. Then nothing
             was changed.
         NonFiniteError
             As for `lars_array.LARS.step`. On a CUDA device a rejected step returns the parameters as they were; a later

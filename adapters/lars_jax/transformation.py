@@ -1,4 +1,4 @@
-"""LARS as a gradient transformation of optax: `lars_array.core` on ``jax.numpy``, traced or not."""
+"""LARS as a gradient transformation of optax: `lars_array.core` on `jax.numpy`, traced or not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def lars(
     nesterov: bool = False,
     trust_coefficient: Any = 0.001,
     eps: Any = None,
-    rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
+    rule: str | Rule | Callable[..., Any] = "flash",
     trust_clip: bool = False,
     trust_bounds: tuple[float, float] | None = None,
     always_adapt: bool = False,
@@ -101,14 +101,14 @@ def lars(
         all rules, also by those that leave out layers without decay, in all steps in which others are decayed.
     layer_axes : int, pytree of int, or callable, optional
         The number of leading axes of a leaf along which slices are layers, as in the stacked parameters of scanned
-        layers; in the forms of the masks, 0 by default. ``optax.inject_hyperparams`` needs it in its `static_args`.
+        layers; in the forms of the masks, 0 by default. `optax.inject_hyperparams` needs it in its `static_args`.
     layer_of : mapping or callable, optional
         By the paths of leaves with dots, such as "attention.query".
     axis_name : hashable, tuple of hashable, pytree of these, or callable, optional
-        Under ``jax.shard_map`` or ``jax.pmap``, the mapped axes that a leaf is split over; None or () for a leaf that
+        Under `jax.shard_map` or `jax.pmap`, the mapped axes that a leaf is split over; None or () for a leaf that
         every device has whole. A tuple is a tree where the parameters are a tuple or list as long. One collective sums
         the norms of the whole model. A stacked leaf must not be split along its `layer_axes`. Arrays that are sharded
-        under ``jax.jit`` do not need this.
+        under `jax.jit` do not need this.
 
     Returns
     -------

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lars_array._stepper import check_kernel_name, refusals_are_told, shown
 from lars_array.core import Rule
-from lars_array.hyperparams import DEFAULTS, defaults_from, is_sgd, required, warn_of_sgd
+from lars_array.hyperparams import defaults_from, is_sgd, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
@@ -29,14 +29,14 @@ __all__ = ["LARS"]
 
 
 class LARS(Optimizer):
-    """`lars_array.LARS` as a ``torch.optim.Optimizer``.
+    """`lars_array.LARS` as a `torch.optim.Optimizer`.
 
     Arguments as for `lars_array.LARS`, except:
 
     Parameters
     ----------
     params : iterable of Tensor, of (str, Tensor), or of dict
-        The parameters or parameter groups, as ``torch.optim.SGD`` takes them (names since torch 2.6): float64, float32,
+        The parameters or parameter groups, as `torch.optim.SGD` takes them (names since torch 2.6): float64, float32,
         float16, bfloat16 or complex, on one device or several; DTensors on one device. Updated in place; gradients are
         not modified.
     lr : float or Tensor
@@ -115,7 +115,7 @@ class LARS(Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         *,
-        rule: str | Rule | Callable[..., Any] = DEFAULTS["rule"],
+        rule: str | Rule | Callable[..., Any] = "flash",
         trust_clip: bool = False,
         trust_bounds: tuple[float, float] | None = None,
         always_adapt: bool = False,

@@ -81,7 +81,7 @@ def optax_step(make: Callable[..., Any]) -> Step:
     Parameters
     ----------
     make : callable
-        ``make(lr, *, momentum, ...) -> transformation``, such as ``optax.lars``. It is called for each step, with its
+        ``make(lr, *, momentum, ...) -> transformation``, such as `optax.lars`. It is called for each step, with its
         learning rate; the state is handed on. Without ``jax_enable_x64``, compare with ``dtype="float32"``.
 
     Returns

@@ -66,6 +66,8 @@ def test_sdist_can_be_tested(sdist):
 def test_the_citation_is_of_this_version():
     lines = (ROOT / "CITATION.cff").read_text().splitlines()
     assert f"version: {__version__}" in lines
+    (released,) = (line.removeprefix("date-released: ") for line in lines if line.startswith("date-released: "))
+    assert f"## [{__version__}] - {released}" in (ROOT / "CHANGELOG.md").read_text().splitlines()
 
 
 def test_groups_for_development_are_the_extras_that_make_installs():
