@@ -37,7 +37,7 @@ def _is_lacking(library: str) -> bool:
 # pytest would leave behind what it has imported of these in part.
 _NEEDED_BY = {"jax": "adapters/lars_jax/*", "torch": "adapters/lars_torch/*", "numba": "lars_array/kernels/compiled/*"}
 collect_ignore_glob = [files for library, files in _NEEDED_BY.items() if _is_lacking(library)]
-collect_ignore_glob.append("tests/clients/*")  # which need an environment of their own
+collect_ignore_glob += ["tests/clients/*", "docs/_build/*"]  # need an environment of their own; copies of the examples
 collect_ignore_glob.append("tests/distributed/scripts/*")  # which run on several processes
 
 if not _is_lacking("jax") and _version("jax") < (0, 8):
