@@ -18,29 +18,32 @@ REST = 0.005  # seconds until the worker threads of other libraries have stopped
 
 
 def interleaved(
-    runs: Mapping[str, Run],
+    runs: Mapping[Any, Run],
     rounds: int,
     *,
+    rest: float = REST,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
-) -> dict[str, list[float]]:
+) -> dict[Any, list[float]]:
     """Return the seconds of each step, after a round that is not counted.
 
     Parameters
     ----------
-    runs : mapping of str to Run
+    runs : mapping of name to Run
         Each takes one step a round, in an order shuffled anew for every round, the same in every run.
     rounds : int
         How many.
+    rest : float
+        Seconds to sleep before each step.
     clock, sleep : callable
         For tests.
 
     Returns
     -------
-    dict of str to list of float
+    dict of name to list of float
         In order of the rounds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     gc.collect()
     gc.freeze()  # so that collecting between steps visits only what they made
@@ -51,7 +54,7 @@ def interleaved(
             for name in order:
                 runs[name].before()
                 gc.collect()
-                sleep(REST)
+                sleep(rest)
                 start = clock()
                 runs[name].step()
                 seconds[name].append(clock() - start)

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from lars_array._messages import shown
+from lars_array.kernels.openmp import run_on_torch_threads
 
 __all__ = ["run", "run_on_threads", "thread_count"]
 
@@ -174,6 +175,8 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
     BaseException
         An interrupt that arrived meanwhile, else an exception of another thread, else that of ``work`` on this one.
     """
+    if count > 1 and run_on_torch_threads(work, count):
+        return
     jobs = [Job(work) for _ in range(count - 1)]
     interrupt: BaseException | None = None
     try:
