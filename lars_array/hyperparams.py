@@ -64,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "nesterov": False,
     "trust_coefficient": 0.001,
     "eps": 1e-8,
-    "rule": str(b"flash", "ascii"),  # not the object of a literal: whether one was given is known by identity
+    "rule": "flash",
     "trust_clip": False,
     "trust_bounds": None,
     "always_adapt": False,
@@ -344,18 +344,14 @@ _NOT_THE_CALLER = ("lars_array", "lars_torch", "lars_jax", "torch", "jax", "opta
 
 
 def warn_of_sgd(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Warn if no layer is adapted, and nobody has asked for that: an optimizer calls this before its first step.
-
-    The default weight decay of 0 leaves layers to SGD, as flash does. Who has given a rule, `adapt` or `always_adapt`
-    has thought of it.
-    """
+    """Warn if no layer is adapted, and not because of `adapt=False`: an optimizer calls this before its first step."""
     groups = list(groups)
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
         level, frame = level + 1, frame.f_back
-    if groups and all(is_sgd(group) and group["adapt"] and group["rule"] is DEFAULTS["rule"] for group in groups):
+    if groups and all(is_sgd(group) and group["adapt"] for group in groups):
         warnings.warn(
-            "no layer is adapted: with weight_decay=0 and the default rule LARS is plain SGD. Give a weight_decay, "
+            "no layer is adapted: with weight_decay=0 and the rule of flash, the default, LARS is plain SGD. Give a weight_decay, "
             "always_adapt=True or another rule; or adapt=False, if SGD is what you want",
             UserWarning,
             stacklevel=level,
