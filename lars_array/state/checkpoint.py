@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
-from lars_array._messages import listed, located, near, shown
+from lars_array._messages import Problems, listed, located, near, shown
 from lars_array.hyperparams import (
     DEFAULTS,
     Hyperparams,
@@ -23,7 +23,7 @@ from lars_array.nonfinite import NonFiniteError
 from lars_array.state.store import KEPT, ParamState, check_previous_lr
 from lars_array.telemetry import Norms, StepResult
 
-__all__ = ["Checkpoint", "StatefulOptimizer", "read_checkpoint"]
+__all__ = ["Checkpoint", "StatefulOptimizer", "check_state_dict", "read_checkpoint", "with_own_options"]
 
 
 class StatefulOptimizer:
@@ -170,10 +170,10 @@ class StatefulOptimizer:
         groups = [copy.deepcopy(options_of(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
-    def _load(self, state_dict: Any) -> None:
-        """Load a copy of a state dict whose groups have the names of these."""
+    def _load(self, state_dict: Any, *, copied: bool = True) -> None:
+        """Load a state dict whose groups have the names of these, or a copy of it."""
         read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._state.params)
-        self._state.attach(read.state, copied=True)
+        self._state.attach(read.state, copied=copied)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options | {"layer_axes": group["layer_axes"]})
@@ -208,7 +208,8 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
     Raises
     ------
     ValueError
-        If a key is missing or unknown, or a value does not fit.
+        If a key is missing or unknown, or a value does not fit. Names, options and arrays that do not fit are all in
+        one message, the first of them in words.
     TypeError
         If a value is of the wrong kind.
     """
@@ -220,33 +221,87 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
         if state_dict[count] < 0:
             raise ValueError(f"{count} must be at least 0; got {shown(state_dict[count])}")
 
-    groups = []
+    problems, groups, names_of = Problems(), [], []
     saved = _listed("param_groups", state_dict["param_groups"])
     for number, group in enumerate(saved):
         with located(f"parameter group {number} of state_dict" if len(saved) > 1 else ""):
-            _check_keys("a group of state_dict", group, {"lr", "names", *DEFAULTS}, open_end=True)
-            options = copy.deepcopy(complete({key: value for key, value in group.items() if key != "names"}))
-            at_step(options, state_dict["steps"])
-        groups.append(options)
+            _check_keys("a group of state_dict", group, {"names"}, open_end=True)
+            names_of.append(_listed("names", group["names"]))
+            with problems.noted(), located(f"parameter group {number} of state_dict" if len(saved) > 1 else ""):
+                _check_keys("a group of state_dict", group, {"lr", "names", *DEFAULTS}, open_end=True)
+                options = copy.deepcopy(complete({key: value for key, value in group.items() if key != "names"}))
+                at_step(options, state_dict["steps"])
+                groups.append(options)
     names = [list(group) for group in names_of_groups]
-    loaded = [_listed("names", group["names"]) for group in state_dict["param_groups"]]
-    if loaded != names:
-        flat_loaded = [name for group in loaded for name in group]
-        first = next((f": {shown(a)}, not {shown(b)}" for a, b in zip(flat_loaded, chain(*names)) if a != b), "")
-        first = first if shown(names) == shown(loaded) else ""
-        raise ValueError(f"state_dict must be of parameters named {shown(names)}, by group; got {shown(loaded)}{first}")
-
-    flat = [name for group in names for name in group]
-    _check_keys("state of state_dict", state_dict["state"], set(flat))
+    if names_of != names:
+        problems.errors.append(_other_names(names, names_of))
+    with problems.noted():
+        known = set(chain(*names)) if names_of == names else set()
+        _check_keys("state of state_dict", state_dict["state"], known, open_end=not known, of_names=True)
     read: dict[str, dict[str, Any]] = {}
-    for name, p in zip(flat, params, strict=True):
-        own = state_dict["state"][name]
-        _check_keys(f"the state of {shown(name)}", own, {"previous_lr"}, optional=set(KEPT))
+    of_names = state_dict["state"] if isinstance(state_dict["state"], Mapping) else {}
+    for name, p in zip(chain(*names), params, strict=True):
+        if name not in of_names:
+            continue
+        own = of_names[name]
+        with problems.noted():
+            _check_keys(f"the state of {shown(name)}", own, {"previous_lr"}, optional=set(KEPT))
+            read[name] = {**own, "previous_lr": check_previous_lr(name, own["previous_lr"])}
         for key, check in KEPT.items():
-            if own.get(key) is not None:
-                check(name, own[key], p)
-        read[name] = {**own, "previous_lr": check_previous_lr(name, own["previous_lr"])}
+            if isinstance(own, Mapping) and own.get(key) is not None:
+                with problems.noted():
+                    check(name, own[key], p)
+    problems.raise_all()
     return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, read)
+
+
+def check_state_dict(state_dict: Any, params: Mapping[str, Any]) -> None:
+    """Raise as `read_checkpoint` does, with all misfits in one message, whatever the order and the groups of the names.
+
+    Parameters
+    ----------
+    state_dict : mapping
+        Of the form of `lars_array.LARS.state_dict`, its arrays of NumPy.
+    params : mapping of name to array
+        NumPy arrays of the shapes and types of the parameters.
+    """
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    names = [list(params)]
+    if isinstance(groups, list) and all(isinstance(group, Mapping) and "names" in group for group in groups):
+        loaded = [list(group["names"]) for group in groups]
+        flat = list(chain(*loaded))
+        names = loaded if len(flat) == len(params) and set(flat) == params.keys() else names
+    read_checkpoint(state_dict, names, [params[name] for name in chain(*names)])
+
+
+def with_own_options(state_dict: Any, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a state dict whose groups have the options that they lack from the groups of an optimizer.
+
+    Parameters
+    ----------
+    state_dict : mapping
+        Not modified; of a file in which options were omitted.
+    param_groups : sequence of mappings
+        Those of the optimizer that loads it, with "names".
+    """
+    own = {name: options_of(group) for group in param_groups for name in group["names"]}
+    groups = []
+    for group in state_dict["param_groups"]:
+        options = next((own[name] for name in group["names"] if name in own), {})
+        groups.append({key: x for key, x in options.items() if key in ("lr", *DEFAULTS)} | group)
+    return {**state_dict, "param_groups": groups}
+
+
+def _other_names(names: list[list[str]], loaded: list[list[Any]]) -> ValueError:
+    """Return the error for other names than the parameters', with those that differ where not all are shown."""
+    ours, theirs = list(chain(*names)), list(chain(*loaded))
+    more = ""
+    if (str(names), str(loaded)) != (shown(names), shown(loaded)):
+        lacking, surplus = ([shown(x) for x in a if x not in b] for a, b in ((ours, theirs), (theirs, ours)))
+        parts = [f"{what} {listed(found)[:100]}" for what, found in (("no", lacking), ("unknown", surplus)) if found]
+        first = next((f"{shown(b)}, not {shown(a)}" for a, b in zip(ours, theirs) if a != b), "")
+        more = ": " + (" and ".join(parts) or first)
+    return ValueError(f"state_dict must be of parameters named {shown(names)}, by group; got {shown(loaded)}{more}")
 
 
 def _refuse_others(state_dict: Any) -> None:
@@ -260,11 +315,19 @@ def _refuse_others(state_dict: Any) -> None:
 
 
 def _check_keys(
-    what: str, given: Any, wanted: set[str], *, optional: set[str] | None = None, open_end: bool = False
+    what: str,
+    given: Any,
+    wanted: set[str],
+    *,
+    optional: set[str] | None = None,
+    open_end: bool = False,
+    of_names: bool = False,
 ) -> None:
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} must be a mapping; got {shown(given)}")
     missing = wanted - given.keys()
+    if len(missing) > 1 and of_names:
+        raise ValueError(f"{what} must hold the keys {listed(map(shown, sorted(missing)))}; got {shown(list(given))}")
     if missing:
         raise ValueError(f"{what} must hold the key {shown(min(missing))}; got {shown(list(given))}")
     unknown = given.keys() - wanted - (optional or set())
