@@ -16,6 +16,7 @@ import numpy as np
 from lars_array._messages import shown
 from lars_array.files._atomic import write_atomically
 from lars_array.files._host import TYPES, dtype_of, to_host
+from lars_array.state.checkpoint import located_in_file
 
 __all__ = ["Container", "opened", "write_container"]
 
@@ -128,24 +129,24 @@ def opened(path: Any) -> Iterator[Container]:
         raise ValueError(f"path must be that of a file; got {shown(name)}, which is none")
     with open(name, "rb"):
         pass  # the errors of safetensors don't say whether the file may be read
-    try:
-        with safe_open(name, framework="numpy") as tensors:
-            yield Container(tensors)
-    except SafetensorError as error:
-        raise ValueError(f"not a whole file of safetensors: {error!s:.200} (file {shown(name)})") from error
-    except (RecursionError, OverflowError) as error:
-        raise ValueError(f"its header is too deep, or holds too large a number (file {shown(name)})") from error
-    except (ValueError, TypeError) as error:
-        if type(error) not in (ValueError, TypeError, json.JSONDecodeError):
-            raise
-        raise ValueError(f"{error!s:.400} (file {shown(name)})") from error
+    with located_in_file(name):
+        try:
+            with safe_open(name, framework="numpy") as tensors:
+                yield Container(tensors)
+        except SafetensorError as error:
+            raise ValueError(f"not a whole file of safetensors: {error!s:.200}") from error
+        except (RecursionError, OverflowError) as error:
+            raise ValueError("its header is too deep, or holds too large a number") from error
 
 
 def _document(metadata: Any) -> dict[str, Any]:
     """Return the document in a header."""
     if not metadata or KEY not in metadata:
         raise ValueError("not a file of lars_array.save: its header has no state of lars_array")
-    document = json.loads(metadata[KEY])
+    try:
+        document = json.loads(metadata[KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its state must be JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"its header must be of the format {FORMAT!r}; got {shown(document)}")
     if type(document.get("version")) is not int or document["version"] != VERSION:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lars_array._arrays import device_context, dtype_name, is_array
+from lars_array._arrays import device_context, is_array
 from lars_array._messages import Problems, listed, shown
 from lars_array.files._container import Container, opened
 from lars_array.files._document import functional_state_in, state_dict_in
@@ -13,7 +13,7 @@ from lars_array.files._host import form_of, write_into
 from lars_array.files._saving import by_name
 from lars_array.files._values import read_value
 from lars_array.optimizer import LARS
-from lars_array.state.checkpoint import read_checkpoint, with_own_options
+from lars_array.state.checkpoint import check_params, fitted, read_checkpoint
 from lars_array.state.memory import check_writable
 from lars_array.state.store import KEPT, allocate_buffers
 
@@ -122,7 +122,7 @@ def _check_state(file: Container, optimizer: LARS) -> None:
     if file.document.get("kind") == "State":
         raise ValueError("it holds the state of lars_array.update, which LARS can't take over")
     own = optimizer._state
-    state = with_own_options(state_dict_in(file, file.form), optimizer.param_groups)
+    state = fitted(state_dict_in(file, file.form), optimizer.param_groups)
     forms = [form_of(p) for p in own.params]
     read_checkpoint(state, [group["names"] for group in optimizer.param_groups], forms)
 
@@ -131,7 +131,7 @@ def _load_state(file: Container, optimizer: LARS) -> None:
     """Have an optimizer take over the state; each array is copied once, to where steps find it."""
     own = optimizer._state
     place = dict(zip(own.names, own.params, strict=True))
-    state = with_own_options(state_dict_in(file, file.form), optimizer.param_groups)
+    state = fitted(state_dict_in(file, file.form), optimizer.param_groups)
     with device_context(own.params[0]):
         for kind in KEPT:
             names = [name for name in own.names if kind in state["state"][name]]
@@ -142,25 +142,12 @@ def _load_state(file: Container, optimizer: LARS) -> None:
 
 
 def _check_params(file: Container, given: Mapping[str, Any] | None) -> None:
-    """Raise ValueError for parameters that don't fit, with all misfits."""
+    """Raise for parameters that don't fit, with all misfits."""
     if given is None:
         return
-    if not file.document.get("has_params"):
-        raise ValueError("it holds no parameters: give params to save as well")
-    problems, names = Problems(), _names_of_params(file)
-    for what, found in (
-        ("lacks", given.keys() - set(names)),
-        ("holds, beside those given,", set(names) - given.keys()),
-    ):
-        if found:
-            problems.errors.append(ValueError(f"it {what} the parameters {listed(map(shown, sorted(found)))}"))
-    for name in [name for name in names if name in given]:
-        p, form = given[name], file.form(f"param/{name}")
-        with problems.noted():
-            if not is_array(p):
-                raise TypeError(f"parameter {shown(name)} must be an array; got {shown(p)}")
-            check_writable(name, p)
-            if tuple(p.shape) != form.shape or dtype_name(p.dtype) != form.dtype.name:
-                ours = f"{dtype_name(p.dtype)} {shown(tuple(p.shape))}"
-                raise ValueError(f"parameter {shown(name)} is of {ours}; got {form.dtype.name} {shown(form.shape)}")
-    problems.raise_all()
+    for name, p in given.items():
+        if not is_array(p):
+            raise TypeError(f"parameter {shown(name)} must be an array; got {shown(p)}")
+        check_writable(name, p)
+    has_params = file.document.get("has_params")
+    check_params({name: file.form(f"param/{name}") for name in _names_of_params(file)} if has_params else None, given)

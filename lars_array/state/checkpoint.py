@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
+from lars_array._arrays import dtype_name
 from lars_array._messages import Problems, listed, located, near, shown
 from lars_array.hyperparams import (
     DEFAULTS,
@@ -23,7 +24,15 @@ from lars_array.nonfinite import NonFiniteError
 from lars_array.state.store import KEPT, ParamState, check_previous_lr
 from lars_array.telemetry import Norms, StepResult
 
-__all__ = ["Checkpoint", "StatefulOptimizer", "check_state_dict", "read_checkpoint", "with_own_options"]
+__all__ = [
+    "Checkpoint",
+    "Problems",
+    "StatefulOptimizer",
+    "check_params",
+    "fitted",
+    "located_in_file",
+    "read_checkpoint",
+]
 
 
 class StatefulOptimizer:
@@ -255,41 +264,89 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
     return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, read)
 
 
-def check_state_dict(state_dict: Any, params: Mapping[str, Any]) -> None:
-    """Raise as `read_checkpoint` does, with all misfits in one message, whatever the order and the groups of the names.
+def fitted(state_dict: Any, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a state dict of a file with its names in the groups of an optimizer.
 
     Parameters
     ----------
     state_dict : mapping
-        Of the form of `lars_array.LARS.state_dict`, its arrays of NumPy.
-    params : mapping of name to array
-        NumPy arrays of the shapes and types of the parameters.
-    """
-    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
-    names = [list(params)]
-    if isinstance(groups, list) and all(isinstance(group, Mapping) and "names" in group for group in groups):
-        loaded = [list(group["names"]) for group in groups]
-        flat = list(chain(*loaded))
-        names = loaded if len(flat) == len(params) and set(flat) == params.keys() else names
-    read_checkpoint(state_dict, names, [params[name] for name in chain(*names)])
-
-
-def with_own_options(state_dict: Any, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a state dict whose groups have the options that they lack from the groups of an optimizer.
-
-    Parameters
-    ----------
-    state_dict : mapping
-        Not modified; of a file in which options were omitted.
+        Not modified. Its names may come in another order, and in other groups if these have the same options; other
+        names are left as they are. Options that it lacks are those of the optimizer.
     param_groups : sequence of mappings
-        Those of the optimizer that loads it, with "names".
+        Those of the optimizer, with "names".
+
+    Raises
+    ------
+    ValueError
+        If names of one group come from groups with different options.
     """
-    own = {name: options_of(group) for group in param_groups for name in group["names"]}
-    groups = []
+    options: dict[str, dict[str, Any]] = {}
     for group in state_dict["param_groups"]:
-        options = next((own[name] for name in group["names"] if name in own), {})
-        groups.append({key: x for key, x in options.items() if key in ("lr", *DEFAULTS)} | group)
+        own = {key: x for key, x in group.items() if key != "names"}
+        options |= {name: own for name in group["names"]}
+    lengths = [sum(len(group["names"]) for group in x) for x in (param_groups, state_dict["param_groups"])]
+    if options.keys() != set(chain(*(group["names"] for group in param_groups))) or lengths[0] != lengths[1]:
+        return {**state_dict, "param_groups": [_completed(x, param_groups) for x in state_dict["param_groups"]]}
+    groups = []
+    for group in param_groups:
+        names = list(group["names"])
+        first = options[names[0]] if names else {}
+        for name in names:
+            if options[name] is not first and not _is_alike(options[name], first):
+                raise ValueError(
+                    f"state_dict must have the same options for {shown(names[0])} and {shown(name)}, which are in one "
+                    "parameter group here"
+                )
+        groups.append(_completed(first | {"names": names}, param_groups))
     return {**state_dict, "param_groups": groups}
+
+
+def _is_alike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Return whether options are the same but for `layer_axes`, which belong to the parameters."""
+    return repr({**options, "layer_axes": 0}) == repr({**others, "layer_axes": 0})
+
+
+def _completed(group: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a group with the options that it lacks from the group of an optimizer that its first name is in."""
+    first = next(iter(group["names"]), None)
+    own = next((x for x in param_groups if first in x["names"]), {})
+    return {key: x for key, x in own.items() if key in ("lr", *DEFAULTS)} | dict(group)
+
+
+def check_params(saved: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless saved parameters have the names, shapes and types of those given, with all misfits.
+
+    Parameters
+    ----------
+    saved : mapping of name to array, or None
+        NumPy arrays, or of their shapes and types.
+    given : mapping of name to array
+        Arrays of any library.
+    """
+    if saved is None:
+        raise ValueError("it holds no parameters: give params to save as well")
+    problems = Problems()
+    lacking, surplus = ([name for name in a if name not in b] for a, b in ((given, saved), (saved, given)))
+    for what, found in (("lacks", lacking), ("holds, beside those given,", surplus)):
+        if found:
+            problems.errors.append(ValueError(f"it {what} the parameters {listed(map(shown, found))}"))
+    for name in [name for name in given if name in saved]:
+        (kind, shape), ours = ((dtype_name(x.dtype), tuple(x.shape)) for x in (saved[name], given[name]))
+        if (kind, shape) != ours:
+            text = f"parameter {shown(name)} must be of {ours[0]} {shown(ours[1])}; got {kind} {shown(shape)}"
+            problems.errors.append(ValueError(text))
+    problems.raise_all()
+
+
+@contextmanager
+def located_in_file(path: Any) -> Iterator[None]:
+    """Raise a ValueError, with the path of a file, for a ValueError or TypeError about what is in it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError):
+            raise
+        raise ValueError(f"{error!s:.350} (file {shown(str(path))})") from error
 
 
 def _other_names(names: list[list[str]], loaded: list[list[Any]]) -> ValueError:
