@@ -12,6 +12,7 @@ from lars_array.files._document import functional_state_in, state_dict_in
 from lars_array.files._host import form_of, write_into
 from lars_array.files._saving import by_name
 from lars_array.files._values import read_value
+from lars_array.hyperparams import DEFAULTS
 from lars_array.optimizer import LARS
 from lars_array.state.checkpoint import check_params, fitted, read_checkpoint
 from lars_array.state.memory import check_writable
@@ -65,10 +66,9 @@ def load(path: Any, optimizer: LARS | None = None, *, params: Any = None) -> Sav
         If it can't be read.
     """
     if optimizer is not None and not isinstance(optimizer, LARS):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         way = "; lars_torch.load and lars_jax.load load into their optimizers"
-        raise TypeError(
-            f"optimizer must be a lars_array.LARS; got {type(optimizer).__module__} {shown(optimizer)}{way}"
-        )
+        raise TypeError(f"optimizer must be a lars_array.LARS; got an object of {kind}{way}")
     given = None if params is None else by_name(params)
     with opened(path) as file:
         metadata = read_value(file.document.get("metadata"))
@@ -138,7 +138,15 @@ def _load_state(file: Container, optimizer: LARS) -> None:
             for name, v in zip(names, allocate_buffers([place[name] for name in names]), strict=True):
                 write_into(v, file.read(f"{kind}/{name}"))
                 state["state"][name][kind] = v
+        before = [dict(group) for group in optimizer.param_groups]
         optimizer._load(state, copied=False)
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            group.update({key: old[key] for key in _omitted(file)})  # the objects themselves
+
+
+def _omitted(file: Container) -> list[str]:
+    names = file.document.get("omitted", [])
+    return [name for name in ("lr", *DEFAULTS) if name in names]
 
 
 def _check_params(file: Container, given: Mapping[str, Any] | None) -> None:

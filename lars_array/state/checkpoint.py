@@ -350,15 +350,18 @@ def located_in_file(path: Any) -> Iterator[None]:
 
 
 def _other_names(names: list[list[str]], loaded: list[list[Any]]) -> ValueError:
-    """Return the error for other names than the parameters', with those that differ where not all are shown."""
+    """Return the error for other names than the parameters': all names, or those that differ where these are many."""
     ours, theirs = list(chain(*names)), list(chain(*loaded))
-    more = ""
-    if (str(names), str(loaded)) != (shown(names), shown(loaded)):
-        lacking, surplus = ([shown(x) for x in a if x not in b] for a, b in ((ours, theirs), (theirs, ours)))
-        parts = [f"{what} {listed(found)[:100]}" for what, found in (("no", lacking), ("unknown", surplus)) if found]
-        first = next((f"{shown(b)}, not {shown(a)}" for a, b in zip(ours, theirs) if a != b), "")
-        more = ": " + (" and ".join(parts) or first)
-    return ValueError(f"state_dict must be of parameters named {shown(names)}, by group; got {shown(loaded)}{more}")
+    start = "state_dict must be of parameters named"
+    if (str(names), str(loaded)) == (shown(names), shown(loaded)):
+        return ValueError(f"{start} {shown(names)}, by group; got {shown(loaded)}")
+    known, found = set(map(shown, ours)), set(map(shown, theirs))
+    lacking, surplus = [x for x in ours if shown(x) not in found], [x for x in theirs if shown(x) not in known]
+    parts = [f"{what} {listed(map(shown, x)):.80}" for what, x in (("no", lacking), ("the unknown", surplus)) if x]
+    if parts:
+        return ValueError(f"{start} as these are; it has {' and '.join(parts)}")
+    first = next((f": {shown(a)}, not {shown(b)}" for a, b in zip(theirs, ours) if a != b), "")
+    return ValueError(f"{start} {shown(names)}, by group; got {shown(loaded)}{first}")
 
 
 def _refuse_others(state_dict: Any) -> None:
