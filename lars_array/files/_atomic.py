@@ -39,8 +39,13 @@ def write_atomically(path: Any, write: Callable[[str], None]) -> None:
     temporary = os.path.join(folder, f".lars-array-{secrets.token_hex(8)}.tmp")  # short, whatever the name is
     try:
         # Not of tempfile, whose files only their owner may read; and nobody else's, by O_EXCL.
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        finally:
+            os.close(handle)
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors may have put a file in its place
         _to_disk(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except BaseException:
