@@ -77,6 +77,9 @@ def state_dict_in(file: Container, read: Callable[[str], Any]) -> dict[str, Any]
     groups, rates = document.get("param_groups"), document.get("previous_lr")
     if not isinstance(groups, list) or not isinstance(rates, dict):
         raise ValueError(f"its groups must be a list, and its rates by name; got {shown(groups)} and {shown(rates)}")
+    omitted = document.get("omitted")
+    if not isinstance(omitted, list) or not all(isinstance(name, str) for name in omitted):
+        raise ValueError(f"omitted must be a list of names; got {shown(omitted)}")
     state = {name: {"previous_lr": read_value(rate)} for name, rate in rates.items()}
     for key in sorted(file.keys):
         kind, _, name = key.partition("/")
@@ -88,15 +91,18 @@ def state_dict_in(file: Container, read: Callable[[str], Any]) -> dict[str, Any]
     for key, count in counts.items():
         if type(count) is not int or count < 0:
             raise ValueError(f"{key} must be an integer of at least 0; got {shown(count)}")
-    return {**counts, "param_groups": list(map(_group_in, groups)), "state": state}
+    return {**counts, "param_groups": [_group_in(group, omitted) for group in groups], "state": state}
 
 
-def _group_in(group: Any) -> dict[str, Any]:
+def _group_in(group: Any, omitted: list[str]) -> dict[str, Any]:
     if not isinstance(group, dict) or group.keys() != {"names", "options"} or not isinstance(group["options"], dict):
         raise ValueError(f"a group must hold names and options; got {shown(group)}")
     names = group["names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"the names of a group must be strings; got {shown(names)}")
+    lacking = {"lr", *DEFAULTS} - group["options"].keys()
+    if lacking != set(omitted):
+        raise ValueError(f"a group must lack the options {shown(omitted)}; got one that lacks {shown(sorted(lacking))}")
     return {key: read_value(x) for key, x in group["options"].items()} | {"names": names}
 
 

@@ -12,7 +12,6 @@ from lars_array.files._document import functional_state_in, state_dict_in
 from lars_array.files._host import form_of, write_into
 from lars_array.files._saving import by_name
 from lars_array.files._values import read_value
-from lars_array.hyperparams import DEFAULTS
 from lars_array.optimizer import LARS
 from lars_array.state.checkpoint import check_params, fitted, read_checkpoint
 from lars_array.state.memory import check_writable
@@ -141,12 +140,7 @@ def _load_state(file: Container, optimizer: LARS) -> None:
         before = [dict(group) for group in optimizer.param_groups]
         optimizer._load(state, copied=False)
         for group, old in zip(optimizer.param_groups, before, strict=True):
-            group.update({key: old[key] for key in _omitted(file)})  # the objects themselves
-
-
-def _omitted(file: Container) -> list[str]:
-    names = file.document.get("omitted", [])
-    return [name for name in ("lr", *DEFAULTS) if name in names]
+            group.update({key: old[key] for key in file.document["omitted"]})  # the objects themselves
 
 
 def _check_params(file: Container, given: Mapping[str, Any] | None) -> None:
