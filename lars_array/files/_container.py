@@ -99,7 +99,7 @@ class Container:
         dtype = dtype_of(_NAMES[name])
         if key in self._complex:
             kind = self._complex[key]
-            if kind not in _PARTS or _PARTS[kind] != dtype.name or shape[-1:] != (2,):
+            if not isinstance(kind, str) or kind not in _PARTS or _PARTS[kind] != dtype.name or shape[-1:] != (2,):
                 raise ValueError(f"{shown(key)} must be of parts of {shown(kind)}; got {dtype.name} {shown(shape)}")
             dtype, shape = np.dtype(kind), shape[:-1]
         return np.broadcast_to(np.zeros((), dtype), shape)
