@@ -53,7 +53,9 @@ def test_peak_of_memory(tmp_path: Path, way: str) -> None:
     optimizer = LARS(params, lr=0.1, momentum=0.9, kernel="blocked")
     optimizer.step({name: np.ones_like(p) for name, p in params.items()})
     save(tmp_path / "run", optimizer, params=params)
-    save(tmp_path / "small", LARS({"w": np.ones(1)}, lr=1.0))
+    small = LARS({"w": np.ones(1)}, lr=1.0, momentum=0.9)
+    small.step({"w": np.ones(1)})
+    save(tmp_path / "small", small)
     files = [str(tmp_path / "run"), str(tmp_path / "small")]
     command = [sys.executable, "-c", SCRIPT, way, *files, *map(str, sizes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
