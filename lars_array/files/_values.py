@@ -88,7 +88,10 @@ def read_value(x: Any) -> Any:
     if dtype.kind not in NUMBERS and dtype.name != "bfloat16":
         raise ValueError(f"the type of a number must be one of numbers; got {shown(x['dtype'])}")
     try:
-        array = np.array(number, dtype)
-    except OverflowError as error:
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = np.array(number, dtype)
+    except (OverflowError, ValueError) as error:
         raise ValueError(f"{shown(number)} is no {dtype.name}") from error
+    if array.item() != number and number == number:
+        raise ValueError(f"{shown(number)} is no {dtype.name}")
     return array if kind == "array" else array[()]
