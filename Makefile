@@ -36,7 +36,7 @@ crash: .venv/test.installed ## Kill processes that save, 200 times
 	LARS_CRASHES=200 .venv/bin/python -m pytest tests/files/test_atomic.py $(ARGS)
 
 fuzz: .venv/fuzz.installed ## Fuzz load and load_state_dict for ten minutes
-	.venv/bin/python -W ignore tests/fuzz/run.py .fuzz-corpus -artifact_prefix=.fuzz- -max_total_time=600 $(ARGS)
+	.venv/bin/python -W error tests/fuzz/run.py .fuzz-corpus -artifact_prefix=.fuzz- -max_total_time=600 $(ARGS)
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
 	NUMBA_DISABLE_JIT=1 .venv/bin/python -m mutmut run $(ARGS)
