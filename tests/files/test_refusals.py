@@ -63,7 +63,9 @@ def test_a_schedule_that_is_code(tmp_path: Path, option: str) -> None:
     assert_not_saved(tmp_path, TypeError, message, optimizer)
 
 
-@pytest.mark.parametrize("schedule", [rate, partial(rate), lambda step: 0.1, rate.__call__], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [rate, partial(rate), lambda step: 0.1, rate.__call__], ids=["def", "partial", "lambda", "method"]
+)
 def test_functions_of_other_kinds_are_refused_as_well(tmp_path: Path, schedule: Any) -> None:
     with pytest.raises(TypeError, match=r"lr of parameter group 0 must be data to be saved; got "):
         save(tmp_path / "run", LARS(parameters(), lr=schedule))
