@@ -61,3 +61,31 @@ def test_peak_of_memory(tmp_path: Path, way: str) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     loaded = sum(sizes) * 8 * (2 if way == "whole" else 1)  # into: the parameters are there, and buffers are made
     assert int(done.stdout) <= MOST * loaded, f"{int(done.stdout) / loaded:.2f} times what is loaded"
+
+
+SOAK = """
+import sys, numpy as np
+from lars_array import LARS, load, save
+params = {f"w{i}": np.ones(50) for i in range(20)}
+optimizer = LARS(params, lr=0.1, momentum=0.9, weight_decay=0.1, kernel="blocked")
+optimizer.step({n: p + 1 for n, p in params.items()})
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+for number in range(1000):
+    if number == 200:
+        before = anonymous()
+    save(sys.argv[1], optimizer, params=params, metadata={"number": number})
+    assert load(sys.argv[1], optimizer, params=params).metadata["number"] == number
+    load(sys.argv[1])
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_a_thousand_files_take_no_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SOAK, str(tmp_path / "run")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 300_000, f"{int(done.stdout)} bytes more after 800 files"
