@@ -18,7 +18,8 @@ import numpy as np
 from lars_array import LARS, load, save, warmup_cosine
 from lars_array.files import _container
 
-PATH = str(Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)) / "run")
+FOLDER = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+PATH = str(Path(FOLDER.name) / "run")
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "master_weights": True, "kernel": "blocked"}
 ARRAYS = {"@w": np.ones((2, 2)), "@h": np.ones(3, np.float32), "@c": np.ones(1, np.complex64), "@i": np.ones(2, int)}
 
