@@ -14,6 +14,7 @@ from lars_array.state.shards import RefusedElsewhereError
 from lars_array.telemetry import Norms
 
 if TYPE_CHECKING:
+    from lars_array.files import Saved, load, save
     from lars_array.recorder import Recorder
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Recorder",
     "RefusedElsewhereError",
     "Rule",
+    "Saved",
     "State",
     "__version__",
     "apply",
@@ -33,9 +35,11 @@ __all__ = [
     "is_bias_or_norm",
     "lars_step",
     "linear_scaled_lr",
+    "load",
     "param_groups",
     "preset",
     "register",
+    "save",
     "sums",
     "update",
     "warmup_cosine",
@@ -44,9 +48,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the recorder when it is asked for, which importing lars_array need not wait for."""
+    """Import the recorder and files when they are asked for, which importing lars_array need not wait for."""
     if name == "Recorder":
         from lars_array.recorder import Recorder
 
         return Recorder
+    if name in ("Saved", "load", "save"):
+        from lars_array import files
+
+        return getattr(files, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

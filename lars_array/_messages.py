@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["listed", "located", "near", "shown"]
+__all__ = ["Problems", "listed", "located", "near", "shown"]
 
 LONGEST = 100  # characters of a value
 SMALL = 8  # elements of a NumPy array that are shown
@@ -67,3 +67,36 @@ def located(place: str) -> Iterator[None]:
         if not place or type(error) not in (ValueError, TypeError):
             raise
         raise type(error)(f"{error} ({place})") from error
+
+
+class Problems:
+    """Errors that are collected, to be raised as one that names all of them."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Collect a ValueError or TypeError, and go on after the block."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            self.errors += getattr(error, "collected", [error])
+
+    def raise_all(self) -> None:
+        """Raise what was collected: one error as it is; of several one with the first of their messages."""
+        if not self.errors:
+            return
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        told: list[str] = []
+        for error in self.errors:
+            text = str(error)
+            told.append(text if len(text) <= 2 * LONGEST else f"{text[: 2 * LONGEST]}...")
+            if sum(map(len, told)) > 2 * LONGEST:
+                break
+        more = f"; and {len(self.errors) - len(told)} more" if len(told) < len(self.errors) else ""
+        kind = TypeError if all(isinstance(error, TypeError) for error in self.errors) else ValueError
+        summary: Any = kind(f"{len(self.errors)} misfits: {'; '.join(told):.{3 * LONGEST + 50}}{more}")
+        summary.collected = self.errors
+        raise summary

@@ -351,8 +351,8 @@ def warn_of_sgd(groups: Iterable[Mapping[str, Any]]) -> None:
         level, frame = level + 1, frame.f_back
     if groups and all(is_sgd(group) and group["adapt"] for group in groups):
         warnings.warn(
-            "no layer is adapted: with weight_decay=0 and the rule of flash, the default, LARS is plain SGD. Give a weight_decay, "
-            "always_adapt=True or another rule; or adapt=False, if SGD is what you want",
+            "no layer is adapted: with weight_decay=0 and the rule of flash, the default, LARS is plain SGD. Give a "
+            "weight_decay, always_adapt=True or another rule; or adapt=False, if SGD is what you want",
             UserWarning,
             stacklevel=level,
         )

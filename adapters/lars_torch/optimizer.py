@@ -293,6 +293,8 @@ class LARS(Optimizer):
     def steps(self) -> int:
         """How many steps were taken since the optimizer was made or has loaded a checkpoint, which holds no count.
 
+        A file that `lars_torch.load` has loaded holds one, and steps are counted on.
+
         On a GPU a step counts as taken until the device has reported otherwise.
         """
         return self._taken + sum(part.corrections for part in self._parts[:1])
