@@ -1,6 +1,6 @@
 """Large batches in NumPy, saved after each epoch; a run that was stopped goes on where its file ends.
 
-pip install lars-array[demo]
+pip install '.[demo]'
 python examples/digits_numpy.py run.safetensors --stop-after 5
 python examples/digits_numpy.py run.safetensors
 """

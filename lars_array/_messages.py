@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Problems", "listed", "located", "near", "shown"]
+__all__ = ["Problems", "listed", "located", "near", "shown", "warn"]
 
 LONGEST = 100  # characters of a value
 SMALL = 8  # elements of a NumPy array that are shown
+
+_NOT_THE_CALLER = ("lars_array", "lars_torch", "lars_jax", "torch", "jax", "optax", "contextlib")
 
 
 class _Short(reprlib.Repr):
@@ -67,6 +71,14 @@ def located(place: str) -> Iterator[None]:
         if not place or type(error) not in (ValueError, TypeError):
             raise
         raise type(error)(f"{error} ({place})") from error
+
+
+def warn(message: str) -> None:
+    """Warn at the line that has called this library, which other libraries may have done."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 class Problems:

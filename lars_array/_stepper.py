@@ -31,7 +31,7 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
-from lars_array._messages import listed, shown
+from lars_array._messages import listed, shown, warn
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels import check_kernel_name
@@ -69,6 +69,7 @@ __all__ = [
     "reads_previous_lr",
     "refusals_are_told",
     "shown",
+    "warn",
 ]
 
 Groups = Sequence[Mapping[str, Any]]

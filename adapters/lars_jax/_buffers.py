@@ -386,7 +386,7 @@ def _cupy(device: Any) -> Any:
     try:
         import cupy
     except ImportError as error:
-        needed = "CuPy, pip install lars-array[cuda12] or lars-array[cuda13]"
+        needed = "CuPy, pip install 'lars-array[cuda12]' or 'lars-array[cuda13]'"
         raise ImportError(f"parameters on {device} need {needed}; or use lars_jax.lars") from error
     if cupy.cuda.runtime.is_hip or not cupy.cuda.is_available():
         reason = "it is for ROCm" if cupy.cuda.runtime.is_hip else "it finds no CUDA device"

@@ -16,6 +16,7 @@ from lars_array._stepper import ParamState, Stepper, shown
 from lars_array.hyperparams import (
     defaults_from,
     described,
+    named_options,
     options_of,
     readable,
     scheduled,
@@ -88,6 +89,7 @@ class LARS(StatefulOptimizer):
     Array([2.9997, 3.9996], dtype=float32)
     """
 
+    @named_options
     def __init__(
         self,
         params: Any,

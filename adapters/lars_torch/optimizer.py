@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lars_array._stepper import check_kernel_name, refusals_are_told, shown
 from lars_array.core import Rule
-from lars_array.hyperparams import defaults_from, is_sgd, required, warn_of_sgd
+from lars_array.hyperparams import defaults_from, is_sgd, named_options, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
@@ -104,6 +104,7 @@ class LARS(Optimizer):
 
     _has_warned = False  # of a step that is SGD's
 
+    @named_options
     def __init__(
         self,
         params: Any,

@@ -177,7 +177,7 @@ def _problem() -> str | None:
     try:
         import numba
     except ImportError as error:
-        return f"it needs numba, pip install lars-array[fast]: {error}"
+        return f"it needs numba, pip install 'lars-array[fast]': {error}"
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
     reason: str | None = _headers().problem()

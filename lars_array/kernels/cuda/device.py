@@ -99,7 +99,7 @@ def problem() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f"it needs CuPy, pip install lars-array[cuda12] or [cuda13]: {error}"
+        return f"it needs CuPy, pip install 'lars-array[cuda12]' or 'lars-array[cuda13]': {error}"
     if cupy.cuda.runtime.is_hip:
         return "it is CUDA, and this CuPy is for ROCm"
     return None if cupy.cuda.is_available() else "there is no CUDA device"
