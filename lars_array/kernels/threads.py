@@ -14,6 +14,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from lars_array._interrupts import SignalScope, defer_signals
 from lars_array._messages import shown
 
 __all__ = ["run", "run_on_threads", "thread_count"]
@@ -88,8 +89,7 @@ def _split(sizes: Sequence[int], count: int) -> list[range]:
 class Job:
     """A call that another thread makes, unless the owner cancels it first.
 
-    The decision is final and can be queried repeatedly, since an interrupt may arrive before its result is used.
-    `failure` is the exception that the call raised.
+    The decision is final and can be queried repeatedly. `failure` is the exception that the call raised.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -132,7 +132,7 @@ class ThreadPool:
     def __init__(self) -> None:
         self.queue: SimpleQueue[Job] = SimpleQueue()
         self.count = 0
-        self._lock = threading.RLock()  # a signal handler that takes a step may interrupt this thread
+        self._lock = threading.RLock()  # the handler of a signal that does not wait may take a step, too
 
     def offer(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs, one for each thread that could be started."""
@@ -172,33 +172,28 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
     Raises
     ------
     BaseException
-        An interrupt that arrived meanwhile, else an exception of another thread, else that of ``work`` on this one.
+        An exception of another thread, else that of ``work`` on this one.
     """
-    jobs = [Job(work) for _ in range(count - 1)]
-    interrupt: BaseException | None = None
-    try:
-        if jobs:
-            _pool.offer(jobs)
+    if count == 1:
         work()
-    finally:
-        # After an interrupt too, this must wait: the other threads write to the caller's arrays. Python raises
-        # interrupts at calls and at the ends of loops, of which there is none between the two `try`. A second interrupt
-        # at that moment does not wait; then the other threads still keep the arrays alive that they write to.
-        while True:
-            try:
-                for job in jobs:
-                    job.wait()
-                break
-            except BaseException as error:
-                interrupt = error
-        failures = [x for x in (interrupt, *(job.failure for job in jobs)) if x is not None]
-        for job in jobs:
-            job.failure = None  # its traceback refers to frames that refer to it: a reference cycle
-        if failures:
-            try:
-                raise failures[0]
-            finally:
-                failures, interrupt = [], None
+        return
+    jobs = [Job(work) for _ in range(count - 1)]
+    with SignalScope():
+        defer_signals()  # an interrupt too must wait for the other threads, which write to the caller's arrays
+        try:
+            _pool.offer(jobs)
+            work()
+        finally:
+            for job in jobs:
+                job.wait()
+            failures = [job.failure for job in jobs if job.failure is not None]
+            for job in jobs:
+                job.failure = None  # its traceback refers to frames that refer to it: a reference cycle
+            if failures:
+                try:
+                    raise failures[0]
+                finally:
+                    failures = []
 
 
 def _forget_threads() -> None:
