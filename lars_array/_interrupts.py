@@ -6,12 +6,12 @@ would end a step halfway.
 
 from __future__ import annotations
 
-import _signal  # the functions of `signal` convert numbers to enumerations, which takes ten times as long
 import os
 import signal
 import sys
 import threading
 from _thread import get_ident
+from importlib import import_module
 from typing import Any
 
 __all__ = ["SIGNALS", "SignalScope", "defer_signals"]
@@ -20,6 +20,9 @@ __all__ = ["SIGNALS", "SignalScope", "defer_signals"]
 # That of Ctrl+C is the last to be in place again: one that raises meanwhile leaves none deferred but itself.
 _NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGINT")
 SIGNALS = tuple(int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name))
+
+# In C: those of the module `signal` convert numbers to enumerations, which takes ten times as long.
+_signal: Any = import_module("_signal")
 
 _main = threading.main_thread().ident  # the only thread that handlers run in
 _scope: SignalScope | None = None

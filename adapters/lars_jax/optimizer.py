@@ -142,6 +142,7 @@ class LARS(StatefulOptimizer):
         self._excluded = [k for k, group in enumerate(self.param_groups) if group["weight_decay"] is not weight_decay]
         self._leaves = tree._replace(tree=None, values=[None if yes else x for yes, x in zip(is_parameter, values)])
         self._memory = buffers_of(names, given, donate)
+        self._tree: Any = None
         with self._memory.context():
             self._state = _State(self._memory, names, self.param_groups, layer_of)
             self._stepper.choose_kernel(self._state.params)

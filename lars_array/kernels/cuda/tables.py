@@ -131,7 +131,8 @@ class PointerTable:
     """Addresses on a device, which the host writes without waiting: `array`, uint64, of shape (count,)."""
 
     def __init__(self, device: Any, count: int) -> None:
-        self._device, self._written = device, np.zeros(count, np.uint64)
+        self._device = device
+        self._written: Any = np.zeros(count, np.uint64)
         self.array = device.zeros(count, np.uint64)
 
     def write(self, addresses: Any, *, always: bool = False) -> None:
