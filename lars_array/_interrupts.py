@@ -54,14 +54,16 @@ class SignalScope:
             except BaseException:  # of a handler that was in place again
                 _restore(handlers)
                 raise
-            if _noted:
-                _handle([(handler, number) for number, handler in handlers.items() if number in _noted])
+            finally:
+                if _noted:
+                    _handle([(handler, number) for number, handler in handlers.items() if number in _noted])
 
     def defer(self) -> None:
         """Have handlers wait until the end of the context; those that wait for an outer one go on doing so."""
         self._handlers = handlers = {}
         for number, handler in zip(SIGNALS, map(_signal.getsignal, SIGNALS)):
             if handler not in _LEFT_ALONE:
+                _noted.pop(number, None)  # of another scope, whose end was interrupted
                 handlers[number] = handler
                 _signal.signal(number, _note)
 

@@ -240,8 +240,7 @@ class _Space:
 
 
 def _copied_bytes(p: Any) -> int:
-    size: int = min(p.size, COPIED_BLOCK)
-    return size * np.dtype(compute_dtype(p, np)).itemsize
+    return int(min(p.size, COPIED_BLOCK) * np.dtype(compute_dtype(p, np)).itemsize)
 
 
 def _copied_blocks(arrays: Sequence[Any]) -> Iterator[list[Any]]:
