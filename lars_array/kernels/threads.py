@@ -6,11 +6,13 @@ code, which an interrupt can skip: Ctrl+C at a bad moment, and the next step wai
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -177,7 +179,14 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
     if count == 1:
         work()
         return
-    jobs = [Job(work) for _ in range(count - 1)]
+    environment = _floating_point_environment()
+
+    def work_alike() -> None:
+        if environment is not None:
+            _library.fesetenv(environment)
+        work()
+
+    jobs = [Job(work_alike) for _ in range(count - 1)]
     with SignalScope():
         defer_signals()  # an interrupt too must wait for the other threads, which write to the caller's arrays
         try:
@@ -194,6 +203,23 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
                     raise failures[0]
                 finally:
                     failures = []
+
+
+# Whether a thread flushes subnormal numbers to zero, as other libraries have it do, and how it rounds.
+try:
+    _library: Any = ctypes.CDLL(None)
+    _library.fegetenv, _library.fesetenv  # noqa: B018
+except (AttributeError, OSError, TypeError):  # not in the C library of this system
+    _library = None
+
+
+def _floating_point_environment() -> Any:
+    """Return that of this thread, for `fesetenv`; None where it is unknown."""
+    if _library is None:
+        return None
+    environment = ctypes.create_string_buffer(256)  # of fenv_t, which is 32 bytes on x86-64 and 8 on arm64
+    _library.fegetenv(environment)
+    return environment
 
 
 def _forget_threads() -> None:

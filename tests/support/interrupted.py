@@ -21,6 +21,7 @@ import lars_torch
 __all__ = ["SUBJECTS", "Subject", "assert_whole", "history"]
 
 SHAPES = ((40, 5), (7,), (3, 4, 5))
+LARGE = ((700, 1000), (7,), (8, 300, 300))  # for several threads
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02}
 STEPS = 4
 
@@ -34,15 +35,16 @@ class Subject(NamedTuple):
     context: Callable[[], Any] = contextlib.nullcontext
     kinds: tuple[str, ...] = ("float32",)  # of the gradients of each step in turn
     absent: bool = False  # whether a gradient is absent in every other step
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
 
 
-def arrays(seed: int, kind: str = "float32") -> list[Any]:
+def arrays(seed: int, kind: str = "float32", shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Any]:
     rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape).astype(kind) for shape in SHAPES]
+    return [rng.standard_normal(shape).astype(kind) for shape in shapes]
 
 
 def gradients(subject: Subject, number: int) -> list[Any]:
-    found: list[Any] = arrays(number + 1, subject.kinds[number % len(subject.kinds)])
+    found: list[Any] = arrays(number + 1, subject.kinds[number % len(subject.kinds)], subject.shapes)
     if subject.absent and number % 2:
         found[1] = None
     return found
@@ -54,9 +56,9 @@ def _bytes(x: Any) -> Any:
     return None if x is None else np.array(x).tobytes()
 
 
-def _numpy(put: Callable[[Any], Any] = np.array, kind: Any = np.float32, **options: Any) -> Subject:
+def _numpy(put: Callable[[Any], Any] = np.array, kind: Any = np.float32, shapes: Any = SHAPES, **options: Any) -> Subject:
     def make() -> Any:
-        return lars_array.LARS([put(x.astype(kind)) for x in arrays(0)], **OPTIONS | options)
+        return lars_array.LARS([put(x.astype(kind)) for x in arrays(0, shapes=shapes)], **OPTIONS | options)
 
     def step(optimizer: Any, grads: list[Any]) -> None:
         optimizer.step([None if g is None else put(g) for g in grads])
@@ -66,7 +68,7 @@ def _numpy(put: Callable[[Any], Any] = np.array, kind: Any = np.float32, **optio
         state = {name: {key: _bytes(x) for key, x in own.items()} for name, own in saved["state"].items()}
         return list(map(_bytes, optimizer.param_groups[0]["params"])), state, saved["steps"], saved["skipped_steps"]
 
-    return Subject(make, step, seen)
+    return Subject(make, step, seen, shapes=shapes)
 
 
 def _torch(kind: torch.dtype = torch.float32, **options: Any) -> Subject:
@@ -115,8 +117,6 @@ def _far(subject: Subject) -> Subject:
     return subject._replace(context=cuda_on_cpu.pretended)
 
 
-_turned = functools.partial(np.array, order="F")
-
 SUBJECTS: dict[str, Subject] = {
     "compiled, propagate": _numpy(kernel="compiled", nonfinite="propagate"),
     "compiled, raise": _numpy(kernel="compiled"),
@@ -129,6 +129,9 @@ SUBJECTS: dict[str, Subject] = {
     "blocked, raise": _numpy(kernel="blocked"),
     "blocked, propagate": _numpy(kernel="blocked", nonfinite="propagate"),
     "blocked, masters": _numpy(kind=np.float16, kernel="blocked", master_weights=True),
+    "compiled, several threads": _numpy(kernel="compiled", nonfinite="propagate", shapes=LARGE),
+    "compiled, several threads, raise": _numpy(kernel="compiled", shapes=LARGE),
+    "blocked, several threads": _numpy(kernel="blocked", shapes=LARGE),
     "portable": _numpy(kernel="portable"),
     "portable, another library": _numpy(_strict),
     "cuda": _far(_numpy(cuda_on_cpu.far)),

@@ -1,4 +1,4 @@
-"""Ctrl+C at a moment that is chosen: between any two instructions of the library's own code."""
+"""Ctrl+C between any two instructions of the library, and memory that runs out at any of its allocations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["InterruptError", "moments_of", "strike_at"]
+__all__ = ["InterruptError", "moments_of", "run_out_of_memory", "strike_at"]
 
 PACKAGES = ("lars_array", "lars_torch", "lars_jax", "contextlib")
 
@@ -107,3 +107,49 @@ def _tracer(at: Callable[[int, Any], Any]) -> Any:
         return local
 
     return trace
+
+
+# ------------------------------------------------------------------------------------------------------ out of memory
+
+# Functions in C that allocate arrays, and those of the pretended device, `Device` of cuda_on_cpu.
+ALLOCATES = frozenset(
+    ("empty", "zeros", "array", "asarray", "copy", "astype", "take", "arange", "fromiter", "concatenate", "clone", "to")
+    + ("empty_like", "zeros_like", "full", "ones", "new_tensor", "tensor", "nonzero", "repeat", "tolist", "frombuffer")
+)
+OF_DEVICE = ("zeros", "put", "compile")
+
+
+def _assigns(frame: Any) -> bool:
+    """Return whether array_api_strict assigns to elements, for which it makes an array of what is one."""
+    callers = frame, frame.f_back, frame.f_back and frame.f_back.f_back
+    return any(caller is not None and caller.f_code.co_name == "__setitem__" for caller in callers)
+
+
+def run_out_of_memory(number: int, action: Callable[[], Any]) -> bool:
+    """Do an action whose allocation of that number fails; return whether there was one."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        if event == "c_call" and argument.__name__ in ALLOCATES:
+            own = frame.f_globals.get("__name__", "").partition(".")[0]
+            is_one = own in (*PACKAGES, "numpy", "array_api_strict", "array_api_compat", "jax")
+            is_one = is_one and not _assigns(frame)
+        else:
+            code = frame.f_code
+            is_one = event == "call" and code.co_name in OF_DEVICE and code.co_filename.endswith("cuda_on_cpu.py")
+        count += is_one
+        if is_one and count == number:
+            sys.setprofile(None)
+            raise MemoryError
+
+    gc.disable()
+    sys.setprofile(profile)
+    try:
+        action()
+        return False
+    except MemoryError:
+        return True
+    finally:
+        sys.setprofile(None)
+        gc.enable()
