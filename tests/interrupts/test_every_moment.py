@@ -11,7 +11,7 @@ from interrupted import SUBJECTS, assert_whole, gradients, history, in_context, 
 from moments import moments_of, strike_at
 
 # All of them take minutes: `make interrupts`. A prime, so that moments are others for each step.
-EVERY = int(os.environ.get("LARS_MOMENTS_EVERY", "97"))
+EVERY = int(os.environ.get("LARS_MOMENTS_EVERY", "397"))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cuda_on_cpu
@@ -74,6 +75,6 @@ def test_a_step_is_whole_whenever_a_signal_comes(name: str) -> None:
             subject.step(optimizer, grads)
             whole = time.perf_counter() - start
             optimizer = optimizer_after(name, number)
-            ended += interrupted(lambda: subject.step(optimizer, grads), rng.uniform(0, 1.2 * whole))
+            ended += interrupted(partial(subject.step, optimizer, grads), rng.uniform(0, 1.2 * whole))
             taken += assert_whole(name, optimizer, number)
     print(f"{name}: {RUNS} signals, {ended} during the step; {taken} steps were taken")

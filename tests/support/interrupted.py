@@ -56,7 +56,9 @@ def _bytes(x: Any) -> Any:
     return None if x is None else np.array(x).tobytes()
 
 
-def _numpy(put: Callable[[Any], Any] = np.array, kind: Any = np.float32, shapes: Any = SHAPES, **options: Any) -> Subject:
+def _numpy(
+    put: Callable[[Any], Any] = np.array, kind: Any = np.float32, shapes: Any = SHAPES, **options: Any
+) -> Subject:
     def make() -> Any:
         return lars_array.LARS([put(x.astype(kind)) for x in arrays(0, shapes=shapes)], **OPTIONS | options)
 

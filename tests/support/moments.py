@@ -112,10 +112,20 @@ def _tracer(at: Callable[[int, Any], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------------ out of memory
 
 # Functions in C that allocate arrays, and those of the pretended device, `Device` of cuda_on_cpu.
-ALLOCATES = frozenset(
-    ("empty", "zeros", "array", "asarray", "copy", "astype", "take", "arange", "fromiter", "concatenate", "clone", "to")
-    + ("empty_like", "zeros_like", "full", "ones", "new_tensor", "tensor", "nonzero", "repeat", "tolist", "frombuffer")
-)
+ALLOCATES = {
+    "empty",
+    "zeros",
+    "array",
+    "asarray",
+    "copy",
+    "astype",
+    "take",
+    "arange",
+    "fromiter",
+    "concatenate",
+    "clone",
+}
+ALLOCATES |= {"empty_like", "zeros_like", "full", "ones", "new_tensor", "tensor", "nonzero", "repeat", "tolist", "to"}
 OF_DEVICE = ("zeros", "put", "compile")
 
 

@@ -207,7 +207,7 @@ def test_counts_arrive_in_pinned_memory(cupy: Any) -> None:
 
 
 class PinnedPool:
-    """A model of CuPy's pool of pinned memory, whose blocks go to others once their arrays are gone, and of a stream."""
+    """A model of CuPy's pool of pinned memory, which gives away blocks whose arrays are gone, and of a stream."""
 
     def __init__(self) -> None:
         self.free: list[Any] = []
