@@ -199,7 +199,7 @@ class _Pieces:
                 self.sizes.append(min(step, size - start))
 
     def blocks(self, k: int) -> Iterable[list[Any]]:
-        """Return piece `k` of the arrays in blocks to read: flat, real, contiguous, of the type computed in or wider."""
+        """Return blocks of the arrays of piece `k`: flat, real, contiguous, of the type computed in or wider."""
         views, start = self._views[self.layer[k]], self._start[k]
         if views is None:
             return _copied_blocks(self._layers[self.layer[k]])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -127,29 +129,36 @@ def test_a_handler_may_take_a_step_and_so_may_other_threads() -> None:
     signal.signal(signal.SIGWINCH, signal.SIG_DFL)
 
 
+FORKS = """
+import os, signal, threading
+from lars_array._interrupts import SignalScope, defer_signals
+
+def fork():
+    child = os.fork()
+    if child:
+        statuses.append(os.waitpid(child, 0)[1])
+        return
+    code = 1
+    try:
+        with SignalScope():
+            defer_signals()
+            signal.raise_signal(signal.SIGINT)
+            code = 2
+    except KeyboardInterrupt:
+        code = 0 if code == 2 else 3
+    os._exit(code)
+
+statuses = []
+thread = threading.Thread(target=fork)
+thread.start()
+thread.join()
+assert statuses == [0], statuses
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork")
 def test_the_thread_that_has_forked_is_the_main_one_of_its_child() -> None:
-    status: list[int] = []
-
-    def fork() -> None:
-        child = os.fork()
-        if child:
-            status.append(os.waitpid(child, 0)[1])
-            return
-        code = 1
-        try:
-            with SignalScope():
-                defer_signals()
-                signal.raise_signal(signal.SIGINT)
-                code = 2
-        except KeyboardInterrupt:
-            code = 0 if code == 2 else 3
-        os._exit(code)
-
-    thread = threading.Thread(target=fork)
-    thread.start()
-    thread.join()
-    assert status == [0]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, timeout=60)
 
 
 def test_a_step_that_waits_for_other_processes_is_interrupted_at_once() -> None:
