@@ -20,7 +20,7 @@ from cuda_bodies import BODIES, Place
 from lars_array import RULES, core, hyperparams, kernels
 from lars_array.kernels.cuda import device
 from lars_array.kernels.cuda.kernel import Kernel
-from lars_array.kernels.cuda.source import OPTIONS, ROWS, THREADS, source
+from lars_array.kernels.cuda.source import COMMON, OPTIONS, ROWS, THREADS, pair_name, source
 from lars_array.nonfinite import CAUSES, PARAMETER
 from lars_array.state import device as device_state
 from lars_array.state import memory as ranges
@@ -204,6 +204,26 @@ def test_counts_arrive_in_pinned_memory(cupy: Any) -> None:
     found = pinned.read(wait=True)
     assert found == StepCounts(4, 3, 2, of_c)
     assert str(found.error("abc")).startswith("the norm of the parameter of 'c' was not finite")
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5, 7])
+def test_a_module_that_was_not_loaded_is_loaded_again(cupy: Any, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, calls = [("float32", "float32"), ("float16", "float16")], 0
+
+    def get_function(self: Any, name: str) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise MemoryError
+        return lambda grid, block, arguments: None
+
+    monkeypatch.setattr(FakeModule, "get_function", get_function)
+    own = device.Device(0)
+    with pytest.raises(MemoryError):
+        own.compile(pairs)
+    own.compile(pairs)
+    for name in (*COMMON, "write_pointers", *(pair_name(stage, *p) for p in pairs for stage in ("sums", "apply"))):
+        own.launch(name, 1)
 
 
 class PinnedPool:
