@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from lars_array._arrays import dtype_name
+from lars_array._interrupts import SignalScope, defer_signals
 from lars_array._messages import Problems, listed, located, near, shown
 from lars_array.hyperparams import (
     DEFAULTS,
@@ -128,9 +129,13 @@ class StatefulOptimizer:
 
     def _device_error(self, *, wait: bool = False) -> Exception | None:
         """Update the step counters from the device, and return the error of a step that it rejected."""
-        steps, skipped, error = self._state.poll_device(wait=wait)
-        self.steps += steps
-        self.skipped_steps += skipped
+        if self._state.device is None:
+            return None
+        with SignalScope():
+            defer_signals()  # a device reports each step once
+            steps, skipped, error = self._state.poll_device(wait=wait)
+            self.steps += steps
+            self.skipped_steps += skipped
         return error
 
     @contextmanager
@@ -158,15 +163,16 @@ class StatefulOptimizer:
         """Take a step and count it; return whether it was taken."""
         if not self.steps + self.skipped_steps:
             warn_of_sgd(groups)
-        try:
-            result = self._stepper.step(self._state, gradients, groups, found_inf)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} (step {self.steps})") from None
-        if result is None:
-            self.skipped_steps += 1
-            return False
-        self.steps += 1
-        self._last = result if result.names else self._last
+        with SignalScope():
+            try:
+                result = self._stepper.step(self._state, gradients, groups, found_inf)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} (step {self.steps})") from None
+            if result is None:
+                self.skipped_steps += 1
+                return False
+            self.steps += 1
+            self._last = result if result.names else self._last
         return True
 
     def _saved(self, copied: Callable[[Any], Any]) -> dict[str, Any]:

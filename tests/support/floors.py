@@ -12,7 +12,7 @@ __all__ = ["FLOORS", "floor_of", "violations"]
 
 # Of a module or of a whole package; of two that fit the longer one counts. A name is `lars_array`'s unless it is here.
 FLOORS = {
-    **dict.fromkeys(("_messages", "_version", "_heat_maps"), 0),
+    **dict.fromkeys(("_interrupts", "_messages", "_version", "_heat_maps"), 0),
     **dict.fromkeys(("_arrays", "layers", "schedules"), 1),
     **dict.fromkeys(("collectives", "core", "nonfinite"), 2),
     **dict.fromkeys(("rules", "hyperparams", "telemetry", "kernels"), 3),
