@@ -4,7 +4,7 @@ PYTHON ?= $(shell for candidate in python3.14 python3.13 python3.12 python3.11 p
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-newest lint types docs bench gpu mutation clients dist-check clean
+.PHONY: help demo test test-lowest test-newest lint types docs bench gpu crash fuzz interrupts soak mutation clients dist-check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -32,8 +32,20 @@ bench: .venv/bench.installed .venv/timm.installed ## Measure speed and memory be
 gpu: ## On a machine with a GPU: tests, compute-sanitizer, benchmark, by what PYTHON has; installs nothing
 	@$(PYTHON) tests/gpu/on_a_gpu.py $(ARGS)
 
+crash: .venv/test.installed ## Kill processes that save, 200 times
+	LARS_CRASHES=200 .venv/bin/python -m pytest tests/files/test_atomic.py $(ARGS)
+
+fuzz: .venv/fuzz.installed ## Fuzz load and load_state_dict for ten minutes
+	.venv/bin/python -W error tests/fuzz/run.py .fuzz-corpus -artifact_prefix=.fuzz- -max_total_time=600 $(ARGS)
+
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
 	NUMBA_DISABLE_JIT=1 .venv/bin/python -m mutmut run $(ARGS)
+
+interrupts: .venv/test.installed ## Interrupt steps at thousands of moments, and let memory run out in each
+	LARS_INTERRUPTS=100 LARS_MOMENTS_EVERY=7 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 tests/interrupts -rP $(ARGS)
+
+soak: .venv/test.installed ## Take a million steps: memory is flat, bits are equal; writes tests/soak/RESULTS.md
+	.venv/bin/python tests/soak/run.py $(ARGS)
 
 # The subset that shows whether a release of a library will do. Each run makes its environment anew: its versions, and
 # the Python that PYTHON names, may be others.
@@ -75,7 +87,7 @@ dist-check: ## Build the source distribution and the wheel into dist, check them
 	cd dist && ../.venv-dist/bin/python -m lars_array --version
 
 clean: ## Remove everything that make makes
-	rm -rf .venv .venv-* .hypothesis .mypy_cache .pytest_cache .ruff_cache build demo-output dist docs/_build mutants
+	rm -rf .venv .venv-* .hypothesis .mypy_cache .pytest_cache .ruff_cache .fuzz-* build demo-output dist docs/_build mutants
 
 .venv/%.installed: pyproject.toml .venv/bin/pip
 	@echo "Installing lars-array[$*] into .venv. The first time takes a few minutes."

@@ -136,12 +136,13 @@ def _readme_text() -> str:
     results = _results("gpu-nvidia-h100-80gb-hbm3")
     cases = [results["cases"][name] for name in GPU_CASES]
     to_limit = [_device(case, "lars_array, CuPy") / _limit(results, case) for case in cases]
+    ours, reference = (_device(cases[0], name) for name in ("lars_array, CuPy", REFERENCE))
     return _paragraph(
-        "By default a step with a NaN or infinity is rejected before anything is written, which costs a second pass "
-        f"over memory ({_short(checked)} in the first column); other implementations do not check. On an NVIDIA H100 a "
-        f"step of ResNet-50 takes {_device(cases[0], 'lars_array, CuPy'):.2f} ms, {min(to_limit):.2f} to "
-        f"{max(to_limit):.2f} times as long as its memory accesses at copy bandwidth, and of flash's arithmetic "
-        f"{_device(cases[0], REFERENCE):.1f} ms. [Performance](docs/performance.md) has all contestants, on the CPU "
+        "By default `lars_array.LARS` rejects a step with a NaN or infinity before anything is written, which costs a "
+        f"second pass over memory ({_short(checked)} in the first column); other implementations do not check. "
+        f"On an NVIDIA H100 a step of ResNet-50 takes {ours:.2f} ms, {min(to_limit):.2f} to {max(to_limit):.2f} times "
+        f"as long as its memory accesses at copy bandwidth, and of flash's arithmetic {reference:.1f} ms. "
+        "[Performance](docs/performance.md) has all contestants, on the CPU "
         "and on the GPU, and how they were measured."
     )
 

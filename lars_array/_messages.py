@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["listed", "located", "near", "shown"]
+__all__ = ["Problems", "listed", "located", "near", "shown", "warn"]
 
 LONGEST = 100  # characters of a value
 SMALL = 8  # elements of a NumPy array that are shown
+
+_NOT_THE_CALLER = ("lars_array", "lars_torch", "lars_jax", "torch", "jax", "optax", "contextlib")
 
 
 class _Short(reprlib.Repr):
@@ -67,3 +71,44 @@ def located(place: str) -> Iterator[None]:
         if not place or type(error) not in (ValueError, TypeError):
             raise
         raise type(error)(f"{error} ({place})") from error
+
+
+def warn(message: str) -> None:
+    """Warn at the line that has called this library, which other libraries may have done."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+class Problems:
+    """Errors that are collected, to be raised as one that names all of them."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Collect a ValueError or TypeError, and go on after the block."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            self.errors += getattr(error, "collected", [error])
+
+    def raise_all(self) -> None:
+        """Raise what was collected: one error as it is; of several one with the first of their messages."""
+        if not self.errors:
+            return
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        told: list[str] = []
+        for error in self.errors:
+            text = str(error)
+            told.append(text if len(text) <= 2 * LONGEST else f"{text[: 2 * LONGEST]}...")
+            if sum(map(len, told)) > 2 * LONGEST:
+                break
+        more = f"; and {len(self.errors) - len(told)} more" if len(told) < len(self.errors) else ""
+        kind = TypeError if all(isinstance(error, TypeError) for error in self.errors) else ValueError
+        summary: Any = kind(f"{len(self.errors)} misfits: {'; '.join(told):.{3 * LONGEST + 50}}{more}")
+        summary.collected = self.errors
+        raise summary

@@ -31,7 +31,8 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
-from lars_array._messages import listed, shown
+from lars_array._interrupts import SignalScope, defer_signals
+from lars_array._messages import listed, shown, warn
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels import check_kernel_name
@@ -60,18 +61,22 @@ if TYPE_CHECKING:
 __all__ = [
     "KEPT",
     "ParamState",
+    "SignalScope",
     "StepProgram",
     "Stepper",
     "check_kernel_name",
+    "defer_signals",
     "finite_layers",
     "listed",
     "max_finite",
     "reads_previous_lr",
     "refusals_are_told",
     "shown",
+    "warn",
 ]
 
 Groups = Sequence[Mapping[str, Any]]
+Lists = tuple[list[Any], list[Any], list[Any]]  # parameters, momentum buffers and masters
 
 _FOUND = object()  # a found_inf that is known to be true
 
@@ -248,7 +253,7 @@ class StepProgram:
         self._specs_of = specs_of = getattr(kernel_type, "specs", None)
         self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
         self._addresses = self._param_specs.addresses(state.params)
-        self._note_lists(state)
+        self._lists, self._kept_at, self._specs = self._noted(state, (state.params, state.buffers, state.masters))
         self._ranges = MemoryRanges(state.names, params, *self._kept)
         # Gradients serve for their types and layouts. They are not kept: the owner of a model frees them after a step.
         self._make_kernel(state, kernel_type, KernelArrays(own, state.view_all(own_grads), buffers, masters))
@@ -321,12 +326,12 @@ class StepProgram:
 
     # ----------------------------------------------------------------------------------------------- arrays of a step
 
-    def _note_lists(self, state: ParamState) -> None:
-        self._lists = state.params, state.buffers, state.masters
-        self._kept_at = state.addresses(state.buffers), state.addresses(state.masters)
-        kept = [[x for x in arrays if x is not None] for arrays in self._lists[1:]]
+    def _noted(self, state: ParamState, lists: Lists) -> tuple[Lists, tuple[Any, Any], list[Any]]:
+        """Return lists of parameters, buffers and masters, with the addresses of those that move, and their specs."""
+        kept = [[x for x in arrays if x is not None] for arrays in lists[1:]]
         kept_specs = [state.specs(arrays, self._specs_of) if arrays else None for arrays in kept]
-        self._specs: list[Any] = [self._param_specs, *kept_specs]
+        kept_at = state.addresses(lists[1]), state.addresses(lists[2])
+        return lists, kept_at, [self._param_specs, *kept_specs]
 
     def gradients(self, state: ParamState, grads: Sequence[Any]) -> Gradients | None:
         """Return the gradients of a step, or None if one of them has another type or layout.
@@ -396,7 +401,7 @@ class StepProgram:
                 own[:, present] = at, at + specs.spans[:, 0], at + specs.spans[:, 1]
         return self._moved(state, lists, places)
 
-    def _moved(self, state: ParamState, lists: tuple[list[Any], list[Any], list[Any]], places: Any) -> StepProgram:
+    def _moved(self, state: ParamState, lists: Lists, places: Any) -> StepProgram:
         def views() -> list[list[Any]]:
             return [state.view_all(arrays) for arrays in lists]
 
@@ -457,6 +462,7 @@ class StepProgram:
         policies = [group["nonfinite"] for group in groups]
         of_rows = {policies[k] for k in self._used_groups}
         writes = of_rows == {"propagate"} and exchange is None
+        change = self._change(state, groups)
         fused = self._fused(state, grads, groups, exchange, write=writes)
         S, C, result = fused or self._staged(state, grads, groups, exchange)
         if exchange is not None:
@@ -467,8 +473,10 @@ class StepProgram:
         if is_skipped:
             return None
         if fused is None or not writes:
-            self._kernel.apply(grads, C)
-        self._commit(state, groups)
+            write = self._kernel.writer(grads, C)
+            defer_signals()  # until the step is counted
+            write()
+        self._commit(state, change)
         return result
 
     def _exchange_of(self, state: ParamState, groups: Groups, found_inf: Any) -> Exchange | None:
@@ -500,6 +508,8 @@ class StepProgram:
             return None
         row, previous_lr = self._hyper_row, state.previous_lr[self._row_param]
         arguments = grads, inputs, prepared, row, previous_lr
+        if write:
+            defer_signals()  # until the step is counted
         S, C, gamma = self._kernel.fused(*arguments, write=write, exchange=exchange)
 
         def row_inputs() -> tuple[Any, Hyper, list[Any]]:
@@ -539,20 +549,30 @@ class StepProgram:
             refuse_nonfinite(*lists, xp=self.xp)
         return bool(offenders)
 
-    def _commit(self, state: ParamState, groups: Groups) -> None:
+    def _change(self, state: ParamState, groups: Groups) -> tuple[Any, Any]:
+        """Return what `_commit` puts into the state, made before the first write: memory may run out."""
+        rates = state.previous_lr.copy()
+        rates[self._index] = np.array([group["lr"] for group in groups], float)[self._group_of]
+        return rates, self._new_lists(state)
+
+    def _commit(self, state: ParamState, change: tuple[Any, Any]) -> None:
         """Update the state after a step that was taken."""
-        rates = np.array([group["lr"] for group in groups], float)[self._group_of]
-        state.previous_lr = state.previous_lr.copy()
-        state.previous_lr[self._index] = rates
-        self._publish(state)
+        state.previous_lr, lists = change
+        self._publish(state, lists)
         self._hyper_row = self._next_row
 
-    def _publish(self, state: ParamState) -> None:
+    def _new_lists(self, state: ParamState) -> Any:
+        """Return the lists of the state after the first step, as `_noted` does; None for a later one."""
+        if self._is_published:
+            return None
+        return self._noted(state, (state.params, *state.owned(*self._kept)))
+
+    def _publish(self, state: ParamState, lists: Any) -> None:
         """Pass new buffers and masters to the state, and drop unused masters."""
-        if not self._is_published:
-            state.keep(*self._kept)
+        if lists is not None:
+            self._lists, self._kept_at, self._specs = lists
+            state.keep(*self._lists[1:])
             self._is_published, self._changes_masters, self._to_fill = True, False, []
-            self._note_lists(state)
 
     # ----------------------------------------------------------------------------------------------------- on a device
 
@@ -571,10 +591,10 @@ class StepProgram:
         device.write(groups, captured=capturing)
         # Masters are known to the host: it waits for the step that makes or drops them.
         waits = self._changes_masters and not capturing
-        before = int(device.counts[0]) if waits else 0
+        before, lists = int(device.counts[0]) if waits else 0, self._new_lists(state)
         result: StepResult = rows.step(self._kernel, grads, groups, device, found_inf, exchange)
         if not waits or int(device.counts[0]) > before:
-            self._publish(state)
+            self._publish(state, lists)
         return result
 
 
@@ -616,7 +636,6 @@ def _exchange_nothing(state: ParamState, groups: Groups, found_inf: Any) -> Step
     if isinstance(exchange, DeviceExchange):
         device = _ensure_device(state, like)
         device.decide_elsewhere(exchange)
-        device.queued(may_fail=True)
     return StepResult.of_nothing()
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from math import inf, isfinite, isnan
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from array_api_compat import is_jax_array
 
 from lars_array._arrays import COMPUTE, accumulation_dtype, asarray, is_array, is_on_accelerator
-from lars_array._messages import located, near, shown
+from lars_array._messages import located, near, shown, warn
 from lars_array.core import BOOLEANS, RULES, Hyper, RuleInputs, resolve, rule_inputs, with_max_ratio
 from lars_array.nonfinite import POLICIES
 
@@ -34,6 +34,7 @@ __all__ = [
     "described",
     "inputs_of",
     "is_sgd",
+    "named_options",
     "needs_buffer",
     "options_of",
     "readable",
@@ -64,7 +65,7 @@ DEFAULTS: dict[str, Any] = {
     "nesterov": False,
     "trust_coefficient": 0.001,
     "eps": 1e-8,
-    "rule": str(b"flash", "ascii"),  # not the object of a literal: whether one was given is known by identity
+    "rule": "flash",
     "trust_clip": False,
     "trust_bounds": None,
     "always_adapt": False,
@@ -114,18 +115,37 @@ INSTEAD = {
         "param_groups(...), which excludes biases and norms",
     ),
     **dict.fromkeys(("classic_momentum", "classic"), "rule='simclr', or 'simclr-popular' for classic_momentum=False"),
-    **dict.fromkeys(("betas", "amsgrad"), "LARS, which is no Adam: it has momentum"),
+    **dict.fromkeys(("betas", "amsgrad"), "momentum: LARS is SGD with trust ratios, not Adam"),
 }
 
 
-def unknown_option(name: Any) -> str:
-    """Return the message for a name that is no hyper-parameter: what it is called here, or what is near."""
+def unknown_option(name: Any, known: Sequence[str] = ("lr", *DEFAULTS)) -> str:
+    """Return the message for a name that is not among the known options: what it is called here, or what is near."""
     start = f"unknown hyper-parameter {shown(name)}"
-    if isinstance(name, str) and name in ALIASES:
-        return f"{start}; it is called {ALIASES[name]} here"
+    meant = "lr" if name == "lr" else ALIASES.get(name) if isinstance(name, str) else None
+    if meant is not None:
+        return f"{start}; it is called {meant if meant in known else 'learning_rate'} here"
     if isinstance(name, str) and name in INSTEAD:
         return f"{start}; use {INSTEAD[name]}"
-    return start + (near(name, ("lr", *DEFAULTS)) or f"; known are lr, {', '.join(DEFAULTS)}")
+    return start + (near(name, known) or f"; known are {', '.join(known)}")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def named_options(function: F) -> F:
+    """Return a function whose error for an unknown keyword says what that is called here."""
+    code = function.__code__
+    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+    @wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                raise TypeError(unknown_option(name, [other for other in known if other not in ("self", "params")]))
+        return function(*arguments, **options)
+
+    return cast(F, checked)
 
 
 # Those that are numbers, each of which may be a function of the step.
@@ -339,26 +359,13 @@ def needs_buffer(group: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------- groups that are plain SGD
 
 
-# Warnings are of the line that called these.
-_NOT_THE_CALLER = ("lars_array", "lars_torch", "lars_jax", "torch", "jax", "optax", "contextlib")
-
-
 def warn_of_sgd(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Warn if no layer is adapted, and nobody has asked for that: an optimizer calls this before its first step.
-
-    The default weight decay of 0 leaves layers to SGD, as flash does. Who has given a rule, `adapt` or `always_adapt`
-    has thought of it.
-    """
+    """Warn if no layer is adapted, and not because of `adapt=False`: an optimizer calls this before its first step."""
     groups = list(groups)
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
-        level, frame = level + 1, frame.f_back
-    if groups and all(is_sgd(group) and group["adapt"] and group["rule"] is DEFAULTS["rule"] for group in groups):
-        warnings.warn(
-            "no layer is adapted: with weight_decay=0 and the default rule LARS is plain SGD. Give a weight_decay, "
-            "always_adapt=True or another rule; or adapt=False, if SGD is what you want",
-            UserWarning,
-            stacklevel=level,
+    if groups and all(is_sgd(group) and group["adapt"] for group in groups):
+        warn(
+            "no layer is adapted: with weight_decay=0 and the rule of flash, the default, LARS is plain SGD. Give a "
+            "weight_decay, always_adapt=True or another rule; or adapt=False, if SGD is what you want"
         )
 
 

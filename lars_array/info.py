@@ -13,7 +13,17 @@ from typing import Any
 from lars_array import kernels
 from lars_array._version import __version__
 
-_PACKAGES = ("numpy", "array-api-compat", "numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "optax")
+_PACKAGES = (
+    "numpy",
+    "array-api-compat",
+    "safetensors",
+    "numba",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "torch",
+    "jax",
+    "optax",
+)
 _SETTINGS = ("LARS_ARRAY_KERNEL", "LARS_ARRAY_THREADS", "NUMBA_CACHE_DIR")
 
 

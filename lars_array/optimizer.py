@@ -19,6 +19,7 @@ from lars_array.hyperparams import (
     complete,
     defaults_from,
     described,
+    named_options,
     readable,
     required,
 )
@@ -156,6 +157,7 @@ class LARS(StatefulOptimizer):
     0.004998
     """
 
+    @named_options
     def __init__(
         self,
         params: Any,

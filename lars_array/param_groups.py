@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lars_array._messages import listed, near, shown
+from lars_array._messages import listed, near, shown, warn
 from lars_array.state.inputs import Position, read_parameters
 
 __all__ = ["is_bias_or_norm", "param_groups"]
@@ -140,4 +139,4 @@ def _must(option: str, given: Any) -> str:
 def _warn_of_no_match(option: str, pattern: str, names: Sequence[str]) -> None:
     parts = {part for name in names for part in (name, *name.split("."))}
     question = near(pattern.strip("^$.*"), sorted(parts)) or f"; names are {listed(names)}"
-    warnings.warn(f"no parameter matches {shown(pattern)} of {option}{question}", stacklevel=4)
+    warn(f"no parameter matches {shown(pattern)} of {option}{question}")

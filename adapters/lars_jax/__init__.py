@@ -2,6 +2,7 @@
 
 try:
     from lars_jax.checkpoint import from_state_dict, to_state_dict
+    from lars_jax.files import load, save
     from lars_jax.optimizer import LARS
     from lars_jax.param_groups import param_groups
     from lars_jax.transformation import LarsState, lars
@@ -11,4 +12,4 @@ except ModuleNotFoundError as error:
     message = f"lars_jax needs {error.name}, which is not installed: pip install 'lars-array[jax]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-__all__ = ["LARS", "LarsState", "from_state_dict", "lars", "param_groups", "to_state_dict"]
+__all__ = ["LARS", "LarsState", "from_state_dict", "lars", "load", "param_groups", "save", "to_state_dict"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_array._arrays import ArraySpecs, array_at, check_gradient
-from lars_array._stepper import KEPT, shown
+from lars_array._stepper import KEPT, SignalScope, defer_signals, shown
 from lars_jax._devices import check_has_values, cuda_device, devices_of, first_cpu, is_cuda
 from lars_jax._donation import barrier, check_context, copy, donate
 
@@ -109,8 +109,10 @@ class DonatedBuffers:
         """Make `arrays` anew if the memory has moved."""
         addresses = [x.unsafe_buffer_pointer() for x in self._own]
         if addresses != self._addresses:
-            self._addresses, self.arrays = addresses, [self.view(x, write=True) for x in self._own]
+            self._addresses = []  # until all is known
+            self.arrays = [self.view(x, write=True) for x in self._own]
             self._occupied = {at for at, x in zip(addresses, self._own) if x.size}
+            self._addresses = addresses
 
     def check_context(self) -> None:
         """Raise where JAX would not compute here and now; see `lars_jax._donation.check_context`."""
@@ -172,10 +174,16 @@ class DonatedBuffers:
         read = [x.unsafe_buffer_pointer() for x in self._used] if found is None else found.tolist()
         is_apart = self._occupied.isdisjoint(read) and set(map(id, self._own)).isdisjoint(map(id, self._used))
         before, old = self.arrays, self._own
-        self._token, self._own = (donate if is_apart else copy)(self._token, old, pending)
+        self._renew(donate if is_apart else copy, pending)
         self._sync()
         self._locate()
         self._replaced = [] if self.arrays is before else old
+
+    def _renew(self, way: Any, also: list[Any]) -> None:
+        """Own what `donate` or `copy` returns."""
+        with SignalScope():
+            defer_signals()  # between the two, nothing holds the parameters
+            self._token, self._own = way(self._token, self._own, also)
 
     def release(self) -> list[Any]:
         """Return the parameters as they are now, JAX arrays."""
@@ -184,7 +192,7 @@ class DonatedBuffers:
             self._token, found = copy(self._token, self._own, used)
         else:
             if used:
-                self._token, self._own = donate(self._token, self._own, used)
+                self._renew(donate, used)
             found = list(self._own)
         for x in self._replaced:
             x.delete()
@@ -386,7 +394,7 @@ def _cupy(device: Any) -> Any:
     try:
         import cupy
     except ImportError as error:
-        needed = "CuPy, pip install lars-array[cuda12] or lars-array[cuda13]"
+        needed = "CuPy, pip install 'lars-array[cuda12]' or 'lars-array[cuda13]'"
         raise ImportError(f"parameters on {device} need {needed}; or use lars_jax.lars") from error
     if cupy.cuda.runtime.is_hip or not cupy.cuda.is_available():
         reason = "it is for ROCm" if cupy.cuda.runtime.is_hip else "it finds no CUDA device"

@@ -134,10 +134,11 @@ def _options_of_names(state_dict: Any, wanted: Sequence[str]) -> dict[str, dict[
         raise ValueError("state_dict must hold groups with the key 'names'")
     counts = Counter(name for group in groups for name in group["names"])
     counts.subtract(wanted)
-    for name, surplus in counts.items():
-        if surplus:
-            found = "an unknown or repeated" if surplus > 0 else "no"
-            raise ValueError(f"state_dict must be of parameters named as these are; it has {found} {shown(name)}")
+    kinds = {"an unknown or repeated": 1, "no": -1}
+    parts = {what: [shown(name) for name, surplus in counts.items() if surplus * k > 0] for what, k in kinds.items()}
+    if any(parts.values()):
+        found = " and ".join(f"{what} {', '.join(names):.100}" for what, names in parts.items() if names)
+        raise ValueError(f"state_dict must be of parameters named as these are; it has {found}")
     # `layer_axes` are the parameters' own here.
     options = [{key: x for key, x in group.items() if key != "names"} | {"layer_axes": 0} for group in groups]
     return {name: own for group, own in zip(groups, options) for name in group["names"]}

@@ -16,6 +16,7 @@ from lars_array._stepper import ParamState, Stepper, shown
 from lars_array.hyperparams import (
     defaults_from,
     described,
+    named_options,
     options_of,
     readable,
     scheduled,
@@ -88,6 +89,7 @@ class LARS(StatefulOptimizer):
     Array([2.9997, 3.9996], dtype=float32)
     """
 
+    @named_options
     def __init__(
         self,
         params: Any,
@@ -143,6 +145,7 @@ class LARS(StatefulOptimizer):
         self._excluded = [k for k, group in enumerate(self.param_groups) if group["weight_decay"] is not weight_decay]
         self._leaves = tree._replace(tree=None, values=[None if yes else x for yes, x in zip(is_parameter, values)])
         self._memory = buffers_of(names, given, donate)
+        self._tree: Any = None
         with self._memory.context():
             self._state = _State(self._memory, names, self.param_groups, layer_of)
             self._stepper.choose_kernel(self._state.params)
@@ -154,6 +157,9 @@ class LARS(StatefulOptimizer):
     @property
     def params(self) -> Any:
         """The parameters as they are now."""
+        if self._tree is None:  # a step has ended before it made them
+            with self._memory.context():
+                self._release()
         return self._tree
 
     def step(self, grads: Any, *, found_inf: Any = None) -> Any:
@@ -187,7 +193,7 @@ class LARS(StatefulOptimizer):
         for name, g in zip(self._leaves.names, given):
             if name in self._others and _is_inexact(g):
                 raise TypeError(f"the gradient of {shown(name)} must be None, since only arrays of floats are trained")
-        memory, was_taken = self._memory, False
+        memory, before = self._memory, self._tree
         memory.check_context()
         check_has_values("found_inf", found_inf)
         with memory.context():
@@ -196,14 +202,17 @@ class LARS(StatefulOptimizer):
                 self._poll_device()
                 options, found = memory.numbers(self._options(), found_inf)
                 groups = self._read_groups(options)
+                steps, self._tree = self.steps, None  # made when somebody asks, whatever ends this step
                 memory.acquire()
                 self._state.params = memory.arrays  # another list if they have moved
                 try:
-                    was_taken = self._take_step(gradients, groups, found)
+                    self._take_step(gradients, groups, found)
                 finally:
                     # Copies that were returned before are still right, but may have been donated.
-                    if memory.donates or was_taken or any(x.is_deleted() for x in self._released):
+                    if memory.donates or self.steps > steps or any(x.is_deleted() for x in self._released):
                         self._release()
+                    else:
+                        self._tree = before
             finally:
                 memory.forget()
         return self._tree

@@ -22,6 +22,7 @@ from lars_array.hyperparams import (
     at_step,
     defaults_from,
     inputs_of,
+    named_options,
     needs_buffer,
     scheduled,
     warn_of_sgd,
@@ -56,6 +57,7 @@ class LarsState(NamedTuple):
     previous_lr: Any
 
 
+@named_options
 def lars(
     learning_rate: Any,
     *,

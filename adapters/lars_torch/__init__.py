@@ -1,6 +1,7 @@
 """LARS for torch, a ``torch.optim.Optimizer``: the kernels of `lars_array` on the memory of tensors."""
 
 try:
+    from lars_torch.files import load, save
     from lars_torch.optimizer import LARS
     from lars_torch.param_groups import param_groups
 except ModuleNotFoundError as error:
@@ -9,4 +10,4 @@ except ModuleNotFoundError as error:
     message = "lars_torch needs torch, which is not installed: pip install 'lars-array[torch]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-__all__ = ["LARS", "param_groups"]
+__all__ = ["LARS", "load", "param_groups", "save"]

@@ -184,7 +184,8 @@ def _from_lars_array(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str,
             names = by_position  # torch's parameters have no names to compare: their order counts
         unknown = [name for name in names if name not in index]
         if unknown:
-            raise ValueError(f"state_dict must be of parameters named {listed(map(shown, index))}; got {unknown[0]!r}")
+            got = f"{listed(map(shown, unknown)):.100}"
+            raise ValueError(f"state_dict must be of parameters named {listed(map(shown, index))}; got {got}")
         keys = [index[name] for name in names]
         options = {key: group[key] for key in ("lr", *DEFAULTS) if key in group}
         kinds = (*KEPT, "previous_lr") if reads_previous_lr(options.get("rule", "flash")) else tuple(KEPT)

@@ -11,11 +11,22 @@ import numpy as np
 
 from lars_array.hyperparams import ALIASES, DEFAULTS, INSTEAD, unknown_option
 
-__all__ = ["NAMES", "PROCESSES", "check_keys", "foreign_keys", "plain", "plain_group", "resembles", "translated"]
+__all__ = [
+    "FIXED",
+    "NAMES",
+    "PROCESSES",
+    "check_keys",
+    "foreign_keys",
+    "plain",
+    "plain_group",
+    "resembles",
+    "translated",
+]
 
 NAMES = ("lr", *DEFAULTS)
 PROCESSES = ("shard_group", "norm_group")  # which a checkpoint does not hold
-OWN = {"params", "param_names", "differentiable", "foreach", "fused", "capturable", *PROCESSES, *NAMES}
+# Those that a step reads, and torch writes.
+FIXED = {"params", "param_names", "differentiable", "foreach", "fused", "capturable", *PROCESSES, *NAMES}
 
 # What schedulers and training frameworks note in groups: torch's, timm's, Lightning's, and common training scripts'.
 SCHEDULED = {"max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "lr_mult", "fix_lr", "warmup_lr"}
@@ -37,7 +48,7 @@ def check_keys(group: Iterable[Any], number: int) -> None:
 
 def foreign_keys(group: Iterable[Any], known: Collection[Any] = ()) -> list[Any]:
     """Return the keys of a group that neither this optimizer nor schedulers write."""
-    expected = OWN | SCHEDULED | set(known)
+    expected = FIXED | SCHEDULED | set(known)
     return [key for key in group if key not in expected and not str(key).startswith("initial_")]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lars_array._arrays import is_half
-from lars_array._stepper import KEPT, ParamState, Stepper, reads_previous_lr
+from lars_array._stepper import KEPT, ParamState, SignalScope, Stepper, defer_signals, reads_previous_lr
 from lars_array.hyperparams import Hyperparams, check_layer_axes
 from lars_array.layers import LayerRows, LayerSlices, labels_of
 from lars_array.state.memory import check_writable
@@ -198,7 +198,7 @@ class TensorState(ParamState):
     def step(self, grads: Sequence[Any], groups: Any, found_inf: Any) -> list[torch.Tensor]:
         """Take a step with gradients from `read`, and return the tensors that were written to."""
         with self.context():
-            self._read_rates(groups)
+            rates = self._read_rates(groups)
             if found_inf is not None:
                 on_cpu = self._device.type == "cpu"
                 found_inf = found_inf.item() if on_cpu else self.view(found_inf.reshape(()))
@@ -211,7 +211,7 @@ class TensorState(ParamState):
         for p in self._without_master:
             self._state.get(p, {}).pop("master", None)
         self._without_master = []
-        self._write_rates(grads)
+        self._write_rates(grads, rates)
         self.result = result if result.names else self.result
         lists = [self.owners, self.buffers, *([self.masters] if self._has_halves else [])]
         lists += [self.params] if self._has_dtensors else []
@@ -219,28 +219,35 @@ class TensorState(ParamState):
             lists = [[x for x, g in zip(own, grads, strict=True) if g is not None] for own in lists]
         return [x for own in lists for x in own if x is not None]
 
-    def _read_rates(self, groups: Any) -> None:
-        """Take the learning rates of the last steps from the optimizer's state, where a rule reads them."""
+    def _read_rates(self, groups: Any) -> Any:
+        """Take the learning rates of the last steps from the optimizer's state, where a rule reads them.
+
+        Returns memory for those of this step, for which there may be none left once it is taken.
+        """
         if groups is not self._rated[0]:
             reads = [reads_previous_lr(group["rule"]) for group in groups]
             self._rated = groups, [i for i, k in enumerate(self.group_of.tolist()) if reads[k]]
         index = self._rated[1]
         if not index:
-            return
+            return None
         given = [self._owns[i].get("previous_lr") for i in index]
         if self.device is not None:
             if all(map(is_, given, self._rates)):
-                return
+                return None
             self._pull_device_state()
-        self.previous_lr = self.previous_lr.copy()
-        self.previous_lr[index] = [0.0 if rate is None else float(rate) for rate in given]
+        previous_lr = self.previous_lr.copy()
+        previous_lr[index] = [0.0 if rate is None else float(rate) for rate in given]
+        self.previous_lr = previous_lr
+        return np.empty_like(previous_lr)
 
-    def _write_rates(self, grads: Sequence[Any]) -> None:
+    def _write_rates(self, grads: Sequence[Any], room: Any) -> None:
         """Put the learning rates of this step into the optimizer's state, on a device as tensors that steps update."""
         index = self._rated[1]
         if not index:
             return
-        rates = tensor_of(self.previous_lr.copy() if self.device is None else self.device.previous_lr)
+        if self.device is None:
+            room[...] = self.previous_lr
+        rates = tensor_of(room if self.device is None else self.device.previous_lr)
         self._rates = [rates[i] for i in index]
         for i, rate in zip(index, self._rates, strict=True):
             if self.device is not None or grads[i] is not None:
@@ -261,10 +268,14 @@ class TensorState(ParamState):
 
     def poll(self, *, wait: bool = False) -> None:
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
-        with self.context():
-            steps, skipped, error = self.poll_device(wait=wait)
-        self.corrections += steps
-        self.skipped += skipped
+        if self.device is None:
+            return
+        with SignalScope():
+            defer_signals()  # a device reports each step once
+            with self.context():
+                steps, skipped, error = self.poll_device(wait=wait)
+            self.corrections += steps
+            self.skipped += skipped
         if error is not None:
             raise error
 
@@ -313,19 +324,24 @@ class TensorState(ParamState):
                 check_writable(name, self.view(p))
         self._layouts = list(map(_layout, self.params))
 
+    def owned(self, buffers: list[Any], masters: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the tensors of momentum buffers and masters: those that the optimizer's state holds, or new ones."""
+
+        def tensors(before: list[Any], now: list[Any]) -> list[Any]:
+            pairs = zip(before, now, strict=True)
+            return [None if x is None else tensor_of(x) if tensor is None else tensor for tensor, x in pairs]
+
+        return tensors(self.buffers, buffers), tensors(self.masters, masters)
+
     def keep(self, buffers: list[Any], masters: list[Any]) -> None:
         """Put new momentum buffers and masters into the optimizer's state, and drop masters that are None again."""
-        lists = []
         for key, before, now in zip(KEPT, (self.buffers, self.masters), (buffers, masters), strict=True):
-            lists.append(list(before))
-            for i, (tensor, array) in enumerate(zip(before, now, strict=True)):
-                if tensor is None and array is not None:
-                    lists[-1][i] = tensor_of(array)
-                    self._state.setdefault(self.owners[i], {})[key] = like(lists[-1][i], self.owners[i])
-                elif tensor is not None and array is None:
-                    self._state[self.owners[i]].pop(key, None)
-                    lists[-1][i] = None
-        self.buffers, self.masters = lists
+            for owner, old, new in zip(self.owners, before, now, strict=True):
+                if old is None and new is not None:
+                    self._state.setdefault(owner, {})[key] = like(new, owner)
+                elif old is not None and new is None:
+                    self._state[owner].pop(key, None)
+        self.buffers, self.masters = buffers, masters
         self._known_buffers = self.buffers
 
     def view(self, array: torch.Tensor) -> Any:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lars_array import State, init, update
 from lars_array._arrays import is_half
-from lars_array._stepper import reads_previous_lr
+from lars_array._stepper import SignalScope, defer_signals, reads_previous_lr
 from lars_array.hyperparams import needs_buffer
 from lars_torch._arrays import check_tensor
 from lars_torch._dtensors import is_dtensor
@@ -139,8 +139,9 @@ def _functional_step(optimizer: Any, *, recorded: bool) -> None:
         named = {name: masters.get(name, p).clone() for name, p in own.items()}
         groups.append({"params": named, **options, "master_weights": False})
     before = _state(optimizer, tensors)
-    with torch.set_grad_enabled(recorded):
+    with torch.set_grad_enabled(recorded), SignalScope():
         after, state = update(groups, grads, before, nonfinite="propagate", layer_of=optimizer._labels().get)
+        defer_signals()
         for group in after:
             for name, new in group["params"].items():
                 p = tensors[name]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lars_array._stepper import check_kernel_name, refusals_are_told, shown
+from lars_array._stepper import SignalScope, check_kernel_name, defer_signals, refusals_are_told, shown
 from lars_array.core import Rule
-from lars_array.hyperparams import defaults_from, is_sgd, required, warn_of_sgd
+from lars_array.hyperparams import defaults_from, is_sgd, named_options, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
 from lars_torch import _checkpoint, _tracing
 from lars_torch._arrays import resolved
@@ -104,6 +104,7 @@ class LARS(Optimizer):
 
     _has_warned = False  # of a step that is SGD's
 
+    @named_options
     def __init__(
         self,
         params: Any,
@@ -293,6 +294,8 @@ class LARS(Optimizer):
     def steps(self) -> int:
         """How many steps were taken since the optimizer was made or has loaded a checkpoint, which holds no count.
 
+        A file that `lars_torch.load` has loaded holds one, and steps are counted on.
+
         On a GPU a step counts as taken until the device has reported otherwise.
         """
         return self._taken + sum(part.corrections for part in self._parts[:1])
@@ -402,7 +405,7 @@ class LARS(Optimizer):
         with self._lock:  # steps of several threads would write their addresses into the same tables
             self._steps += 1
             try:
-                with refusals_are_told(self._shared):
+                with refusals_are_told(self._shared), SignalScope():
                     self._find_shared()
                     self._locked_step(given)
             except (TypeError, ValueError) as error:
@@ -498,7 +501,6 @@ class LARS(Optimizer):
                 on.setdefault(member.param.device, {})[i] = member
         labels = self._labels()
         _check_layers(labels, on)
-        self._taken, self._skipped = self.steps, self.skipped_steps
         layer_of = None if self._layer_of is None else labels.get
         shared = self.param_groups, layer_of, self._kernel
         spread = None
@@ -507,19 +509,22 @@ class LARS(Optimizer):
                 raise ValueError(f"parameters that are spread over processes must lie on one device; got {list(on)}")
             norm_group = next((x for x in self._process_groups("norm_group") if x is not None), None)
             spread = spread_of(params, groups, norm_group)
-        before = self._parts
-        self._parts = [TensorState(device, own, *shared, spread) for device, own in on.items()]
-        for part in self._parts:
-            part.remember_agreements(before)
-        for shards in self._shared:
-            shards.is_awaited = False
-        # The same list, by which an error is told: other processes wait for what is in it now.
-        self._shared[:] = [shards for part in self._parts for shards in part.shards]
-        for shards in self._shared:
-            shards.is_awaited = True
-        self._params = params
-        self._without = [i for i in range(len(params)) if not any(i in own for own in on.values())]
-        self._lists = [list(group["params"]) for group in self.param_groups]
+        parts = [TensorState(device, own, *shared, spread) for device, own in on.items()]
+        for part in parts:
+            part.remember_agreements(self._parts)
+        lists = [list(group["params"]) for group in self.param_groups]
+        without = [i for i in range(len(params)) if not any(i in own for own in on.values())]
+        found = [shards for part in parts for shards in part.shards]
+        with SignalScope():
+            defer_signals()
+            for shards in self._shared:
+                shards.is_awaited = False
+            # The same list, by which an error is told: other processes wait for what is in it now.
+            self._shared[:] = found
+            for shards in found:
+                shards.is_awaited = True
+            self._taken, self._skipped = self.steps, self.skipped_steps
+            self._parts, self._params, self._without, self._lists = parts, params, without, lists
 
     def _process_groups(self, name: str) -> list[Any]:
         """Return the `shard_group` or the `norm_group` of each parameter group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 import lars_array
 from lars_array import is_bias_or_norm
-from lars_array._stepper import shown
+from lars_array._stepper import shown, warn
 
 __all__ = ["NORMALIZATIONS", "param_groups"]
 
@@ -144,7 +143,7 @@ def _without_types(option: str, criteria: Any, owners: Mapping[str, nn.Module]) 
     others = [x for x in criteria if x not in types] or [is_bias_or_norm]
     if types and not any(isinstance(owner, types) for owner in owners.values()):
         names = ", ".join(x.__name__ for x in types)
-        warnings.warn(f"no parameter belongs to a module of the types {names} of {option}", stacklevel=4)
+        warn(f"no parameter belongs to a module of the types {names} of {option}")
     if is_bias_or_norm in others:
         types += NORMALIZATIONS
     return [*others, lambda name, p: isinstance(owners[name], types)]

@@ -1,4 +1,4 @@
-"""Kernels: `sums` and `apply` for particular arrays, by name.
+"""Kernels: `sums` and `writer` for particular arrays, by name.
 
 A kernel is a class ``Kernel`` in a module of this package that is imported when it is first chosen::
 
@@ -7,8 +7,9 @@ A kernel is a class ``Kernel`` in a module of this package that is imported when
     fallback()                             the kernel for arrays that are not dense; None: it takes all; a static method
     Kernel(arrays, xp)                     for the rows of a step, a `KernelArrays`
         .sums(grads, operand) -> S         as core.sums, of `Gradients`
-        .apply(grads, C, taken=None)       as core.apply for each row, in place; on a device, where `taken`, a bool
-                                           array of shape (), is true
+        .writer(grads, C, taken=None)      a call that does core.apply for each row, in place, and allocates nothing; on
+                                           a device, where `taken`, a bool array of shape (), is true
+        .apply(grads, C, taken=None)       the same at once: `kernels.base.Writing`
 
 and optionally
 

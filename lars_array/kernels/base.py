@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Gradients", "KernelArrays", "MixedKernel", "common_order", "make_kernel"]
+__all__ = ["Gradients", "KernelArrays", "MixedKernel", "Writing", "common_order", "make_kernel"]
 
 
 class KernelArrays(NamedTuple):
@@ -59,6 +59,18 @@ class Gradients:
         return Gradients(addresses, lambda: [self.arrays[i] for i in index])
 
 
+class Writing:
+    """The third stage of a kernel in one call."""
+
+    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
+        """Write the results of `core.apply` in place, where `taken`, a bool array of shape (), is None or true."""
+        self.writer(grads, C, taken)()
+
+    def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
+        """Return a call that does what `apply` does: it allocates no arrays, for which memory could run out halfway."""
+        raise NotImplementedError
+
+
 def make_kernel(kernel_type: Any, arrays: KernelArrays, xp: Any) -> Any:
     """Return a kernel for these arrays: of the type given where they are dense, of its fallback where they aren't."""
     fallback = kernel_type.fallback()
@@ -72,7 +84,7 @@ def make_kernel(kernel_type: Any, arrays: KernelArrays, xp: Any) -> Any:
     return MixedKernel(kernel_type, fallback, arrays, dense, xp)
 
 
-class MixedKernel:
+class MixedKernel(Writing):
     """A fast kernel for rows that are dense in memory, and its fallback for the others."""
 
     def __init__(self, fast: Any, fallback: Any, arrays: KernelArrays, dense: Sequence[bool], xp: Any) -> None:
@@ -91,10 +103,15 @@ class MixedKernel:
             S[index] = part
         return S
 
-    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
-        """Write the results of `core.apply`."""
-        for index, kernel in self._parts:
-            kernel.apply(grads.at(index), C[index, :], taken)
+    def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
+        """See `Writing`."""
+        writers = [kernel.writer(grads.at(index), C[index, :], taken) for index, kernel in self._parts]
+
+        def write() -> None:
+            for writer in writers:
+                writer()
+
+        return write
 
 
 def _is_dense(*arrays: Any) -> bool:

@@ -11,14 +11,16 @@ beyond float32's range or a difference of nearly equal terms, the block is done 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from lars_array._arrays import compute_dtype
-from lars_array.kernels.base import Gradients, KernelArrays, common_order
-from lars_array.kernels.threads import run
+from lars_array.kernels.base import Gradients, KernelArrays, Writing, common_order
+from lars_array.kernels.threads import MOST, run, thread_count
 
 __all__ = ["Kernel"]
 
@@ -37,7 +39,7 @@ LEFT = 1 / 16  # terms of which this fraction is left have lost too much in floa
 _REAL_OF = {np.dtype(kind): kind(0).real.dtype for kind in (np.float64, np.float32, np.complex128, np.complex64)}
 
 
-class Kernel:
+class Kernel(Writing):
     """See `lars_array.kernels`."""
 
     DESCRIPTION = "NumPy arrays, in place, in cache-sized blocks"
@@ -63,7 +65,7 @@ class Kernel:
         buffers = self._buffers
         reads_buffer = [weights is not None and weights[2][i] != 0 and v is not None for i, v in enumerate(buffers)]
         arrays = zip(self._trained, grads.arrays, buffers, reads_buffer, strict=True)
-        pieces = _Pieces([[p, g, v] if reads else [p, g] for p, g, v, reads in arrays], READ_BLOCK, writes=False)
+        pieces = _Pieces([[p, g, v] if reads else [p, g] for p, g, v, reads in arrays], READ_BLOCK)
         partial = np.zeros((len(pieces.sizes), 3))
 
         def third_sum(i: int, blocks: list[Any], p_squares: float, g_squares: float) -> float:
@@ -85,30 +87,31 @@ class Kernel:
         np.add.at(S, pieces.layer, partial)
         return S
 
-    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
-        """Write the results of `core.apply` in place, backwards: `sums` has left the end of memory in cache."""
+    def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
+        """See `Writing`; memory is walked backwards: `sums` has left the end of it in cache."""
         arrays = zip(self._trained, grads.arrays, self._buffers, self._copies, strict=True)
         layers = [[p, g, *(x for x in rest if x is not None)] for p, g, *rest in arrays]
-        pieces = _Pieces(layers, WRITE_BLOCK, writes=True)
-        rows = C.tolist()
+        pieces = _Pieces(layers, WRITE_BLOCK)
+        rows, spaces = C.tolist(), [_Space(pieces, k) for k in range(thread_count(MOST))]
 
         def write(k: int) -> None:
-            i = pieces.layer[k]
-            for p, g, *rest in pieces.blocks(k):
-                _apply(p, g, None if self._buffers[i] is None else rest[0], rows[i])
+            i, space = pieces.layer[k], spaces.pop()
+            for p, g, *rest in pieces.written_blocks(k, space):
+                _apply(p, g, None if self._buffers[i] is None else rest[0], rows[i], space)
                 if self._copies[i] is not None:
                     np.copyto(rest[-1], p)
+            spaces.append(space)
 
-        run(write, pieces.sizes, backwards=True)
+        return partial(run, write, pieces.sizes, backwards=True)
 
 
-def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
+def _apply(p: Any, g: Any, v: Any, c: Sequence[float], space: _Space) -> None:
     """Do `core.difference` and the subtraction, one operation at a time in existing memory.
 
     Terms of weight zero are left out, but the gradient is read at least once, so that a NaN in it is not lost.
     """
     m, alpha, beta, kappa, lam, mu = map(p.dtype.type, c)
-    total = _scratch(p.size, p.dtype, 0)
+    total = space.array(0, p.size, p.dtype)
     if v is not None:
         np.multiply(v, m, out=v)
         _add(v, total, alpha, g)
@@ -121,7 +124,7 @@ def _apply(p: Any, g: Any, v: Any, c: Sequence[float]) -> None:
         lam = 0
     for weight, x in ((lam, g), (mu, p)):
         if weight:
-            _add(total, _scratch(p.size, p.dtype, 1), weight, x)
+            _add(total, space.array(1, p.size, p.dtype), weight, x)
     np.subtract(p, total, out=p)
 
 
@@ -180,8 +183,8 @@ def _sum_wide(terms: list[Any], weights: list[float]) -> float:
 class _Pieces:
     """The arrays of many layers, of each the parameters first, in pieces that can be processed in any order."""
 
-    def __init__(self, layers: Sequence[Sequence[Any]], block: int, *, writes: bool) -> None:
-        self._layers, self._block, self._writes = layers, block, writes
+    def __init__(self, layers: Sequence[Sequence[Any]], block: int) -> None:
+        self._layers, self._block = layers, block
         self._views = [_flat_views(arrays) for arrays in layers]
         self.layer: list[int] = []
         self.sizes: list[int] = []
@@ -196,29 +199,88 @@ class _Pieces:
                 self.sizes.append(min(step, size - start))
 
     def blocks(self, k: int) -> Iterable[list[Any]]:
-        """Return the arrays of piece `k` in blocks: flat, real, contiguous, of the type computed in.
-
-        Where nothing is written, an array of a wider type keeps that.
-        """
+        """Return blocks of the arrays of piece `k`: flat, real, contiguous, of the type computed in or wider."""
         views, start = self._views[self.layer[k]], self._start[k]
         if views is None:
-            return self._copied_blocks(self._layers[self.layer[k]])
+            return _copied_blocks(self._layers[self.layer[k]])
         return ([view[start : start + self._block] for view in views],)
 
-    def _copied_blocks(self, arrays: Sequence[Any]) -> Iterator[list[Any]]:
-        """Yield blocks of any strides and types; changes in a block are cast and stored when the next is asked for."""
-        kind = np.dtype(compute_dtype(arrays[0], np))
-        arrays = list(map(np.atleast_1d, arrays))  # views; NumPy before 2.3 buffers nothing of arrays without an axis
-        read, write = ([access, "contig", "aligned", "nbo"] for access in ("readonly", "readwrite"))
-        access: Any = [read if k == 1 or not self._writes else write for k in range(len(arrays))]
-        types = [kind] * len(arrays)
-        if not self._writes:
-            types = [np.result_type(kind, compute_dtype(x, np)) for x in arrays]
-        with np.nditer(
-            arrays, ["buffered", "external_loop"], access, types, "K", "same_kind", buffersize=COPIED_BLOCK
-        ) as iterator:
-            for blocks in iterator:
-                yield [x.view(_REAL_OF[x.dtype]) for x in blocks]
+    def written_blocks(self, k: int, space: _Space) -> Iterable[list[Any]]:
+        """Return the arrays of piece `k` in blocks to be written, all but the second, of the type computed in."""
+        if self._views[self.layer[k]] is None:
+            return _stored_blocks(self._layers[self.layer[k]], space)
+        return self.blocks(k)
+
+    def space(self) -> tuple[int, int]:
+        """Return the bytes of the largest block, and of the largest that is copied."""
+        layers = list(zip(self._layers, self._views, strict=True))
+        viewed = [min(views[0].size, self._block) * views[0].itemsize for _, views in layers if views is not None]
+        copied = [_copied_bytes(arrays[0]) for arrays, views in layers if views is None]
+        return max([*viewed, *copied], default=0), max(copied, default=0)
+
+
+class _Space:
+    """Memory that one thread writes a step with, made before anything is written; a thread keeps it between steps.
+
+    Parameters
+    ----------
+    pieces : _Pieces
+        What is to be written.
+    number : int
+        Of those that this thread has asked for, of which a step uses several.
+    """
+
+    def __init__(self, pieces: _Pieces, number: int) -> None:
+        largest, copied = pieces.space()
+        self._rows = [_scratch(largest if k < 2 else copied, np.dtype(np.uint8), (number, k)) for k in range(6)]
+
+    def array(self, k: int, size: int, dtype: Any) -> Any:
+        """Return an uninitialised array, the same memory for the same `k`: two to compute with, four for copies."""
+        return self._rows[k][: size * dtype.itemsize].view(dtype)
+
+
+def _copied_bytes(p: Any) -> int:
+    return int(min(p.size, COPIED_BLOCK) * np.dtype(compute_dtype(p, np)).itemsize)
+
+
+def _copied_blocks(arrays: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield blocks of arrays of any strides and types."""
+    kind = np.dtype(compute_dtype(arrays[0], np))
+    arrays = list(map(np.atleast_1d, arrays))  # views; NumPy before 2.3 buffers nothing of arrays without an axis
+    access: Any = [["readonly", "contig", "aligned", "nbo"]] * len(arrays)
+    types = [np.result_type(kind, compute_dtype(x, np)) for x in arrays]
+    with np.nditer(
+        arrays, ["buffered", "external_loop"], access, types, "K", "same_kind", buffersize=COPIED_BLOCK
+    ) as iterator:
+        for blocks in iterator:
+            yield [x.view(_REAL_OF[x.dtype]) for x in blocks]
+
+
+def _stored_blocks(arrays: Sequence[Any], space: _Space) -> Iterator[list[Any]]:
+    """Yield blocks of arrays of any strides and types; what is changed in one is stored when the next is asked for."""
+    kind = np.dtype(compute_dtype(arrays[0], np))
+    strides = [abs(x) for x in arrays[0].strides]
+    axes = sorted(range(len(strides)), key=strides.__getitem__, reverse=True)
+    arrays = [np.atleast_1d(x.transpose(axes)) for x in arrays]
+    for index in _parts(arrays[0].shape, COPIED_BLOCK):
+        parts = [x[index] for x in arrays]
+        blocks = [space.array(2 + k, part.size, kind) for k, part in enumerate(parts)]
+        for part, block in zip(parts, blocks, strict=True):
+            np.copyto(block.reshape(part.shape), part, casting="same_kind")
+        yield [block.view(_REAL_OF[kind]) for block in blocks]
+        for k, (part, block) in enumerate(zip(parts, blocks, strict=True)):
+            if k != 1:
+                np.copyto(part, block.reshape(part.shape), casting="same_kind")
+
+
+def _parts(shape: Sequence[int], most: int) -> Iterator[tuple[Any, ...]]:
+    """Yield indices of parts of an array, each of at most `most` elements."""
+    if prod(shape) <= most:
+        yield (...,)
+    elif rows := most // prod(shape[1:]):
+        yield from ((slice(start, start + rows),) for start in range(0, shape[0], rows))
+    else:
+        yield from ((i, *rest) for i in range(shape[0]) for rest in _parts(shape[1:], most))
 
 
 def _flat_views(arrays: Sequence[Any]) -> list[Any] | None:
@@ -237,7 +299,7 @@ def _flat_views(arrays: Sequence[Any]) -> list[Any] | None:
 _kept = threading.local()
 
 
-def _scratch(size: int, dtype: Any, slot: int) -> Any:
+def _scratch(size: int, dtype: Any, slot: Any) -> Any:
     """Return an uninitialised array that this thread may use until it asks for the same slot again."""
     arrays: dict[Any, Any] = _kept.__dict__
     if (dtype, slot) not in arrays or arrays[dtype, slot].size < size:

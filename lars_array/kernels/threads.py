@@ -6,14 +6,17 @@ code, which an interrupt can skip: Ctrl+C at a bad moment, and the next step wai
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
+from lars_array._interrupts import SignalScope, defer_signals
 from lars_array._messages import shown
 from lars_array.kernels.openmp import run_on_torch_threads
 
@@ -89,8 +92,7 @@ def _split(sizes: Sequence[int], count: int) -> list[range]:
 class Job:
     """A call that another thread makes, unless the owner cancels it first.
 
-    The decision is final and can be queried repeatedly, since an interrupt may arrive before its result is used.
-    `failure` is the exception that the call raised.
+    The decision is final and can be queried repeatedly. `failure` is the exception that the call raised.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -133,7 +135,7 @@ class ThreadPool:
     def __init__(self) -> None:
         self.queue: SimpleQueue[Job] = SimpleQueue()
         self.count = 0
-        self._lock = threading.RLock()  # a signal handler that takes a step may interrupt this thread
+        self._lock = threading.RLock()  # the handler of a signal that does not wait may take a step, too
 
     def offer(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs, one for each thread that could be started."""
@@ -173,35 +175,59 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
     Raises
     ------
     BaseException
-        An interrupt that arrived meanwhile, else an exception of another thread, else that of ``work`` on this one.
+        An exception of another thread, else that of ``work`` on this one.
     """
-    if count > 1 and run_on_torch_threads(work, count):
-        return
-    jobs = [Job(work) for _ in range(count - 1)]
-    interrupt: BaseException | None = None
-    try:
-        if jobs:
-            _pool.offer(jobs)
+    if count == 1:
         work()
-    finally:
-        # After an interrupt too, this must wait: the other threads write to the caller's arrays. Python raises
-        # interrupts at calls and at the ends of loops, of which there is none between the two `try`. A second interrupt
-        # at that moment does not wait; then the other threads still keep the arrays alive that they write to.
-        while True:
-            try:
-                for job in jobs:
-                    job.wait()
-                break
-            except BaseException as error:
-                interrupt = error
-        failures = [x for x in (interrupt, *(job.failure for job in jobs)) if x is not None]
-        for job in jobs:
-            job.failure = None  # its traceback refers to frames that refer to it: a reference cycle
-        if failures:
-            try:
-                raise failures[0]
-            finally:
-                failures, interrupt = [], None
+        return
+    environment = _floating_point_environment()
+
+    def work_alike() -> None:
+        own = _floating_point_environment()
+        if environment is not None:
+            _library.fesetenv(environment)
+        try:
+            work()
+        finally:
+            if own is not None:
+                _library.fesetenv(own)
+
+    with SignalScope():
+        defer_signals()  # an interrupt too must wait for the other threads, which write to the caller's arrays
+        if run_on_torch_threads(work_alike, count):
+            return
+        jobs = [Job(work_alike) for _ in range(count - 1)]
+        try:
+            _pool.offer(jobs)
+            work()
+        finally:
+            for job in jobs:
+                job.wait()
+            failures = [job.failure for job in jobs if job.failure is not None]
+            for job in jobs:
+                job.failure = None  # its traceback refers to frames that refer to it: a reference cycle
+            if failures:
+                try:
+                    raise failures[0]
+                finally:
+                    failures = []
+
+
+# Whether a thread flushes subnormal numbers to zero, as other libraries have it do, and how it rounds.
+try:
+    _library: Any = ctypes.CDLL(None)
+    _library.fegetenv, _library.fesetenv  # noqa: B018
+except (AttributeError, OSError, TypeError):  # not in the C library of this system
+    _library = None
+
+
+def _floating_point_environment() -> Any:
+    """Return that of this thread, for `fesetenv`; None where it is unknown."""
+    if _library is None:
+        return None
+    environment = ctypes.create_string_buffer(256)  # of fenv_t, which is 32 bytes on x86-64 and 8 on arm64
+    _library.fegetenv(environment)
+    return environment
 
 
 def _forget_threads() -> None:

@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
-from lars_array._messages import listed, located, near, shown
+from lars_array._arrays import dtype_name
+from lars_array._interrupts import SignalScope, defer_signals
+from lars_array._messages import Problems, listed, located, near, shown
 from lars_array.hyperparams import (
     DEFAULTS,
     Hyperparams,
@@ -23,7 +25,15 @@ from lars_array.nonfinite import NonFiniteError
 from lars_array.state.store import KEPT, ParamState, check_previous_lr
 from lars_array.telemetry import Norms, StepResult
 
-__all__ = ["Checkpoint", "StatefulOptimizer", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Problems",
+    "StatefulOptimizer",
+    "check_params",
+    "fitted",
+    "located_in_file",
+    "read_checkpoint",
+]
 
 
 class StatefulOptimizer:
@@ -119,9 +129,13 @@ class StatefulOptimizer:
 
     def _device_error(self, *, wait: bool = False) -> Exception | None:
         """Update the step counters from the device, and return the error of a step that it rejected."""
-        steps, skipped, error = self._state.poll_device(wait=wait)
-        self.steps += steps
-        self.skipped_steps += skipped
+        if self._state.device is None:
+            return None
+        with SignalScope():
+            defer_signals()  # a device reports each step once
+            steps, skipped, error = self._state.poll_device(wait=wait)
+            self.steps += steps
+            self.skipped_steps += skipped
         return error
 
     @contextmanager
@@ -149,15 +163,16 @@ class StatefulOptimizer:
         """Take a step and count it; return whether it was taken."""
         if not self.steps + self.skipped_steps:
             warn_of_sgd(groups)
-        try:
-            result = self._stepper.step(self._state, gradients, groups, found_inf)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} (step {self.steps})") from None
-        if result is None:
-            self.skipped_steps += 1
-            return False
-        self.steps += 1
-        self._last = result if result.names else self._last
+        with SignalScope():
+            try:
+                result = self._stepper.step(self._state, gradients, groups, found_inf)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} (step {self.steps})") from None
+            if result is None:
+                self.skipped_steps += 1
+                return False
+            self.steps += 1
+            self._last = result if result.names else self._last
         return True
 
     def _saved(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
@@ -170,10 +185,10 @@ class StatefulOptimizer:
         groups = [copy.deepcopy(options_of(group)) | {"names": list(group["names"])} for group in self.param_groups]
         return {"steps": self.steps, "skipped_steps": self.skipped_steps, "param_groups": groups, "state": state}
 
-    def _load(self, state_dict: Any) -> None:
-        """Load a copy of a state dict whose groups have the names of these."""
+    def _load(self, state_dict: Any, *, copied: bool = True) -> None:
+        """Load a state dict whose groups have the names of these, or a copy of it."""
         read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._state.params)
-        self._state.attach(read.state, copied=True)
+        self._state.attach(read.state, copied=copied)
         self.steps, self.skipped_steps = read.steps, read.skipped_steps
         for group, options in zip(self.param_groups, read.groups):
             group.update(options | {"layer_axes": group["layer_axes"]})
@@ -208,7 +223,8 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
     Raises
     ------
     ValueError
-        If a key is missing or unknown, or a value does not fit.
+        If a key is missing or unknown, or a value does not fit. Names, options and arrays that do not fit are all in
+        one message, the first of them in words.
     TypeError
         If a value is of the wrong kind.
     """
@@ -220,33 +236,138 @@ def read_checkpoint(state_dict: Any, names_of_groups: Sequence[Sequence[str]], p
         if state_dict[count] < 0:
             raise ValueError(f"{count} must be at least 0; got {shown(state_dict[count])}")
 
-    groups = []
+    problems, groups, names_of = Problems(), [], []
     saved = _listed("param_groups", state_dict["param_groups"])
     for number, group in enumerate(saved):
         with located(f"parameter group {number} of state_dict" if len(saved) > 1 else ""):
-            _check_keys("a group of state_dict", group, {"lr", "names", *DEFAULTS}, open_end=True)
-            options = copy.deepcopy(complete({key: value for key, value in group.items() if key != "names"}))
-            at_step(options, state_dict["steps"])
-        groups.append(options)
+            _check_keys("a group of state_dict", group, {"names"}, open_end=True)
+            names_of.append(_listed("names", group["names"]))
+            with problems.noted(), located(f"parameter group {number} of state_dict" if len(saved) > 1 else ""):
+                _check_keys("a group of state_dict", group, {"lr", "names", *DEFAULTS}, open_end=True)
+                options = copy.deepcopy(complete({key: value for key, value in group.items() if key != "names"}))
+                at_step(options, state_dict["steps"])
+                groups.append(options)
     names = [list(group) for group in names_of_groups]
-    loaded = [_listed("names", group["names"]) for group in state_dict["param_groups"]]
-    if loaded != names:
-        flat_loaded = [name for group in loaded for name in group]
-        first = next((f": {shown(a)}, not {shown(b)}" for a, b in zip(flat_loaded, chain(*names)) if a != b), "")
-        first = first if shown(names) == shown(loaded) else ""
-        raise ValueError(f"state_dict must be of parameters named {shown(names)}, by group; got {shown(loaded)}{first}")
-
-    flat = [name for group in names for name in group]
-    _check_keys("state of state_dict", state_dict["state"], set(flat))
+    if names_of != names:
+        problems.errors.append(_other_names(names, names_of))
+    with problems.noted():
+        known = set(chain(*names)) if names_of == names else set()
+        _check_keys("state of state_dict", state_dict["state"], known, open_end=not known, of_names=True)
     read: dict[str, dict[str, Any]] = {}
-    for name, p in zip(flat, params, strict=True):
-        own = state_dict["state"][name]
-        _check_keys(f"the state of {shown(name)}", own, {"previous_lr"}, optional=set(KEPT))
+    of_names = state_dict["state"] if isinstance(state_dict["state"], Mapping) else {}
+    for name, p in zip(chain(*names), params, strict=True):
+        if name not in of_names:
+            continue
+        own = of_names[name]
+        with problems.noted():
+            _check_keys(f"the state of {shown(name)}", own, {"previous_lr"}, optional=set(KEPT))
+            read[name] = {**own, "previous_lr": check_previous_lr(name, own["previous_lr"])}
         for key, check in KEPT.items():
-            if own.get(key) is not None:
-                check(name, own[key], p)
-        read[name] = {**own, "previous_lr": check_previous_lr(name, own["previous_lr"])}
+            if isinstance(own, Mapping) and own.get(key) is not None:
+                with problems.noted():
+                    check(name, own[key], p)
+    problems.raise_all()
     return Checkpoint(state_dict["steps"], state_dict["skipped_steps"], groups, read)
+
+
+def fitted(state_dict: Any, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a state dict of a file with its names in the groups of an optimizer.
+
+    Parameters
+    ----------
+    state_dict : mapping
+        Not modified. Its names may come in another order, and in other groups if these have the same options; other
+        names are left as they are. Options that it lacks are those of the optimizer.
+    param_groups : sequence of mappings
+        Those of the optimizer, with "names".
+
+    Raises
+    ------
+    ValueError
+        If names of one group come from groups with different options.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for group in state_dict["param_groups"]:
+        own = {key: x for key, x in group.items() if key != "names"}
+        options |= {name: own for name in group["names"]}
+    lengths = [sum(len(group["names"]) for group in x) for x in (param_groups, state_dict["param_groups"])]
+    if options.keys() != set(chain(*(group["names"] for group in param_groups))) or lengths[0] != lengths[1]:
+        return {**state_dict, "param_groups": [_completed(x, param_groups) for x in state_dict["param_groups"]]}
+    groups = []
+    for group in param_groups:
+        names = list(group["names"])
+        first = options[names[0]] if names else {}
+        for name in names:
+            if options[name] is not first and not _is_alike(options[name], first):
+                raise ValueError(
+                    f"state_dict must have the same options for {shown(names[0])} and {shown(name)}, which are in one "
+                    "parameter group here"
+                )
+        groups.append(_completed(first | {"names": names}, param_groups))
+    return {**state_dict, "param_groups": groups}
+
+
+def _is_alike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Return whether options are the same but for `layer_axes`, which belong to the parameters."""
+    return repr({**options, "layer_axes": 0}) == repr({**others, "layer_axes": 0})
+
+
+def _completed(group: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a group with the options that it lacks from the group of an optimizer that its first name is in."""
+    first = next(iter(group["names"]), None)
+    own = next((x for x in param_groups if first in x["names"]), {})
+    return {key: x for key, x in own.items() if key in ("lr", *DEFAULTS)} | dict(group)
+
+
+def check_params(saved: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless saved parameters have the names, shapes and types of those given, with all misfits.
+
+    Parameters
+    ----------
+    saved : mapping of name to array, or None
+        NumPy arrays, or of their shapes and types.
+    given : mapping of name to array
+        Arrays of any library.
+    """
+    if saved is None:
+        raise ValueError("it holds no parameters: give params to save as well")
+    problems = Problems()
+    lacking, surplus = ([name for name in a if name not in b] for a, b in ((given, saved), (saved, given)))
+    for what, found in (("lacks", lacking), ("holds, beside those given,", surplus)):
+        if found:
+            problems.errors.append(ValueError(f"it {what} the parameters {listed(map(shown, found))}"))
+    for name in [name for name in given if name in saved]:
+        (kind, shape), ours = ((dtype_name(x.dtype), tuple(x.shape)) for x in (saved[name], given[name]))
+        if (kind, shape) != ours:
+            text = f"parameter {shown(name)} must be of {ours[0]} {shown(ours[1])}; got {kind} {shown(shape)}"
+            problems.errors.append(ValueError(text))
+    problems.raise_all()
+
+
+@contextmanager
+def located_in_file(path: Any) -> Iterator[None]:
+    """Raise a ValueError, with the path of a file, for a ValueError or TypeError about what is in it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError):
+            raise
+        raise ValueError(f"{error!s:.350} (file {shown(str(path))})") from error
+
+
+def _other_names(names: list[list[str]], loaded: list[list[Any]]) -> ValueError:
+    """Return the error for other names than the parameters': all names, or those that differ where these are many."""
+    ours, theirs = list(chain(*names)), list(chain(*loaded))
+    start = "state_dict must be of parameters named"
+    if (str(names), str(loaded)) == (shown(names), shown(loaded)):
+        return ValueError(f"{start} {shown(names)}, by group; got {shown(loaded)}")
+    known, found = set(map(shown, ours)), set(map(shown, theirs))
+    lacking, surplus = [x for x in ours if shown(x) not in found], [x for x in theirs if shown(x) not in known]
+    parts = [f"{what} {listed(map(shown, x)):.80}" for what, x in (("no", lacking), ("the unknown", surplus)) if x]
+    if parts:
+        return ValueError(f"{start} as these are; it has {' and '.join(parts)}")
+    first = next((f": {shown(a)}, not {shown(b)}" for a, b in zip(theirs, ours) if a != b), "")
+    return ValueError(f"{start} {shown(names)}, by group; got {shown(loaded)}{first}")
 
 
 def _refuse_others(state_dict: Any) -> None:
@@ -260,11 +381,19 @@ def _refuse_others(state_dict: Any) -> None:
 
 
 def _check_keys(
-    what: str, given: Any, wanted: set[str], *, optional: set[str] | None = None, open_end: bool = False
+    what: str,
+    given: Any,
+    wanted: set[str],
+    *,
+    optional: set[str] | None = None,
+    open_end: bool = False,
+    of_names: bool = False,
 ) -> None:
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} must be a mapping; got {shown(given)}")
     missing = wanted - given.keys()
+    if len(missing) > 1 and of_names:
+        raise ValueError(f"{what} must hold the keys {listed(map(shown, sorted(missing)))}; got {shown(list(given))}")
     if missing:
         raise ValueError(f"{what} must hold the key {shown(min(missing))}; got {shown(list(given))}")
     unknown = given.keys() - wanted - (optional or set())

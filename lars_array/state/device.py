@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from sys import float_info
@@ -11,6 +12,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
 from lars_array._arrays import accumulation_dtype, asarray, synchronize
+from lars_array._interrupts import defer_signals
 from lars_array._messages import shown
 from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve, with_max_ratio
 from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
@@ -52,10 +54,15 @@ class StepCounts(NamedTuple):
         return NonFiniteError(f"{reason} in an earlier step, which changed nothing")
 
 
+_in_graphs: dict[int, Any] = {}  # pinned memory that replays may write to at any time, by address
+_in_flight: dict[int, tuple[Any, Any]] = {}  # events of CuPy, and pinned memory that is written to until they are done
+
+
 class PinnedCounts:
     """A copy of a device's counts in pinned host memory, which the host reads without waiting.
 
-    A copy that is captured in a CUDA graph is made again by each replay.
+    A copy that is captured in a CUDA graph is made again by each replay. Memory that the device may still write to
+    outlives this object: CuPy's pool would give it to others at once, where torch's waits by itself.
 
     Parameters
     ----------
@@ -67,9 +74,15 @@ class PinnedCounts:
         self.counts = counts
         self.pinned: Any = None
         if is_cupy_array(counts):
+            import cupy
             import cupyx
 
-            self.pinned = cupyx.zeros_pinned(ENTRIES, np.int64)
+            # Here, since in a finalizer it might break the capture of a graph to ask for an event.
+            for address, (event, _) in list(_in_flight.items()):
+                if event.done:
+                    _in_flight.pop(address, None)
+            self.pinned, self._event = cupyx.zeros_pinned(ENTRIES, np.int64), cupy.cuda.Event(disable_timing=True)
+            weakref.finalize(self, _in_flight.setdefault, self.pinned.ctypes.data, (self._event, self.pinned))
         elif is_torch_array(counts) and counts.device.type == "cuda":
             import torch
 
@@ -85,6 +98,10 @@ class PinnedCounts:
             runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
             here, there = self.pinned.ctypes.data, self.counts.data.ptr
             runtime.memcpyAsync(here, there, self.pinned.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+            if stream.is_capturing():
+                _in_graphs[here] = self.pinned
+            else:
+                self._event.record(stream)
         elif self.pinned is not None:
             self._host.copy_(self.counts, non_blocking=True)
 
@@ -150,8 +167,8 @@ class DeviceState:
         rows = [row_values(group) for group in groups]
         if self.hyper is None:
             numbers = [[float(value) if isinstance(value, Real) else 0.0 for value in row] for row in rows]
-            self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
             self._written = numbers
+            self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
         for row, (values, written) in enumerate(zip(rows, self._written, strict=True)):
             for column, value in enumerate(values):
                 if isinstance(value, Real):
@@ -160,6 +177,7 @@ class DeviceState:
                         continue
                 if captured:
                     self._in_graphs.add((row, column))
+                written[column] = None  # until it is there
                 # A slice, not an element: torch fills the one and copies the other from the host.
                 self.hyper[row : row + 1, column : column + 1] = value
                 written[column] = value if isinstance(value, float) else None
@@ -176,8 +194,8 @@ class DeviceState:
         """
         return _vectors(self.hyper, self.first, self.previous_lr, group_of, owner, limit, xp=self.xp)
 
-    def advance(self, taken: Any, stepped: Any, keeps: Any, lr: Any) -> None:
-        """Update the state of each parameter after a step.
+    def advanced(self, taken: Any, stepped: Any, keeps: Any, lr: Any) -> tuple[Any, Any]:
+        """Return `first` and `previous_lr` after a step, as new arrays.
 
         Parameters
         ----------
@@ -190,8 +208,7 @@ class DeviceState:
         """
         if taken is not None:
             stepped = stepped & taken
-        self.first[...] = self.first & ~(stepped & keeps)
-        self.previous_lr[...] = self.xp.where(stepped, lr, self.previous_lr)
+        return self.first & ~(stepped & keeps), self.xp.where(stepped, lr, self.previous_lr)
 
     def decide(
         self,
@@ -201,8 +218,8 @@ class DeviceState:
         outputs: StageOutputs,
         place: Any,
         exchange: DeviceExchange | None = None,
-    ) -> Any:
-        """Count a step, and return whether it is taken: a bool array of shape (), or None for certainly.
+    ) -> tuple[Any, Any]:
+        """Return whether a step is taken, a bool array of shape () or None for certainly, and the counts after it.
 
         Parameters
         ----------
@@ -221,8 +238,7 @@ class DeviceState:
         """
         xp = self.xp
         if ok is None and found_inf is None and exchange is None:
-            self.counts[0:1] = self.counts[0:1] + 1
-            return None
+            return None, xp.concat([self.counts[:1] + 1, self.counts[1:]])
         bad = xp.zeros_like(raises) if ok is None else ~ok
         rejecting = bad & raises
         rejected, taken = xp.any(rejecting), ~xp.any(bad)
@@ -237,14 +253,20 @@ class DeviceState:
             is_known = rejected & (kind != UPDATE)
             offender = xp.where(exchange.raises & ~is_known, ELSEWHERE, offender)
             rejected = rejected | exchange.raises
-        return self._count(taken, rejected, offender, found_inf, exchange)
+        return self._counted(taken, rejected, offender, found_inf, exchange)
 
     def decide_elsewhere(self, exchange: DeviceExchange) -> None:
         """Count a step for which nothing has a gradient here: the rows of other processes decide."""
-        self._count(~exchange.raises, exchange.raises, ELSEWHERE + 0 * self.counts[3], None, exchange)
+        offender = ELSEWHERE + 0 * self.counts[3]
+        _, counts = self._counted(~exchange.raises, exchange.raises, offender, None, exchange)
+        defer_signals()  # until the step is counted by the host as well
+        self.counts[...] = counts
+        self.queued(may_fail=True)
 
-    def _count(self, taken: Any, rejected: Any, offender: Any, found_inf: Any, exchange: DeviceExchange | None) -> Any:
-        """Count a step; return whether it is taken, which a refusal on another process and `found_inf` prevent."""
+    def _counted(
+        self, taken: Any, rejected: Any, offender: Any, found_inf: Any, exchange: DeviceExchange | None
+    ) -> tuple[Any, Any]:
+        """See `decide`; a refusal on another process and `found_inf` prevent a step too."""
         xp, counts = self.xp, self.counts
         found = found_inf if exchange is None else exchange.found
         if found is not None:
@@ -256,8 +278,7 @@ class DeviceState:
         old = [counts[i] for i in range(ENTRIES)]
         steps = [xp.astype(x, xp.int64) for x in (taken, ~taken & ~rejected, rejected)]
         new = [old[0] + steps[0], old[1] + steps[1], old[2] + steps[2], xp.where(rejected, offender, old[3])]
-        counts[...] = xp.stack([xp.astype(x, xp.int64) for x in new])
-        return taken
+        return taken, xp.stack([xp.astype(x, xp.int64) for x in new])
 
     def queued(self, *, may_fail: bool) -> None:
         """Count a step as queued, and queue a copy of the counts if it may not be taken."""
@@ -385,10 +406,13 @@ class DeviceRows:
         ok = None
         if strict is not None:
             ok = ~strict | finite(outputs.S, outputs.C, self._limit, self._square_limit, xp=xp)
-        taken = state.decide(ok, raises, found_inf, outputs, number, exchange)
-        kernel.apply(grads, outputs.C, taken)
+        taken, counts = state.decide(ok, raises, found_inf, outputs, number, exchange)
         lr = xp.take(state.hyper[:, GROUP_FIELDS.index("lr")], group_of_params)
-        state.advance(taken, self._stepped, self._kept, lr)
+        first, previous_lr = state.advanced(taken, self._stepped, self._kept, lr)
+        write = kernel.writer(grads, outputs.C, taken)
+        defer_signals()  # until the step is counted by the host as well
+        write()
+        state.counts[...], state.first[...], state.previous_lr[...] = counts, first, previous_lr
         return self._result(outputs.S, outputs.gamma, [resolve(group["rule"]) for group in groups], state)
 
     def _of_policies(self, policies: list[str]) -> tuple[Any, Any]:

@@ -64,11 +64,12 @@ class Exchange:
     def prepare(self, groups: Sequence[Mapping[str, Any]], found_inf: Any) -> Exchange:
         """Take over the hyper-parameters of this step, and its `found_inf` as a number or an array on the device."""
         if self._groups is not groups:
-            self._groups, self.digest = groups, _digest_of(groups)
+            self._groups, self.digest = None, _digest_of(groups)
             self.policies = [group["nonfinite"] for group in groups]
             self.clips = any(group["max_grad_norm"] is not None for group in groups)
             reads_third = any(resolve(group["rule"]).norm_of != "gradient" for group in groups)
             self._count = 2 if self.clips and reads_third else 1  # the third sum is of clipped gradients
+            self._groups = groups  # last: what was interrupted is done again
         self.left, self.found = self._count, 0.0 if found_inf is None else found_inf
         self.elsewhere, self._is_skipped = "", False
         return self

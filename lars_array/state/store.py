@@ -249,7 +249,7 @@ class ParamState:
         return copies
 
     def keep(self, buffers: list[Any], masters: list[Any]) -> None:
-        """Replace the momentum buffers and masters, as kernels take them: some are new, masters may be None again."""
+        """Replace the momentum buffers and masters, from `owned`: some are new, masters may be None again."""
         self.buffers, self.masters = buffers, masters
 
     def row_numbers(self, index: Sequence[int]) -> list[int]:
@@ -265,6 +265,10 @@ class ParamState:
 
     def prepare(self) -> None:
         """Check the arrays before a program is made for them."""
+
+    def owned(self, buffers: list[Any], masters: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return momentum buffers and masters as the state holds them, from lists as kernels take them."""
+        return buffers, masters
 
     def view(self, array: Any) -> Any:
         """Return an array as kernels take it, on the same memory."""

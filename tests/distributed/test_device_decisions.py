@@ -154,7 +154,7 @@ def test_a_process_without_rows_of_a_rule_adds_as_many_sums(device: Device) -> N
     assert few.ranks.calls == 1 + 2 * 3
 
 
-@pytest.mark.parametrize(("stage", "told"), [("sums", True), ("apply", False)])
+@pytest.mark.parametrize(("stage", "told"), [("sums", True), ("writer", False)])
 def test_an_error_here_is_told_as_long_as_others_wait(device: Device, stage: str, told: bool) -> None:
     pieces = Distant(device)
     pieces.step(model(1))

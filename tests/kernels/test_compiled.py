@@ -358,7 +358,7 @@ def test_without_numba_the_blocked_kernel_is_taken() -> None:
     kernel, *values = output(missing + STEP)
     assert kernel == "blocked" and [float(x) for x in values] == pytest.approx([-0.45, 0.55, 1.55])
     report = "from lars_array.kernels import report; print([r for r in report() if not r[1]])"
-    assert "pip install lars-array[fast]" in " ".join(output(missing + report))
+    assert "pip install 'lars-array[fast]'" in " ".join(output(missing + report))
     forced = missing + "from lars_array import LARS; import numpy as np; LARS([np.ones(3)], lr=1, kernel='compiled')"
     with pytest.raises(subprocess.CalledProcessError) as failure:
         output(forced)

@@ -28,7 +28,8 @@ def test_waiting_reads_counts_of_which_no_copy_was_queued(monkeypatch: pytest.Mo
     state = DeviceState([True], [0.0], like=torch.ones(1))
     state._pinned.pinned = np.zeros(ENTRIES, np.int64)
     for _ in range(5):
-        assert state.decide(None, None, None, None, None) is None
+        taken, state.counts[...] = state.decide(None, None, None, None, None)
+        assert taken is None
         state.queued(may_fail=False)
     before, now, replayed = state.poll(wait=True)
     assert (before.taken, now.taken, replayed) == (0, 5, 0)

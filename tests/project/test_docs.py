@@ -39,6 +39,16 @@ def test_wide_code_is_found() -> None:
         assert_narrow(text.format("", "x" * 89, ""))
 
 
+QUICK_STARTS = [block for block in code_blocks((ROOT / "README.md").read_text()) if "print(" in block]
+
+
+@pytest.mark.parametrize("block", QUICK_STARTS, ids=["numpy", "torch", "jax"])
+def test_the_quick_starts_print_what_the_readme_says(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(re.search(r"import (torch|jax|numpy)", block)[1])
+    exec(block, {})
+    assert [line + "\n" for line in re.findall("# (.*)$", block)] == [capsys.readouterr().out]
+
+
 @pytest.mark.parametrize("page", figures.DOCUMENTS, ids=lambda page: page.name)
 def test_figures_are_those_of_the_results(page: Path) -> None:
     text = page.read_text()

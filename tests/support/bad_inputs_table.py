@@ -46,7 +46,7 @@ def table() -> str:
     text = [HEAD, f"{count} inputs.\n"]
     for section in SECTIONS:
         rows = [row(line, outcome(section, line)) for line in section.lines.strip().split("\n")]
-        text += [f"## {section.title}\n", f"```python{section.setup}```\n", "| line | error |", "|---|---|", *rows, ""]
+        text += [f"## {section.title}\n", f"```{section.setup}```\n", "| line | error |", "|---|---|", *rows, ""]
     return "\n".join(text)
 
 

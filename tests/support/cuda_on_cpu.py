@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,11 @@ class Kernel(kernel.Kernel):
     def unsupported_reason(params: Sequence[Any]) -> str | None:
         return None if all(map(is_far, params)) else "these lie here"
 
-    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
+    def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
         # Where NumPy has made a scalar of an array of shape (), its address is that of a copy.
-        super().apply(grads, C, None if taken is None else np.array(taken))
+        kept = None if taken is None else np.array(taken)
+        write = super().writer(grads, C, kept)
+        return lambda: (kept, write())[1]
 
 
 def kernel_of(params: Any, grads: Any, buffers: Any = None, masters: Any = None, kind: Any = Kernel) -> Any:

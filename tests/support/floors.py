@@ -12,19 +12,19 @@ __all__ = ["FLOORS", "floor_of", "violations"]
 
 # Of a module or of a whole package; of two that fit the longer one counts. A name is `lars_array`'s unless it is here.
 FLOORS = {
-    **dict.fromkeys(("_messages", "_version", "_heat_maps"), 0),
+    **dict.fromkeys(("_interrupts", "_messages", "_version", "_heat_maps"), 0),
     **dict.fromkeys(("_arrays", "layers", "schedules"), 1),
     **dict.fromkeys(("collectives", "core", "nonfinite"), 2),
     **dict.fromkeys(("rules", "hyperparams", "telemetry", "kernels"), 3),
     "state": 4,
     **dict.fromkeys(("_stepper", "functional", "param_groups", "recorder"), 5),
     **dict.fromkeys(("optimizer", "testing"), 6),
-    **dict.fromkeys(("__init__", "info", "__main__"), 7),
+    **dict.fromkeys(("__init__", "files", "info", "__main__"), 7),
     **dict.fromkeys(("lars_torch", "lars_jax"), 8),
 }
 
 # Packages whose modules may import each other, and floors whose modules may; though not in a circle.
-OWN = ("kernels", "state", "testing", "lars_torch", "lars_jax")
+OWN = ("kernels", "state", "files", "testing", "lars_torch", "lars_jax")
 OPEN = (7,)
 
 # What a module or a package may import of none of these, whatever their floors.

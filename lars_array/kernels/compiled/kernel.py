@@ -6,7 +6,7 @@ numba is imported when the first optimizer asks for it, not with this module.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,13 +15,13 @@ import numpy as np
 from lars_array._arrays import ArraySpecs
 from lars_array.core import Exchange, RuleInputs, clip_gradients
 from lars_array.kernels import blocked
-from lars_array.kernels.base import Gradients, KernelArrays
+from lars_array.kernels.base import Gradients, KernelArrays, Writing
 from lars_array.kernels.tape import record
 
 __all__ = ["Kernel"]
 
 
-class Kernel:
+class Kernel(Writing):
     """See `lars_array.kernels`."""
 
     DESCRIPTION = "NumPy arrays, in place, in loops compiled by numba"
@@ -52,12 +52,13 @@ class Kernel:
     def sums(self, grads: Gradients, operand: Any = None) -> Any:
         """Return `core.sums`."""
         S = np.zeros((self._count, 3))
-        self._run("measure", grads, _table().inputs_for_sums(operand, self._count), S, self._none)
+        self._call("measure", grads, _table().inputs_for_sums(operand, self._count), S, self._none)()
         return S
 
-    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
-        """Write the results of `core.apply` in place."""
-        self._run("write", grads, _table().inputs_for_sums(None, self._count), self._none, np.ascontiguousarray(C))
+    def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
+        """See `Writing`."""
+        inputs = _table().inputs_for_sums(None, self._count)
+        return self._call("write", grads, inputs, self._none, np.ascontiguousarray(C))
 
     def moved(self, held: Any, places: Any) -> Kernel:
         """Return this kernel for arrays of the same types and layouts that lie elsewhere.
@@ -87,7 +88,10 @@ class Kernel:
         tapes = [record(rule) for rule in inputs.rules]
         if any(tape is None for tape in tapes):
             return None
-        return _table().hyper_of(inputs), _table().programs(tuple(tapes))
+        prepared: Any = _table().hyper_of(inputs), _table().programs(tuple(tapes))
+        if inputs.clips:
+            _table().compile_coefficients(*prepared)
+        return prepared
 
     def fused(
         self,
@@ -144,15 +148,20 @@ class Kernel:
             _table().coefficients(S, arrays, tapes, C)
         else:
             S = np.zeros((self._count, 3))
-            self._run("both" if write and not waits else "measure", grads, arrays, S, C, tapes)
+            self._call("both" if write and not waits else "measure", grads, arrays, S, C, tapes)()
         if waits and write:
             self.apply(grads, C)
         return S, C, inputs.gamma
 
-    def _run(self, what: str, grads: Gradients, *by_layer: Any) -> None:
+    def _call(self, what: str, grads: Gradients, *by_layer: Any) -> Callable[[], None]:
+        """Return a call of compiled code for all tables."""
         calls = [table.call(what, grads, *by_layer) for table in self._tables]
-        for call in calls:
-            call()
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
 
 
 def _spread(operand: Any, index: Any) -> Any:
@@ -177,7 +186,7 @@ def _problem() -> str | None:
     try:
         import numba
     except ImportError as error:
-        return f"it needs numba, pip install lars-array[fast]: {error}"
+        return f"it needs numba, pip install 'lars-array[fast]': {error}"
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
     reason: str | None = _headers().problem()

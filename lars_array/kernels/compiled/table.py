@@ -19,7 +19,7 @@ from lars_array.kernels.compiled.tasks import ROOM_FROM, tasks
 from lars_array.kernels.tape import Tape
 from lars_array.kernels.threads import run_on_threads, thread_count
 
-__all__ = ["Table", "coefficients", "hyper_of", "inputs_for_sums", "programs", "weights_of"]
+__all__ = ["Table", "coefficients", "compile_coefficients", "hyper_of", "inputs_for_sums", "programs", "weights_of"]
 
 SHARE = 1 << 17  # elements that make up for waking another thread
 LAYERS = 1 << 11  # layers whose coefficients do so
@@ -135,6 +135,12 @@ def coefficients(S: Any, inputs: Any, tapes: Any, C: Any) -> None:
             at_first(coefficients_of, S[part], own, tapes, C[part])
 
     run_on_threads(work_off, threads)
+
+
+def compile_coefficients(hyper: Any, tapes: Any) -> None:
+    """Compile what `coefficients` calls, which takes seconds the first time."""
+    inputs = np.empty(0, np.int32), _no_weights(1), np.empty(0), hyper
+    coefficients(np.empty((0, 3)), inputs, tapes, np.empty((0, 6)))
 
 
 def hyper_of(inputs: RuleInputs) -> Any:

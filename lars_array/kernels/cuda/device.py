@@ -29,7 +29,6 @@ class Device:
 
         self._cupy, self._device = cupy, cupy.cuda.Device(number)
         self._functions: dict[str, Any] = {}
-        self._compiled: set[tuple[str, str]] = set()
 
     @classmethod
     def on(cls, like: Any) -> Device:
@@ -60,17 +59,17 @@ class Device:
         """Compile the kernels for these element types of parameters and gradients, each once."""
         from cupy.cuda.compiler import compile_using_nvrtc
 
-        for pair in set(pairs) - self._compiled:
-            names = [pair_name(stage, *pair) for stage in ("sums", "apply")]
-            if not self._compiled:
-                names += [*COMMON, "write_pointers"]
+        for pair in set(pairs):
+            wanted = [pair_name(stage, *pair) for stage in ("sums", "apply")] + [*COMMON, "write_pointers"]
+            names = [name for name in wanted if name not in self._functions]
+            if not names:
+                continue
             with self._device:
                 # Not by cupy.RawModule, which flushes subnormal numbers to zero whatever the options say.
                 binary, _ = compile_using_nvrtc(source([pair]), OPTIONS, filename="lars_array.cu")
                 module = self._cupy.cuda.Module()
                 module.load(binary)
                 self._functions |= {name: module.get_function(name) for name in names}
-            self._compiled.add(pair)
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         """Launch a kernel on the current stream.
@@ -99,7 +98,7 @@ def problem() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f"it needs CuPy, pip install lars-array[cuda12] or [cuda13]: {error}"
+        return f"it needs CuPy, pip install 'lars-array[cuda12]' or 'lars-array[cuda13]': {error}"
     if cupy.cuda.runtime.is_hip:
         return "it is CUDA, and this CuPy is for ROCm"
     return None if cupy.cuda.is_available() else "there is no CUDA device"

@@ -5,16 +5,17 @@ CuPy is imported when the first optimizer over its arrays is made, not with this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from array_api_compat import is_cupy_array
 
 from lars_array._arrays import dtype_name
+from lars_array._interrupts import defer_signals
 from lars_array.core import Rule
 from lars_array.kernels import portable
-from lars_array.kernels.base import Gradients, KernelArrays
+from lars_array.kernels.base import Gradients, KernelArrays, Writing
 from lars_array.kernels.cuda import device
 from lars_array.kernels.cuda.source import pair_name
 from lars_array.kernels.cuda.tables import DeviceTables
@@ -25,7 +26,7 @@ __all__ = ["Kernel"]
 _REAL = {"complex64": "float32", "complex128": "float64"}
 
 
-class Kernel:
+class Kernel(Writing):
     """See `lars_array.kernels`."""
 
     DESCRIPTION = "CuPy arrays, in place, a whole model in three launches"
@@ -66,12 +67,12 @@ class Kernel:
         self._launch_coefficients(tables)
         return tables.S
 
-    def apply(self, grads: Gradients, C: Any, taken: Any = None) -> None:
-        """Write the results of `core.apply` in place, if `taken` is None or true."""
+    def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
+        """See `Writing`."""
         tables = self._stage_tables(grads)
         tables.C[...] = C
         tables.set(taken=taken)
-        self._launch_apply(tables)
+        return lambda: self._launch_apply(tables)
 
     def enqueue(
         self,
@@ -114,6 +115,7 @@ class Kernel:
         if found_inf is not None and found_inf.dtype != np.float32:
             self._found_inf[...] = found_inf  # in memory that stays, for graphs
             found_inf = self._found_inf
+        defer_signals()  # until the step is counted
         third = any(rule.norm_of != "gradient" for rule in rules)
         tables.set(hyper=state.hyper, first=state.first, previous_lr=state.previous_lr, counts=state.counts)
         tables.set(found_inf=found_inf, clips=clips, third=third and not clips, third_is_clipped=False)

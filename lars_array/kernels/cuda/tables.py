@@ -131,20 +131,22 @@ class PointerTable:
     """Addresses on a device, which the host writes without waiting: `array`, uint64, of shape (count,)."""
 
     def __init__(self, device: Any, count: int) -> None:
-        self._device, self._written = device, np.zeros(count, np.uint64)
+        self._device = device
+        self._written: Any = np.zeros(count, np.uint64)
         self.array = device.zeros(count, np.uint64)
 
     def write(self, addresses: Any, *, always: bool = False) -> None:
         """Write addresses, if they have changed, as arguments of launches: no memory of the host is read later."""
         if not always and np.array_equal(addresses, self._written):
             return
-        self._written = addresses
+        self._written = None  # until all are there
         pointers = np.zeros(1, POINTERS)
         room, table = pointers["values"].shape[1], np.uint64(self._device.address(self.array))
         for first in range(0, len(addresses), room):
             some = addresses[first : first + room]
             pointers["first"], pointers["count"], pointers["values"][0, : len(some)] = first, len(some), some
             self._device.launch("write_pointers", 1, table, pointers)
+        self._written = addresses
 
 
 class DeviceTables:
@@ -219,11 +221,12 @@ class DeviceTables:
         """Put rules and policies on the device, where they have changed, and return whether they can run there."""
         wanted = [(id(rule.function), rule.norm_of, policy) for rule, policy in zip(rules, policies, strict=True)]
         if self._loaded is None or wanted != self._loaded[0]:
-            self._loaded = wanted, rules  # rules live as long as their ids are compared
+            self._loaded = None  # until all is there
             found = programs(rules, policies)
-            self._can_run = found is not None
             if found is not None:
                 tables = {name: self._device.put(table) for name, table in found._asdict().items()}
                 self._own |= tables
                 self.set(**tables)
+            self._can_run = found is not None
+            self._loaded = wanted, rules  # rules live as long as their ids are compared
         return self._can_run

@@ -220,7 +220,7 @@ def test_arrays_that_jax_refuses_to_donate_are_copied() -> None:
 def test_without_cupy_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_buffers, "is_cuda", lambda device: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"pip install lars-array\[cuda12\].*lars_jax\.lars"):
+    with pytest.raises(ImportError, match=r"pip install 'lars-array\[cuda12\]'.*lars_jax\.lars"):
         LARS(put(draw(0)), lr=0.1)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from cuda_bodies import BODIES, Place
 from lars_array import RULES, core, hyperparams, kernels
 from lars_array.kernels.cuda import device
 from lars_array.kernels.cuda.kernel import Kernel
-from lars_array.kernels.cuda.source import OPTIONS, ROWS, THREADS, source
+from lars_array.kernels.cuda.source import COMMON, OPTIONS, ROWS, THREADS, pair_name, source
 from lars_array.nonfinite import CAUSES, PARAMETER
 from lars_array.state import device as device_state
 from lars_array.state import memory as ranges
@@ -99,6 +100,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     fake.cuda.compiler = ModuleType("cupy.cuda.compiler")
     fake.cuda.compiler.compile_using_nvrtc = compile_using_nvrtc
     fake.cuda.is_available, runtime.is_hip = lambda: True, False
+    fake.cuda.Event = lambda **_: SimpleNamespace(record=lambda stream: None, done=True)
     fake.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Array)
     fake.ndarray = Array
     fake.asarray = lambda x: np.array(x).view(Array)
@@ -202,6 +204,103 @@ def test_counts_arrive_in_pinned_memory(cupy: Any) -> None:
     found = pinned.read(wait=True)
     assert found == StepCounts(4, 3, 2, of_c)
     assert str(found.error("abc")).startswith("the norm of the parameter of 'c' was not finite")
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5, 7])
+def test_a_module_that_was_not_loaded_is_loaded_again(cupy: Any, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, calls = [("float32", "float32"), ("float16", "float16")], 0
+
+    def get_function(self: Any, name: str) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise MemoryError
+        return lambda grid, block, arguments: None
+
+    monkeypatch.setattr(FakeModule, "get_function", get_function)
+    own = device.Device(0)
+    with pytest.raises(MemoryError):
+        own.compile(pairs)
+    own.compile(pairs)
+    for name in (*COMMON, "write_pointers", *(pair_name(stage, *p) for p in pairs for stage in ("sums", "apply"))):
+        own.launch(name, 1)
+
+
+class PinnedPool:
+    """A model of CuPy's pool of pinned memory, which gives away blocks whose arrays are gone, and of a stream."""
+
+    def __init__(self) -> None:
+        self.free: list[Any] = []
+        self.queue: list[Any] = []  # copies that the device has not made yet
+        self.made = 0
+
+    def zeros_pinned(self, size: int, dtype: Any) -> Any:
+        block = self.free.pop() if self.free else np.zeros(64, dtype)
+        array = block[:size]
+        array[...] = 0
+        weakref.finalize(array, self.free.append, block)
+        return array
+
+    def copy(self, target: int, origin: int, size: int, kind: Any, stream: int) -> None:
+        self.queue.append(lambda: ctypes.memmove(target, origin, size))
+
+    def event(self, **_: Any) -> Any:
+        pool = self
+
+        class Event:
+            place = 0
+
+            def record(self, stream: Any) -> None:
+                self.place = pool.made + len(pool.queue)
+
+            @property
+            def done(self) -> bool:
+                return pool.made >= self.place
+
+        return Event()
+
+    def run(self) -> None:
+        for copy in self.queue:
+            copy()
+        self.made += len(self.queue)
+        self.queue.clear()
+
+
+@pytest.fixture
+def pool(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> PinnedPool:
+    own = PinnedPool()
+    monkeypatch.setattr(sys.modules["cupyx"], "zeros_pinned", own.zeros_pinned)
+    monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", own.copy)
+    monkeypatch.setattr(cupy.cuda, "Event", own.event)
+    for kept in (device_state._in_flight, device_state._in_graphs):
+        kept.clear()
+    return own
+
+
+def test_memory_of_counts_that_are_still_copied_goes_to_nobody_else(pool: PinnedPool) -> None:
+    counts = array(np.array([4, 3, 2, 1], np.int64))
+    for _ in range(3):
+        dropped = PinnedCounts(counts)
+        dropped.copy()
+        del dropped
+    somebody_else = pool.zeros_pinned(4, np.int64)
+    pool.run()
+    assert somebody_else.tolist() == [0] * 4
+    assert not pool.free and len(device_state._in_flight) == 3
+    PinnedCounts(counts)  # and once the device is done, it is given back
+    assert len(pool.free) >= 2 and len(device_state._in_flight) <= 1
+
+
+def test_memory_that_a_graph_writes_to_is_kept(cupy: Any, pool: PinnedPool) -> None:
+    cupy.cuda.get_current_stream().is_capturing = lambda: True
+    counts = array(np.array([4, 3, 2, 1], np.int64))
+    dropped = PinnedCounts(counts)
+    dropped.copy()
+    del dropped
+    PinnedCounts(counts)
+    somebody_else = pool.zeros_pinned(4, np.int64)
+    pool.run()  # a replay
+    assert somebody_else.tolist() == [0] * 4
 
 
 def test_memory_of_a_device_is_compared_by_address(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
