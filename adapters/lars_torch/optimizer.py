@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lars_array._stepper import SignalScope, check_kernel_name, defer_signals, refusals_are_told, shown
+from lars_array._stepper import SignalScope, check_kernel_name, defer_signals, on_threads_of, refusals_are_told, shown
 from lars_array.core import Rule
 from lars_array.hyperparams import defaults_from, is_sgd, named_options, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
@@ -24,6 +24,7 @@ from lars_torch._keys import NAMES, PROCESSES, check_keys, plain_group, resemble
 from lars_torch._params import check_params, listed
 from lars_torch._sharding import check_engines, process_group, spread_of
 from lars_torch._state import NamedParam, OutdatedError, TensorState
+from lars_torch._threads import run_on_torch_threads
 
 __all__ = ["LARS"]
 
@@ -405,7 +406,7 @@ class LARS(Optimizer):
         with self._lock:  # steps of several threads would write their addresses into the same tables
             self._steps += 1
             try:
-                with refusals_are_told(self._shared), SignalScope():
+                with refusals_are_told(self._shared), SignalScope(), on_threads_of(run_on_torch_threads):
                     self._find_shared()
                     self._locked_step(given)
             except (TypeError, ValueError) as error:
