@@ -44,6 +44,22 @@ CPU_ROWS = {
     "optax, jax.jit": "optax under `jax.jit`",
     "optax, jax.jit, donated": "optax under `jax.jit`, donated",
 }
+AFTER_WORK_CASES = {"resnet50": "ResNet-50", "vit-b": "ViT-B/16", "tiny": "10,000 arrays of 100"}
+WORKS = {
+    "alone": "nothing",
+    "torch": "a forward and backward pass of torch",
+    "numpy": "matrix products of NumPy",
+    "jax": "a jitted gradient of JAX",
+}
+AFTER_WORK_ROWS = {
+    "tight pass": "lower bound (not LARS)",
+    "torch SGD, fused": "torch's fused SGD (not LARS)",
+    "lars_array, propagate": '`lars_array`, `nonfinite="propagate"`',
+    "lars_array, raise": "`lars_array`",
+    "lars_torch": "`lars_torch`",
+    "lars_jax.LARS, donate=True": "`lars_jax.LARS`, `donate=True`",
+    "lars_jax.lars, jitted, donated": "`lars_jax.lars` under `jax.jit`, donated",
+}
 README_CASES = ["resnet50", "vit-b", "tiny"]
 README_ROWS = [
     "torch SGD, fused",
@@ -136,18 +152,38 @@ def _readme_text() -> str:
     results = _results("gpu-nvidia-h100-80gb-hbm3")
     cases = [results["cases"][name] for name in GPU_CASES]
     to_limit = [_device(case, "lars_array, CuPy") / _limit(results, case) for case in cases]
+    after = [
+        _results("after-work")["cases"][name]["torch"]["lars_torch"]["ratio"]["median"] for name in AFTER_WORK_CASES
+    ]
     ours, reference = (_device(cases[0], name) for name in ("lars_array, CuPy", REFERENCE))
     return _paragraph(
         "By default `lars_array.LARS` rejects a step with a NaN or infinity before anything is written, which costs a "
         f"second pass over memory ({_short(checked)} in the first column); other implementations do not check. "
         f"On an NVIDIA H100 a step of ResNet-50 takes {ours:.2f} ms, {min(to_limit):.2f} to {max(to_limit):.2f} times "
         f"as long as its memory accesses at copy bandwidth, and of flash's arithmetic {reference:.1f} ms. "
+        f"Right after a backward pass, `lars_torch` takes {', '.join(map(_short, after))} times as long as torch's fused "
+        "SGD in the three cases. "
         "[Performance](docs/performance.md) has all contestants, on the CPU "
         "and on the GPU, and how they were measured."
     )
 
 
+def _after_work_table() -> str:
+    """Return the milliseconds of steps after each work, with their ratio to torch's SGD after the same."""
+    cases = [_results("after-work")["cases"][name] for name in AFTER_WORK_CASES]
+    rows = []
+    for work, label in WORKS.items():
+        for name in AFTER_WORK_ROWS:
+            found = [case[work].get(name) for case in cases]
+            if any(found):
+                cells = ["" if x is None else f"{x['median_ms']:.1f} ({_short(x['ratio']['median'])})" for x in found]
+                rows.append([label, AFTER_WORK_ROWS[name], *cells])
+                label = ""
+    return _table(["step", *AFTER_WORK_CASES.values()], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "after-work": _after_work_table,
     "cpu": _cpu_table,
     "cpu-drift": _drift,
     "gpu": _gpu_table,
