@@ -152,17 +152,15 @@ def _readme_text() -> str:
     results = _results("gpu-nvidia-h100-80gb-hbm3")
     cases = [results["cases"][name] for name in GPU_CASES]
     to_limit = [_device(case, "lars_array, CuPy") / _limit(results, case) for case in cases]
-    after = [
-        _results("after-work")["cases"][name]["torch"]["lars_torch"]["ratio"]["median"] for name in AFTER_WORK_CASES
-    ]
+    steps = [_results("after-work")["cases"][name]["torch"]["lars_torch"] for name in AFTER_WORK_CASES]
+    after = ", ".join(_short(step["ratio"]["median"]) for step in steps)
     ours, reference = (_device(cases[0], name) for name in ("lars_array, CuPy", REFERENCE))
     return _paragraph(
         "By default `lars_array.LARS` rejects a step with a NaN or infinity before anything is written, which costs a "
         f"second pass over memory ({_short(checked)} in the first column); other implementations do not check. "
         f"On an NVIDIA H100 a step of ResNet-50 takes {ours:.2f} ms, {min(to_limit):.2f} to {max(to_limit):.2f} times "
         f"as long as its memory accesses at copy bandwidth, and of flash's arithmetic {reference:.1f} ms. "
-        f"Right after a backward pass, `lars_torch` takes {', '.join(map(_short, after))} times as long as torch's fused "
-        "SGD in the three cases. "
+        f"Right after a backward pass, `lars_torch` takes {after} times as long as torch's fused SGD in the three cases. "
         "[Performance](docs/performance.md) has all contestants, on the CPU "
         "and on the GPU, and how they were measured."
     )
