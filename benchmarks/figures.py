@@ -160,8 +160,8 @@ def _readme_text() -> str:
         f"second pass over memory ({_short(checked)} in the first column); other implementations do not check. "
         f"On an NVIDIA H100 a step of ResNet-50 takes {ours:.2f} ms, {min(to_limit):.2f} to {max(to_limit):.2f} times "
         f"as long as its memory accesses at copy bandwidth, and of flash's arithmetic {reference:.1f} ms. "
-        f"Right after a backward pass, `lars_torch` takes {after} times as long as torch's fused SGD in the three cases. "
-        "[Performance](docs/performance.md) has all contestants, on the CPU "
+        f"Right after a backward pass, `lars_torch` takes {after} times as long as torch's fused SGD in the three "
+        "cases. [Performance](docs/performance.md) has all contestants, on the CPU "
         "and on the GPU, and how they were measured."
     )
 
