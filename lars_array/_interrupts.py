@@ -1,4 +1,4 @@
-"""Handlers of signals wait while a step is written: all of it is done and counted, or nothing.
+"""Handlers of signals are deferred while a step is written: all of it is done and counted, or nothing.
 
 Python runs them in the main thread between any two calls, and what they raise, such as the KeyboardInterrupt of Ctrl+C,
 would end a step halfway.
@@ -11,14 +11,15 @@ import signal
 import sys
 import threading
 from _thread import get_ident
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-__all__ = ["SIGNALS", "SignalScope", "defer_signals"]
+__all__ = ["SIGNALS", "SignalScope", "defer_signals", "uninterrupted"]
 
 # Those for which handlers are set that raise: by Python, by batch systems and launchers, and by time limits of tests.
-# That of Ctrl+C is the last to be in place again: one that raises meanwhile leaves none deferred but itself.
-_NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGINT")
+_NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT")
 SIGNALS = tuple(int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name))
 
 # In C: those of the module `signal` convert numbers to enumerations, which takes ten times as long.
@@ -26,81 +27,105 @@ _signal: Any = import_module("_signal")
 
 _main = threading.main_thread().ident  # the only thread that handlers run in
 _scope: SignalScope | None = None
-_noted: dict[int, None] = {}  # signals whose handlers wait; as in Python, one that comes twice is handled once
+_deferred: dict[int, Any] = {}  # handlers that are not in place, by the signal
+_noted: dict[int, None] = {}  # signals whose handlers are deferred; as in Python, one that comes twice is handled once
 
 
 class SignalScope:
-    """A context in which handlers of signals wait from `defer_signals` on, until it ends.
+    """A context, to the end of which `defer_signals` defers handlers of signals.
 
     Scopes in other threads than the main one, and handlers that were not set by Python, are left alone.
     """
 
-    __slots__ = ("_handlers", "_outer")
+    __slots__ = ("_defers", "_outer")
 
     def __enter__(self) -> None:
         global _scope
-        self._handlers: dict[int, Any] | None = None
+        self._defers = False
         if get_ident() == _main:
             self._outer, _scope = _scope, self
 
     def __exit__(self, *_: object) -> None:
         global _scope
-        if get_ident() != _main:
-            return
-        _scope, handlers = self._outer, self._handlers
-        if handlers:
-            try:
-                _restore(handlers)
-            except BaseException:  # of a handler that was in place again
-                _restore(handlers)
-                raise
-            finally:
-                if _noted:
-                    _handle([(handler, number) for number, handler in handlers.items() if number in _noted])
+        try:
+            if get_ident() == _main:
+                _scope = self._outer
+        finally:
+            if self._defers:
+                try:
+                    _restore()
+                finally:
+                    _handle()
 
     def defer(self) -> None:
-        """Have handlers wait until the end of the context; those that wait for an outer one go on doing so."""
-        self._handlers = handlers = {}
+        """Defer handlers to the end of the context, unless an outer one does so already."""
+        outer = self._outer
+        while outer is not None:
+            if outer._defers:
+                return
+            outer = outer._outer
+        _restore()  # those of a scope that was left by an exception before it could do so
+        self._defers = True
         for number, handler in zip(SIGNALS, map(_signal.getsignal, SIGNALS)):
             if handler not in _LEFT_ALONE:
-                _noted.pop(number, None)  # of another scope, whose end was interrupted
-                handlers[number] = handler
+                _deferred[number] = handler
                 _signal.signal(number, _note)
 
 
 def defer_signals() -> None:
-    """Have handlers of signals wait until the end of the scope that this runs in, if it runs in one."""
-    if _scope is not None and _scope._handlers is None and get_ident() == _main:
+    """Defer handlers of signals to the end of the scope that this runs in, if it runs in one."""
+    if _scope is not None and not _scope._defers and get_ident() == _main:
         _scope.defer()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Defer handlers of signals to the end of the context."""
+    with SignalScope():
+        defer_signals()
+        yield
 
 
 def _note(number: int, frame: Any) -> None:
     _noted[number] = None
 
 
-# Actions of the system, handlers of other languages, and those that wait for an outer scope.
-_LEFT_ALONE = (_signal.SIG_DFL, _signal.SIG_IGN, None, _note)
+_LEFT_ALONE = (_signal.SIG_DFL, _signal.SIG_IGN, None)  # actions of the system, and handlers of other languages
 
 
-def _restore(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        _signal.signal(number, handler)
+def _restore() -> None:
+    """Put all handlers in place again, although one of them is called meanwhile and raises."""
+    try:
+        while _deferred:
+            number, handler = next(iter(_deferred.items()))
+            _signal.signal(number, handler)
+            del _deferred[number]
+    finally:
+        if _deferred:
+            _restore()
 
 
-def _handle(noted: list[tuple[Any, int]]) -> None:
+def _handle() -> None:
     """Call the handlers of signals that were noted, each, although another one raises."""
-    for handler, number in noted[:1]:
-        del _noted[number]
-        try:
+    number = next((number for number in _noted if number not in _deferred), None)
+    if number is None:
+        return
+    del _noted[number]
+    try:
+        handler = _signal.getsignal(number)
+        if handler not in _LEFT_ALONE:
             handler(number, sys._getframe(2))
-        finally:
-            _handle(noted[1:])
+    finally:
+        _handle()
 
 
-def _note_main_thread() -> None:
-    global _main
-    _main = threading.main_thread().ident
+def _start_anew() -> None:
+    """Put handlers in place in a child, which a thread of a process may fork whose main thread takes a step."""
+    global _main, _scope
+    _main, _scope = threading.main_thread().ident, None
+    _noted.clear()
+    _restore()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_main_thread)
+    os.register_at_fork(after_in_child=_start_anew)

@@ -123,10 +123,12 @@ def unknown_option(name: Any, known: Sequence[str] = ("lr", *DEFAULTS)) -> str:
     """Return the message for a name that is not among the known options: what it is called here, or what is near."""
     start = f"unknown hyper-parameter {shown(name)}"
     meant = "lr" if name == "lr" else ALIASES.get(name) if isinstance(name, str) else None
-    if meant is not None:
-        return f"{start}; it is called {meant if meant in known else 'learning_rate'} here"
+    meant = "learning_rate" if meant == "lr" and "lr" not in known else meant
+    if meant in known:
+        return f"{start}; it is called {meant} here"
     if isinstance(name, str) and name in INSTEAD:
-        return f"{start}; use {INSTEAD[name]}"
+        instead = INSTEAD[name] if "adapt" in known else INSTEAD[name].replace("adapt=False", "trust_ratio_mask")
+        return f"{start}; use {instead}"
     return start + (near(name, known) or f"; known are {', '.join(known)}")
 
 

@@ -12,7 +12,7 @@ import lars_array
 from lars_array import Saved
 from lars_array._stepper import shown
 from lars_array.hyperparams import DEFAULTS
-from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint
+from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint, uninterrupted
 from lars_jax._trees import Leaves
 from lars_jax.checkpoint import from_state_dict, to_state_dict
 from lars_jax.optimizer import LARS
@@ -124,9 +124,10 @@ def load(path: Any, optimizer: LARS | None = None, *, params: Any = None) -> Sav
     new = _tree(tree, saved.params)
     if optimizer is None:
         return saved._replace(state=state, params=new)
-    if new is not None:
-        optimizer.replace_params(new)
-    optimizer.load_state_dict(state)
+    with uninterrupted():
+        if new is not None:
+            optimizer.replace_params(new)
+        optimizer.load_state_dict(state)
     return Saved(None, optimizer.params, saved.metadata)
 
 

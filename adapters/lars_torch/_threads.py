@@ -1,7 +1,7 @@
 """Steps on the threads of torch.
 
-They wait for their next work by spinning, some milliseconds long. Other threads would have to share the cores with them
-in a step right after a backward pass.
+Torch's OpenMP threads keep spinning for some milliseconds after their work. In a step right after a backward pass,
+threads of another pool would have to share the cores with them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ _Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 def run_on_torch_threads(work: Callable[[], object], count: int) -> bool:
     """Call `work` on up to `count` threads of torch's OpenMP, this one among them, and return whether there are any."""
-    parallel = None if _is_forked else _parallel()
-    if parallel is None:
+    parallel, threads = None if _is_forked else _parallel(), torch.get_num_threads()
+    if parallel is None or threads == 1:
         return False
     failures: list[BaseException] = []
+    turns = iter(range(count))
 
     def body(_: Any) -> None:
+        if next(turns, None) is None:
+            return
         try:
             work()
         except BaseException as error:  # OpenMP has no exceptions
             failures.append(error)
 
-    parallel(_Function(body), None, count, 0)
+    parallel(_Function(body), None, threads, 0)  # all of them: OpenMP ends threads that are not asked for
     if failures:
         try:
             raise failures[0]

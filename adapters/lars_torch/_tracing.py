@@ -155,6 +155,8 @@ def _functional_step(optimizer: Any, *, recorded: bool) -> None:
                 if reads_previous_lr(group["rule"]):
                     lr = torch.as_tensor(group["lr"], dtype=torch.float64).detach()
                     optimizer.state.setdefault(p, {})["previous_lr"] = lr
+        if recorded:  # a graph does not count its runs
+            optimizer._taken += 1
 
 
 def _state(optimizer: Any, tensors: dict[str, torch.Tensor]) -> State:

@@ -12,9 +12,10 @@ import lars_array
 from lars_array import Saved
 from lars_array._arrays import dtype_name
 from lars_array._stepper import KEPT, shown
-from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint
+from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint, uninterrupted
 from lars_torch._arrays import has_bfloat16
 from lars_torch._dtensors import is_dtensor
+from lars_torch._hyperparams import check_group
 from lars_torch._keys import FIXED, NAMES
 from lars_torch.optimizer import LARS
 
@@ -66,13 +67,15 @@ def save(
         own = names[start : start + len(group["params"])]
         start += len(own)
         groups.append({"names": own, **{key: group[key] for key in NAMES}})
-        others.append({key: x for key, x in group.items() if key not in FIXED})
+        others.append({"names": own, "options": {key: x for key, x in group.items() if key not in FIXED}})
         for name, number in zip(own, group["params"], strict=True):
             kept = saved["state"].get(number, {})
             state[name] = {key: kept[key] for key in KEPT if kept.get(key) is not None}
             state[name]["previous_lr"] = float(kept.get("previous_lr", 0.0))
     counts = {"steps": optimizer.steps, "skipped_steps": optimizer.skipped_steps}
-    more = {OWN: others} if any(others) else {}
+    if OWN in (metadata or {}):
+        raise ValueError(f"metadata must not hold the key {OWN!r}, under which the options of other programs are saved")
+    more = {OWN: others} if any(group["options"] for group in others) else {}
     state_dict = {**counts, "param_groups": groups, "state": state}
     lars_array.save(path, state_dict, params=tensors, metadata={**(metadata or {}), **more}, omit=omit)
 
@@ -106,32 +109,43 @@ def load(path: Any, optimizer: LARS | None = None, *, params: Any = None) -> Sav
     tensors = _tensors_of(params)
     _check_whole([*([] if optimizer is None else optimizer._params), *(tensors or {}).values()])
     saved = lars_array.load(path)
-    others = saved.metadata.pop(OWN, [])
-    problems, state = Problems(), {}
+    others = saved.metadata.pop(OWN, []) if _is_own(saved.metadata.get(OWN)) else []
+    problems, state = Problems(), dict[str, Any]()
+    more: list[dict[str, Any]] = []
     with located_in_file(path):
-        if not isinstance(others, list) or not all(isinstance(group, dict) for group in others):
-            raise ValueError(f"what groups hold beside hyper-parameters must be a list of dicts; got {shown(others)}")
         if optimizer is not None:
             with problems.noted():
-                state = _fitted(optimizer, saved.state, params)
+                state, more = _fitted(optimizer, saved.state, params, others)
         if tensors is not None:
             with problems.noted():
                 check_params(saved.params, tensors)
         problems.raise_all()
-    if optimizer is not None:
-        _load_state(optimizer, state, others)
-        saved = saved._replace(state=None)
     new = None if saved.params is None else {name: _tensor(x) for name, x in saved.params.items()}
-    if tensors is None or new is None:
-        return saved._replace(params=new)
-    with torch.no_grad():
-        for name, p in tensors.items():
-            p.copy_(new[name])
-    return saved._replace(params=None)
+    with uninterrupted(), torch.no_grad():
+        if optimizer is not None:
+            _load_state(optimizer, state, more)
+        if tensors is not None and new is not None:
+            for name, p in tensors.items():
+                p.copy_(new[name])
+    state_left = saved.state if optimizer is None else None
+    return saved._replace(state=state_left, params=new if tensors is None else None)
 
 
-def _fitted(optimizer: LARS, state: Any, params: Any) -> dict[str, Any]:
-    """Return the state in a file as one of the optimizer's parameters, by their own names; raise if it is not."""
+def _is_own(x: Any) -> bool:
+    """Return whether metadata are those that `save` adds."""
+    return isinstance(x, list) and all(
+        isinstance(group, dict) and group.keys() == {"names", "options"} and isinstance(group["options"], dict)
+        for group in x
+    )
+
+
+def _fitted(
+    optimizer: LARS, state: Any, params: Any, others: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the state in a file as one of the optimizer's parameters, by their own names, and other options by group.
+
+    Raises ValueError or TypeError if it is not.
+    """
     if not isinstance(state, Mapping):
         raise ValueError("it holds the state of lars_array.update, which LARS can't take over")
     names = _names(optimizer, params)
@@ -140,36 +154,46 @@ def _fitted(optimizer: LARS, state: Any, params: Any) -> dict[str, Any]:
         groups.append({**group, "names": names[start : start + len(group["params"])]})
         start += len(group["params"])
     if params is None and not any("param_names" in group for group in optimizer.param_groups):
-        state = _by_position(state)
+        state, others = _by_position(state, others)
     forms = [_form(p) for p in optimizer._params]
     state = fitted(state, groups)
     read_checkpoint(state, [group["names"] for group in groups], forms)
+    for group in state["param_groups"]:
+        check_group(optimizer.defaults | {key: _like_torch(group[key], None) for key in NAMES if key in group})
+    more: list[dict[str, Any]] = [
+        next((x["options"] for x in others if set(x["names"]) == set(group["names"])), {}) for group in groups
+    ]
     own = dict(zip(names, (member.name for member in optimizer._named_params()), strict=True))
     renamed = [{**group, "names": [own[name] for name in group["names"]]} for group in state["param_groups"]]
-    return {**state, "param_groups": renamed, "state": {own[name]: kept for name, kept in state["state"].items()}}
+    state = {**state, "param_groups": renamed, "state": {own[name]: kept for name, kept in state["state"].items()}}
+    return state, more
 
 
-def _load_state(optimizer: LARS, state: dict[str, Any], others: Any) -> None:
+def _load_state(optimizer: LARS, state: dict[str, Any], more: list[dict[str, Any]]) -> None:
     for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        for key, x in group.items():
-            if isinstance(x, np.ndarray):  # a learning rate that was a tensor
-                device = own[key].device if isinstance(own[key], torch.Tensor) else None
-                group[key] = torch.tensor(x.item(), dtype=getattr(torch, x.dtype.name), device=device)
-            elif isinstance(x, np.generic):
-                group[key] = x.item()
+        group |= {key: _like_torch(x, own.get(key)) for key, x in group.items() if key in NAMES}
     optimizer.load_state_dict(state)
-    for group, more in zip(optimizer.param_groups, others):
-        group.update({key: x for key, x in more.items() if key not in FIXED})
+    for group, options in zip(optimizer.param_groups, more, strict=True):
+        group.update({key: _like_torch(x, group.get(key)) for key, x in options.items() if key not in FIXED})
     optimizer._taken, optimizer._skipped = state["steps"], state["skipped_steps"]
 
 
-def _by_position(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state with positions as the names of its parameters."""
+def _like_torch(x: Any, before: Any) -> Any:
+    """Return a tensor for an array of shape (), on the device of the value before, and a number for NumPy's."""
+    if isinstance(x, np.ndarray):
+        device = before.device if isinstance(before, torch.Tensor) else None
+        return torch.tensor(x.item(), dtype=getattr(torch, x.dtype.name), device=device)
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def _by_position(state: Mapping[str, Any], others: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a state, and other options by group, with positions as the names of parameters."""
     names = [name for group in state["param_groups"] for name in group["names"]]
     number = {name: str(i) for i, name in enumerate(names)}
     groups = [{**group, "names": [number[name] for name in group["names"]]} for group in state["param_groups"]]
     own = {number.get(name, name): kept for name, kept in state["state"].items()}
-    return {**state, "param_groups": groups, "state": own}
+    others = [{**group, "names": [number.get(name) for name in group["names"]]} for group in others]
+    return {**state, "param_groups": groups, "state": own}, others
 
 
 def _names(optimizer: LARS, params: Any) -> list[str]:

@@ -28,7 +28,7 @@ def write_atomically(path: Any, write: Callable[[str], None]) -> None:
     OSError
         If there is no such folder, it can't be written to, or `path` is anything but a file.
     """
-    target = os.path.realpath(os.fspath(path))
+    target = os.path.realpath(os.fsdecode(path))
     with suppress(FileNotFoundError):
         mode = os.stat(target).st_mode
         if stat.S_ISDIR(mode):
@@ -45,14 +45,15 @@ def write_atomically(path: Any, write: Callable[[str], None]) -> None:
         finally:
             os.close(handle)
         write(temporary)
-        os.chmod(temporary, mode)  # safetensors may have put a file in its place
+        if stat.S_IMODE(os.stat(temporary).st_mode) != mode:  # safetensors may have put a file in its place
+            os.chmod(temporary, mode)
         _to_disk(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    if os.name != "nt":  # where folders can't be opened
+    with suppress(OSError):  # the new file is in place; not every system can flush a folder
         _to_disk(folder, os.O_RDONLY)
 
 

@@ -84,13 +84,13 @@ def state_dict_in(file: Container, read: Callable[[str], Any]) -> dict[str, Any]
     for key in sorted(file.keys):
         kind, _, name = key.partition("/")
         if kind == "state" or (kind in KEPT and name not in state):
-            raise ValueError(f"it must hold no array of nothing; got {shown(key)}")
+            raise ValueError(f"it must hold no array for an unknown parameter; got {shown(key)}")
         if kind in KEPT:
             state[name][kind] = read(key)
     counts = {key: document.get(key) for key in ("steps", "skipped_steps")}
     for key, count in counts.items():
-        if type(count) is not int or count < 0:
-            raise ValueError(f"{key} must be an integer of at least 0; got {shown(count)}")
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"{key} must be an integer from 0 to 2**63 - 1; got {shown(count)}")
     return {**counts, "param_groups": [_group_in(group, omitted) for group in groups], "state": state}
 
 

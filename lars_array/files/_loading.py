@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lars_array._arrays import device_context, is_array
+from lars_array._interrupts import uninterrupted
 from lars_array._messages import Problems, listed, shown
 from lars_array.files._container import Container, opened
 from lars_array.files._document import functional_state_in, state_dict_in
@@ -83,11 +84,11 @@ def load(path: Any, optimizer: LARS | None = None, *, params: Any = None) -> Sav
         with problems.noted():
             _check_params(file, given)
         problems.raise_all()
-        # From here on nothing is refused.
-        for name, p in (given or {}).items():
-            write_into(p, file.read(f"param/{name}"))
-        if optimizer is not None:
-            _load_state(file, optimizer)
+        with uninterrupted():  # and nothing is refused
+            for name, p in (given or {}).items():
+                write_into(p, file.read(f"param/{name}"))
+            if optimizer is not None:
+                _load_state(file, optimizer)
         state = None if optimizer is not None else _whole_state(file)
         return Saved(state, None if given is not None else _params_in(file), metadata)
 

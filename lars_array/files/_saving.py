@@ -105,7 +105,7 @@ def _state_of(given: Any) -> Any:
         return given._saved(lambda x: x)
     if isinstance(given, StatefulOptimizer):
         return given.state_dict()  # type: ignore[attr-defined]
-    if isinstance(given, Mapping) and "steps" in given:
+    if isinstance(given, Mapping) and {"steps", "skipped_steps", "param_groups", "state"} <= given.keys():
         return given
     if isinstance(given, State):
         return given

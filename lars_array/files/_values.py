@@ -58,7 +58,7 @@ def stored_value(x: Any) -> Any:
         return {"schedule": type(x).__name__, **vars(x)}
     if isinstance(x, np.generic) or (is_array(x) and tuple(x.shape) == ()):
         number = to_host(x)
-        if number.dtype.kind in NUMBERS or number.dtype.name == "bfloat16":
+        if type(number.item()) in (bool, int, float):  # not of longdouble
             kind = "scalar" if isinstance(x, np.generic) else "array"
             return {kind: stored_value(number.item()), "dtype": number.dtype.name}
     raise NotStorableError(shown(x))
@@ -91,7 +91,7 @@ def read_value(x: Any) -> Any:
         with np.errstate(over="ignore", invalid="ignore"):
             array = np.array(number, dtype)
     except (OverflowError, ValueError) as error:
-        raise ValueError(f"{shown(number)} is no {dtype.name}") from error
+        raise ValueError(f"{shown(number)} can't be represented in {dtype.name}") from error
     if array.item() != number and number == number:
-        raise ValueError(f"{shown(number)} is no {dtype.name}")
+        raise ValueError(f"{shown(number)} can't be represented in {dtype.name}")
     return array if kind == "array" else array[()]

@@ -20,7 +20,7 @@ import numpy as np
 
 from lars_array._arrays import compute_dtype
 from lars_array.kernels.base import Gradients, KernelArrays, Writing, common_order
-from lars_array.kernels.threads import MOST, run, thread_count
+from lars_array.kernels.threads import run, threads_for
 
 __all__ = ["Kernel"]
 
@@ -92,7 +92,8 @@ class Kernel(Writing):
         arrays = zip(self._trained, grads.arrays, self._buffers, self._copies, strict=True)
         layers = [[p, g, *(x for x in rest if x is not None)] for p, g, *rest in arrays]
         pieces = _Pieces(layers, WRITE_BLOCK)
-        rows, spaces = C.tolist(), [_Space(pieces, k) for k in range(thread_count(MOST))]
+        count = threads_for(pieces.sizes)
+        rows, spaces = C.tolist(), [_Space(pieces, k) for k in range(count)]
 
         def write(k: int) -> None:
             i, space = pieces.layer[k], spaces.pop()
@@ -102,7 +103,7 @@ class Kernel(Writing):
                     np.copyto(rest[-1], p)
             spaces.append(space)
 
-        return partial(run, write, pieces.sizes, backwards=True)
+        return partial(run, write, pieces.sizes, count=count, backwards=True)
 
 
 def _apply(p: Any, g: Any, v: Any, c: Sequence[float], space: _Space) -> None:

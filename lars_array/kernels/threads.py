@@ -21,7 +21,7 @@ import numpy as np
 from lars_array._interrupts import SignalScope, defer_signals
 from lars_array._messages import shown
 
-__all__ = ["on_threads_of", "run", "run_on_threads", "thread_count"]
+__all__ = ["on_threads_of", "run", "run_on_threads", "thread_count", "threads_for"]
 
 WORTH_IT = 1 << 20  # elements; below, dividing the work costs more than it saves
 MOST = 4  # for NumPy, which holds the interpreter's lock between its loops: further threads only queue for it
@@ -54,7 +54,14 @@ def thread_count(most: int | None = None) -> int:
     return int(given)
 
 
-def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = False) -> None:
+def threads_for(sizes: Sequence[int]) -> int:
+    """Return how many threads `run` uses for calls over so many elements."""
+    return thread_count(MOST) if sum(sizes) >= WORTH_IT else 1
+
+
+def run(
+    work: Callable[[int], None], sizes: Sequence[int], *, count: int | None = None, backwards: bool = False
+) -> None:
     """Call ``work(k)`` for each k, on several threads if there is enough work.
 
     Parameters
@@ -63,10 +70,12 @@ def run(work: Callable[[int], None], sizes: Sequence[int], *, backwards: bool = 
         Must not raise, and not depend on the order of calls.
     sizes : sequence of int
         The number of elements of each call.
+    count : int, optional
+        How many threads; by default what `threads_for` returns.
     backwards : bool
         Whether each thread starts at the end of its range, which the previous pass has left in cache.
     """
-    count = thread_count(MOST) if sum(sizes) >= WORTH_IT else 1
+    count = threads_for(sizes) if count is None else count
     parts = iter(_split(sizes, count))
 
     def work_off() -> None:
@@ -166,7 +175,7 @@ _lent: ContextVar[Callable[[Callable[[], object], int], bool] | None] = ContextV
 
 @contextmanager
 def on_threads_of(lent: Callable[[Callable[[], object], int], bool]) -> Iterator[None]:
-    """Have steps run on the threads of somebody else.
+    """Have steps run on the threads of another library.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from lars_array._arrays import dtype_name
-from lars_array._interrupts import SignalScope, defer_signals
+from lars_array._interrupts import SignalScope, defer_signals, uninterrupted
 from lars_array._messages import Problems, listed, located, near, shown
 from lars_array.hyperparams import (
     DEFAULTS,
@@ -33,6 +33,7 @@ __all__ = [
     "fitted",
     "located_in_file",
     "read_checkpoint",
+    "uninterrupted",
 ]
 
 
@@ -188,10 +189,11 @@ class StatefulOptimizer:
     def _load(self, state_dict: Any, *, copied: bool = True) -> None:
         """Load a state dict whose groups have the names of these, or a copy of it."""
         read = read_checkpoint(state_dict, [group["names"] for group in self.param_groups], self._state.params)
-        self._state.attach(read.state, copied=copied)
-        self.steps, self.skipped_steps = read.steps, read.skipped_steps
-        for group, options in zip(self.param_groups, read.groups):
-            group.update(options | {"layer_axes": group["layer_axes"]})
+        with uninterrupted():
+            self._state.attach(read.state, copied=copied)
+            self.steps, self.skipped_steps = read.steps, read.skipped_steps
+            for group, options in zip(self.param_groups, read.groups):
+                group.update(options | {"layer_axes": group["layer_axes"]})
 
 
 class Checkpoint(NamedTuple):
@@ -309,7 +311,7 @@ def fitted(state_dict: Any, param_groups: Sequence[Mapping[str, Any]]) -> dict[s
 
 def _is_alike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Return whether options are the same but for `layer_axes`, which belong to the parameters."""
-    return repr({**options, "layer_axes": 0}) == repr({**others, "layer_axes": 0})
+    return {**options, "layer_axes": 0} == {**others, "layer_axes": 0}
 
 
 def _completed(group: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -346,11 +348,11 @@ def check_params(saved: Mapping[str, Any] | None, given: Mapping[str, Any]) -> N
 
 @contextmanager
 def located_in_file(path: Any) -> Iterator[None]:
-    """Raise a ValueError, with the path of a file, for a ValueError or TypeError about what is in it."""
+    """Raise a ValueError, with the path of a file, for an error about its contents."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        if type(error) not in (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError) as error:
+        if type(error) not in (ValueError, TypeError, OverflowError):
             raise
         raise ValueError(f"{error!s:.350} (file {shown(str(path))})") from error
 

@@ -19,7 +19,7 @@ import pytest
 from assertions import assert_same
 
 from lars_array import LARS, load, save
-from lars_array.files import _atomic, _container
+from lars_array.files import _atomic, _container, _loading
 
 CRASHES = int(os.environ.get("LARS_CRASHES", "20"))  # make crash: 200
 
@@ -281,3 +281,19 @@ def test_interrupts_at_random_moments(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert interrupted > CRASHES
+
+
+def test_an_interrupt_waits_until_all_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, params, loaded = optimizer(), {"w": np.full(1000, 2.0)}, {"w": np.zeros(1000)}
+    save(tmp_path / "run", saved, params=params)
+    loading, write_into = LARS(loaded, lr=0.5), _loading.write_into
+
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write_into(*arguments)
+
+    monkeypatch.setattr(_loading, "write_into", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path / "run", loading, params=loaded)
+    assert_same(loaded, params)
+    assert_same(loading.state_dict(), saved.state_dict())

@@ -195,7 +195,7 @@ def test_all_misfits_are_in_one_message(tmp_path: Path) -> None:
         saved(tmp_path),
         "6 misfits: state_dict must be of parameters named [['w', 'b', 'x']], by group; got [['w', 'b']]; the momentum "
         "buffer of 'w' must have the parameter's shape (3,); got (2,); the momentum buffer of 'b' must have dtype "
-        "<class 'numpy.float64'>; got dtype('float32'); and 3 more",
+        "dtype('float64'); got dtype('float32'); and 3 more",
     )
 
 

@@ -176,16 +176,17 @@ def test_a_file_alone(tmp_path: Path) -> None:
     assert_same(only.state, saved.state)
 
 
-def test_what_groups_hold_is_checked_before_it_is_taken_over(tmp_path: Path) -> None:
+def test_metadata_that_save_has_not_written_are_left_alone(tmp_path: Path) -> None:
     net = model()
     optimizer = LARS(net.parameters(), **OPTIONS)
     save(tmp_path / "run", optimizer, params=net)
     state = lars_array.load(tmp_path / "run").state
     for strange in (1, [1], "x"):
         lars_array.save(tmp_path / "run", state, metadata={"lars_torch": strange})
-        with pytest.raises(ValueError, match="what groups hold beside hyper-parameters must be a list of dicts"):
-            load(tmp_path / "run", optimizer)
-    lars_array.save(tmp_path / "run", state, metadata={"lars_torch": [{"params": 1, "lr": 3.0, "initial_lr": 2.0}]})
+        assert load(tmp_path / "run", optimizer).metadata == {"lars_torch": strange}
+    names = state["param_groups"][0]["names"]
+    own = [{"names": names, "options": {"params": 1, "lr": 3.0, "initial_lr": 2.0}}]
+    lars_array.save(tmp_path / "run", state, metadata={"lars_torch": own})
     load(tmp_path / "run", optimizer)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["initial_lr"], len(group["params"])) == (0.5, 2.0, 6)
@@ -203,3 +204,33 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
     load(tmp_path / "run", two, params=nets[1])
     assert two.param_groups[0]["rule"] is rule
     assert np.all(nets[0][0].weight.detach().numpy() == nets[1][0].weight.detach().numpy())
+
+
+def test_other_options_go_to_the_groups_of_the_same_parameters(tmp_path: Path) -> None:
+    def made(order: list[str]) -> tuple[dict[str, torch.Tensor], LARS]:
+        params = {name: torch.ones(3, requires_grad=True) for name in order}
+        rates = {"w": 0.5, "b": 0.7}
+        return params, LARS([{"params": [params[name]], "lr": rates[name]} for name in order], lr=0.1)
+
+    params, saved = made(["w", "b"])
+    torch.optim.lr_scheduler.LambdaLR(saved, lambda step: 1.0)
+    saved.param_groups[0]["initial_lr"] = torch.tensor(0.5)
+    save(tmp_path / "run", saved, params=params)
+    params, loading = made(["b", "w"])
+    load(tmp_path / "run", loading, params=params)
+    assert [group["initial_lr"] for group in loading.param_groups] == [0.7, torch.tensor(0.5)]
+    assert isinstance(loading.param_groups[1]["initial_lr"], torch.Tensor)
+
+
+def test_metadata_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    params = {"w": torch.ones(3, requires_grad=True)}
+    with pytest.raises(ValueError, match="metadata must not hold the key 'lars_torch'"):
+        save(tmp_path / "run", LARS(params.values(), lr=0.1), params=params, metadata={"lars_torch": "0.2.0"})
+
+
+def test_a_schedule_in_a_file_is_refused_with_the_path(tmp_path: Path) -> None:
+    p = np.ones(3)
+    lars_array.save(tmp_path / "run", lars_array.LARS({"w": p}, lr=lars_array.warmup_cosine(0.1, 10)))
+    params = {"w": torch.ones(3, dtype=torch.float64, requires_grad=True)}
+    with pytest.raises(ValueError, match=r"lr must be a number.*run"):
+        load(tmp_path / "run", LARS(params.values(), lr=0.1), params=params)

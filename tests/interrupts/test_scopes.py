@@ -189,3 +189,53 @@ def test_a_rule_is_interrupted_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         optimizer.step([np.ones(3)])
     assert time.monotonic() - start < 30 and optimizer.steps == 0
+
+
+IN_A_CHILD = """
+import os, signal, threading
+from lars_array._interrupts import SignalScope, defer_signals
+
+statuses = []
+
+def fork():
+    child = os.fork()
+    if child:
+        statuses.append(os.waitpid(child, 0)[1])
+        return
+    code = 1
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+    except KeyboardInterrupt:
+        code = 0
+    os._exit(code)
+
+with SignalScope():
+    defer_signals()
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+assert statuses == [0], statuses
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_in_a_child_forked_by_another_thread_meanwhile_handlers_are_in_place() -> None:
+    subprocess.run([sys.executable, "-c", IN_A_CHILD], check=True, timeout=60)
+
+
+def test_handlers_of_a_scope_that_could_not_end_are_put_in_place_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        with SignalScope():
+            defer_signals()
+            patch.setattr(_interrupts, "_restore", fail)
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):  # the signal is not lost either
+        with SignalScope():
+            defer_signals()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import benchmarks.__main__ as command
-from benchmarks import cpu, growth, memory, pieces, plot, results, table
+from benchmarks import after_work, cpu, growth, memory, pieces, plot, results, table
 from benchmarks.arrays import BLOCK, GRADIENT, PARAMETER, blocks, make
 from benchmarks.cases import CASES, GROUPS, GROWTH, Case, chosen
 from benchmarks.check import RATIOS, Truth, WrongArithmeticError
@@ -521,3 +521,16 @@ def test_what_a_sum_over_processes_costs_is_a_ratio_of_rounds() -> None:
     assert found["without"]["fastest_ms"] > 0 and found["all_reduce"]["fastest_ms"] > 0
     low, high = found["ratio"]["quartiles"]
     assert low <= found["ratio"]["median"] <= high
+
+
+def test_steps_after_work_are_compared_after_the_same_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    pytest.importorskip("jax")
+    found = after_work.measure([(8, 8), (3,)], 2)
+    assert {work: list(rows) for work, rows in found.items()} == after_work.AFTER
+    assert all(rows[after_work.SGD]["ratio"]["median"] == 1.0 for rows in found.values())
+    monkeypatch.setitem(after_work.CASES, "tiny", lambda: [(5,)])
+    assert after_work.main(["--case", "tiny", "--rounds", "2", "--json", str(tmp_path / "found.json")]) == 0
+    assert "lars_torch" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "found.json").read_text())["cases"]) == ["tiny"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,8 +21,12 @@ pytestmark = pytest.mark.skipif(_threads._parallel() is None, reason="torch has 
 
 
 @pytest.fixture(autouse=True)
-def four_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LARS_ARRAY_THREADS", "4")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
 
 def steps() -> list[torch.Tensor]:
@@ -55,6 +61,21 @@ def test_steps_run_on_them_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -
     assert all(map(torch.equal, on_theirs, steps()))
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(4, 2), (2, 4), (3, 3)])
+def test_there_are_as_many_as_torch_has(theirs: int, ours: int) -> None:
+    torch.set_num_threads(theirs)
+    assert _threads.run_on_torch_threads(lambda: None, 2)
+    before, calls = len(os.listdir("/proc/self/task")), []
+    assert _threads.run_on_torch_threads(lambda: calls.append(1), ours)
+    assert len(os.listdir("/proc/self/task")) == before
+    assert len(calls) == min(theirs, ours)
+
+
+def test_with_one_thread_of_torch_there_are_none() -> None:
+    torch.set_num_threads(1)
+    assert not _threads.run_on_torch_threads(lambda: pytest.fail("it was called"), 2)
+
+
 def test_an_error_on_one_of_them_is_raised_when_all_have_ended() -> None:
     ended: list[int] = []
 
@@ -85,6 +106,7 @@ sys.path[:0] = {sys.path!r}
 os.environ["LARS_ARRAY_THREADS"] = "4"
 import torch
 from lars_torch import LARS
+torch.set_num_threads(4)
 p = torch.ones(1 << 20).requires_grad_()
 p.grad = torch.ones(1 << 20)
 own = LARS([p], lr=0.1, momentum=0.9, weight_decay=1e-4)
