@@ -7,9 +7,7 @@ would end a step halfway.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from _thread import get_ident
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +18,12 @@ __all__ = ["SIGNALS", "SignalScope", "defer_signals", "uninterrupted"]
 
 # Those for which handlers are set that raise: by Python, by batch systems and launchers, and by time limits of tests.
 _NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT")
-SIGNALS = tuple(int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name))
 
-# In C: those of the module `signal` convert numbers to enumerations, which takes ten times as long.
+# In C: the functions of the module `signal` convert numbers to enumerations, which takes ten times as long.
 _signal: Any = import_module("_signal")
+SIGNALS = tuple(int(getattr(_signal, name)) for name in _NAMES if hasattr(_signal, name))
 
-_main = threading.main_thread().ident  # the only thread that handlers run in
+_main: int | None = None  # the only thread that handlers run in, once that is known
 _scope: SignalScope | None = None
 _deferred: dict[int, Any] = {}  # handlers that are not in place, by the signal
 _noted: dict[int, None] = {}  # signals whose handlers are deferred; as in Python, one that comes twice is handled once
@@ -42,13 +40,13 @@ class SignalScope:
     def __enter__(self) -> None:
         global _scope
         self._defers = False
-        if get_ident() == _main:
+        if _is_main_thread():
             self._outer, _scope = _scope, self
 
     def __exit__(self, *_: object) -> None:
         global _scope
         try:
-            if get_ident() == _main:
+            if _is_main_thread():
                 _scope = self._outer
         finally:
             if self._defers:
@@ -74,8 +72,19 @@ class SignalScope:
 
 def defer_signals() -> None:
     """Defer handlers of signals to the end of the scope that this runs in, if it runs in one."""
-    if _scope is not None and not _scope._defers and get_ident() == _main:
+    if _scope is not None and not _scope._defers and _is_main_thread():
         _scope.defer()
+
+
+def _is_main_thread() -> bool:
+    global _main
+    if _main is None:
+        if sys.is_finalizing():  # nothing can be imported, and no handler is called
+            return False
+        import threading  # importing lars_array need not wait for it
+
+        _main = threading.main_thread().ident
+    return get_ident() == _main
 
 
 @contextmanager
@@ -122,7 +131,7 @@ def _handle() -> None:
 def _start_anew() -> None:
     """Put handlers in place in a child, which a thread of a process may fork whose main thread takes a step."""
     global _main, _scope
-    _main, _scope = threading.main_thread().ident, None
+    _main, _scope = None, None
     _noted.clear()
     _restore()
 

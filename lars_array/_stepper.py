@@ -37,7 +37,7 @@ from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
 from lars_array.kernels import check_kernel_name
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel
-from lars_array.kernels.threads import on_threads_of
+from lars_array.kernels.lent import on_threads_of
 from lars_array.layers import LayerRows, labels_of
 from lars_array.nonfinite import (
     finite,

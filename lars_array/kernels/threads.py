@@ -10,9 +10,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,8 +18,9 @@ import numpy as np
 
 from lars_array._interrupts import SignalScope, defer_signals
 from lars_array._messages import shown
+from lars_array.kernels.lent import lent_threads
 
-__all__ = ["on_threads_of", "run", "run_on_threads", "thread_count", "threads_for"]
+__all__ = ["run", "run_on_threads", "thread_count", "threads_for"]
 
 WORTH_IT = 1 << 20  # elements; below, dividing the work costs more than it saves
 MOST = 4  # for NumPy, which holds the interpreter's lock between its loops: further threads only queue for it
@@ -170,23 +169,6 @@ class ThreadPool:
 
 
 _pool = ThreadPool()
-_lent: ContextVar[Callable[[Callable[[], object], int], bool] | None] = ContextVar("_lent", default=None)
-
-
-@contextmanager
-def on_threads_of(lent: Callable[[Callable[[], object], int], bool]) -> Iterator[None]:
-    """Have steps run on the threads of another library.
-
-    Parameters
-    ----------
-    lent : callable
-        ``lent(work, count) -> bool`` does what `run_on_threads` does, or returns False.
-    """
-    token = _lent.set(lent)
-    try:
-        yield
-    finally:
-        _lent.reset(token)
 
 
 def run_on_threads(work: Callable[[], object], count: int) -> None:
@@ -221,7 +203,7 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
 
     with SignalScope():
         defer_signals()  # an interrupt too must wait for the other threads, which write to the caller's arrays
-        lent = _lent.get()
+        lent = lent_threads.get()
         if lent is not None and lent(work_alike, count):
             return
         jobs = [Job(work_alike) for _ in range(count - 1)]

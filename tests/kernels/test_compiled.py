@@ -335,7 +335,7 @@ STEP = """
 import sys, numpy as np
 from lars_array import LARS, kernels
 p = np.arange(1.0, 4.0)
-optimizer = LARS([p], lr=0.5, momentum=0.9, rule="flash")
+optimizer = LARS([p], lr=0.5, momentum=0.9, adapt=False)
 for _ in range(2):
     optimizer.step([np.ones(3)])
 print(type(optimizer._stepper._programs[0]._kernel).__module__.split(".")[2], *p.tolist())

@@ -168,8 +168,9 @@ def test_a_typo_among_the_options_is_pointed_out(typo: str, way: str) -> None:
     assert_refused(lambda: update([w], [g], init([w]), **HYPER, **{typo: 0.9}), ValueError, message, w)
     assert_refused(lambda: lars_step(w, g, None, **HYPER, **{typo: 0.9}), ValueError, message, w)
     if typo != "kernel":
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{typo}'"):
+        with pytest.raises(TypeError) as refused:
             LARS([w], **HYPER, **{typo: 0.9})
+        assert str(refused.value).startswith(message.partition("; known are")[0])
 
 
 def test_what_others_call_an_option_is_none_of_ours() -> None:

@@ -162,12 +162,12 @@ def test_a_step_takes_one_look_at_memory_and_one_write(
     def counted(name: str, original: Any) -> Any:
         return lambda *arguments, **options: (calls.append(name), original(*arguments, **options))[1]
 
-    for name in ("sums", "apply"):
+    for name in ("sums", "writer"):
         monkeypatch.setattr(blocked.Kernel, name, counted(name, getattr(blocked.Kernel, name)))
     optimizer = LARS([W.copy(), B.copy()], lr=0.5, weight_decay=0.1, kernel="blocked", **options)
     assert calls == []
     optimizer.step([GW, GB])
-    assert calls == ["sums"] * passes + ["apply"]
+    assert calls == ["sums"] * passes + ["writer"]
     optimizer.norms()
     optimizer.trust_ratios()
     optimizer.state_dict()

@@ -75,7 +75,7 @@ def test_norms_are_known_wherever_parameters_have_come_to_lie(donate: bool) -> N
 
 def test_state_of_32_bits_stays_so_where_64_are_allowed() -> None:
     params = {"w": jnp.ones(3)}
-    transformation = lars(0.1, rule="flash")
+    transformation = lars(0.1, always_adapt=True)
     state = transformation.init(params)
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         with warnings.catch_warnings():
