@@ -75,6 +75,9 @@ def explicit(line: Any, plane: Any) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
+    # The devices share a pool of threads. Where several collective operations are queued, as by operations outside of
+    # jax.jit, each may wait for threads that the other has.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     kinds = AxisType.Explicit
     line = jax.make_mesh((4,), ("x",), axis_types=(kinds,))
     plane = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kinds, kinds))
