@@ -62,7 +62,10 @@ class SignalScope:
             if outer._defers:
                 return
             outer = outer._outer
-        _restore()  # those of a scope that was left by an exception before it could do so
+        if _deferred:  # of a scope that was left by an exception before it could put them in place
+            _restore()
+        else:  # another signal has raised in the place of these
+            _noted.clear()
         self._defers = True
         for number, handler in zip(SIGNALS, map(_signal.getsignal, SIGNALS)):
             if handler not in _LEFT_ALONE:
