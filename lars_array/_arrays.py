@@ -69,6 +69,11 @@ def dtype_name(dtype: Any) -> str:
     return _names[key]
 
 
+def form_of(dtype: Any, shape: Sequence[int]) -> Any:
+    """Return a NumPy array of a type and shape that takes no memory: for checks, in the place of another array."""
+    return np.broadcast_to(np.zeros((), dtype), tuple(shape))
+
+
 def compute_dtype(x: Any, xp: Any) -> Any:
     """Return the dtype of `xp` in which arithmetic on `x` is done: float32 for half precision, else its own."""
     return getattr(xp, COMPUTE[dtype_name(x.dtype)])

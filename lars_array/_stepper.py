@@ -31,7 +31,7 @@ from lars_array._arrays import (
     is_on_accelerator,
     real_dtype,
 )
-from lars_array._interrupts import SignalScope, defer_signals
+from lars_array._interrupts import SignalScope, defer_signals, uninterrupted
 from lars_array._messages import listed, shown, warn
 from lars_array.core import Hyper, plan, resolve
 from lars_array.hyperparams import inputs_of, needs_buffer
@@ -74,6 +74,7 @@ __all__ = [
     "reads_previous_lr",
     "refusals_are_told",
     "shown",
+    "uninterrupted",
     "warn",
 ]
 

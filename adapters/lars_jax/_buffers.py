@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lars_array._arrays import ArraySpecs, array_at, check_gradient
-from lars_array._stepper import KEPT, SignalScope, defer_signals, shown
+from lars_array._arrays import ArraySpecs, array_at, check_gradient, form_of
+from lars_array._stepper import KEPT, shown, uninterrupted
 from lars_jax._devices import check_has_values, cuda_device, devices_of, first_cpu, is_cuda
 from lars_jax._donation import barrier, check_context, copy, donate
 
@@ -160,7 +160,7 @@ class DonatedBuffers:
         g = np.asarray(g) if isinstance(g, np.generic) else g
         self.check(f"the gradient of {shown(name)}", g)
         if g.shape != p.shape or g.dtype != p.dtype:
-            check_gradient(name, *(np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in (g, p)))
+            check_gradient(name, *(form_of(x.dtype, x.shape) for x in (g, p)))
         return _in_order(g, p)
 
     def acquire(self) -> None:
@@ -181,8 +181,7 @@ class DonatedBuffers:
 
     def _renew(self, way: Any, also: list[Any]) -> None:
         """Own what `donate` or `copy` returns."""
-        with SignalScope():
-            defer_signals()  # between the two, nothing holds the parameters
+        with uninterrupted():  # between the two, nothing holds the parameters
             self._token, self._own = way(self._token, self._own, also)
 
     def release(self) -> list[Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lars_array._arrays import accumulation_dtype, compute_dtype
+from lars_array._arrays import accumulation_dtype, compute_dtype, form_of
 from lars_array._stepper import shown
 from lars_array.hyperparams import needs_buffer
 from lars_array.state.checkpoint import read_checkpoint
@@ -81,7 +81,7 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Any) -> LarsState:
         If the state does not fit the parameters.
     """
     tree = Leaves.of_arrays(params)
-    array_of = {name: np.broadcast_to(np.zeros((), p.dtype), p.shape) for name, p in zip(tree.names, tree.values)}
+    array_of = {name: form_of(p.dtype, p.shape) for name, p in zip(tree.names, tree.values)}
     options = _options_of_names(state_dict, tree.names)
     names = [group["names"] for group in state_dict["param_groups"]]
     read = read_checkpoint(state_dict, names, [array_of[name] for name in options])

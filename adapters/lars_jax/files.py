@@ -10,9 +10,10 @@ import numpy as np
 
 import lars_array
 from lars_array import Saved
-from lars_array._stepper import shown
+from lars_array._arrays import form_of
+from lars_array._stepper import shown, uninterrupted
 from lars_array.hyperparams import DEFAULTS
-from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint, uninterrupted
+from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint
 from lars_jax._trees import Leaves
 from lars_jax.checkpoint import from_state_dict, to_state_dict
 from lars_jax.optimizer import LARS
@@ -113,7 +114,7 @@ def load(path: Any, optimizer: LARS | None = None, *, params: Any = None) -> Sav
             names = [list(group["names"]) for group in groups]
             state = fitted(state, groups)
             trained = [name for group in names for name in group]
-            forms = [np.broadcast_to(np.zeros((), own[name].dtype), own[name].shape) for name in trained]
+            forms = [form_of(own[name].dtype, own[name].shape) for name in trained]
             read_checkpoint(state, names, forms)
         if saved.params is not None:
             with problems.noted():

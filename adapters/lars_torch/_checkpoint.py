@@ -32,8 +32,10 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
 
     def check(_: Any, hooked: Any) -> Any:  # after all other hooks, and before anything is changed
         hooked = _spread(optimizer, _by_name(optimizer, hooked))
+        _check_origin(optimizer.param_groups, hooked)
+        hooked = _filled(optimizer, hooked)
         given.extend(_check(optimizer, hooked))
-        return _filled(optimizer, hooked)
+        return hooked
 
     processes = [{key: group[key] for key in PROCESSES if key in group} for group in optimizer.param_groups]
 
@@ -54,12 +56,11 @@ def load(optimizer: Any, load_as_torch_does: Callable[[Any], None], state_dict: 
 
 
 def _check(optimizer: Any, state_dict: Mapping[str, Any]) -> list[tuple[torch.Tensor, str, Any]]:
-    """Raise unless a checkpoint is of LARS or SGD and fits the parameters; return what it holds for these."""
+    """Raise unless a checkpoint fits the parameters; return what it holds for these."""
     groups, saved = optimizer.param_groups, state_dict["param_groups"]
-    _check_origin(groups, state_dict)
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
         return []  # torch has a better message
-    for group in _filled(optimizer, state_dict)["param_groups"]:
+    for group in saved:
         check_group(optimizer.defaults | group)
     kept = _kept(optimizer, state_dict)
     for p, key, v in kept:

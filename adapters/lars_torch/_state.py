@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lars_array._arrays import is_half
-from lars_array._stepper import KEPT, ParamState, SignalScope, Stepper, defer_signals, reads_previous_lr
+from lars_array._stepper import KEPT, ParamState, Stepper, reads_previous_lr, uninterrupted
 from lars_array.hyperparams import Hyperparams, check_layer_axes
 from lars_array.layers import LayerRows, LayerSlices, labels_of
 from lars_array.state.memory import check_writable
@@ -270,8 +270,7 @@ class TensorState(ParamState):
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
         if self.device is None:
             return
-        with SignalScope():
-            defer_signals()  # a device reports each step once
+        with uninterrupted():  # a device reports each step once
             with self.context():
                 steps, skipped, error = self.poll_device(wait=wait)
             self.corrections += steps

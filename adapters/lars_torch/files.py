@@ -10,9 +10,9 @@ import torch
 
 import lars_array
 from lars_array import Saved
-from lars_array._arrays import dtype_name
-from lars_array._stepper import KEPT, shown
-from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint, uninterrupted
+from lars_array._arrays import dtype_name, form_of
+from lars_array._stepper import KEPT, shown, uninterrupted
+from lars_array.state.checkpoint import Problems, check_params, fitted, located_in_file, read_checkpoint
 from lars_torch._arrays import has_bfloat16
 from lars_torch._dtensors import is_dtensor
 from lars_torch._hyperparams import check_group
@@ -230,9 +230,9 @@ def _check_whole(tensors: list[torch.Tensor]) -> None:
 
 
 def _form(p: torch.Tensor) -> Any:
-    """Return a NumPy array of the shape and type of a tensor, which takes no memory."""
+    """Return `form_of` a tensor."""
     has_bfloat16()  # which adds it to the types of NumPy
-    return np.broadcast_to(np.zeros((), dtype_name(p.dtype)), tuple(p.shape))
+    return form_of(dtype_name(p.dtype), p.shape)
 
 
 def _tensor(x: Any) -> torch.Tensor:

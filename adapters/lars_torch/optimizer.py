@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lars_array._stepper import SignalScope, check_kernel_name, defer_signals, on_threads_of, refusals_are_told, shown
+from lars_array._stepper import (
+    SignalScope,
+    check_kernel_name,
+    on_threads_of,
+    refusals_are_told,
+    shown,
+    uninterrupted,
+)
 from lars_array.core import Rule
 from lars_array.hyperparams import defaults_from, is_sgd, named_options, required, warn_of_sgd
 from lars_array.layers import LayerOf, labels_of
@@ -516,8 +523,7 @@ class LARS(Optimizer):
         lists = [list(group["params"]) for group in self.param_groups]
         without = [i for i in range(len(params)) if not any(i in own for own in on.values())]
         found = [shards for part in parts for shards in part.shards]
-        with SignalScope():
-            defer_signals()
+        with uninterrupted():
             for shards in self._shared:
                 shards.is_awaited = False
             # The same list, by which an error is told: other processes wait for what is in it now.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lars_array._arrays import form_of
 from lars_array._messages import shown
 from lars_array.files._atomic import write_atomically
 from lars_array.files._host import TYPES, dtype_of, to_host
@@ -102,7 +103,7 @@ class Container:
             if not isinstance(kind, str) or kind not in _PARTS or _PARTS[kind] != dtype.name or shape[-1:] != (2,):
                 raise ValueError(f"{shown(key)} must be of parts of {shown(kind)}; got {dtype.name} {shown(shape)}")
             dtype, shape = np.dtype(kind), shape[:-1]
-        return np.broadcast_to(np.zeros((), dtype), shape)
+        return form_of(dtype, shape)
 
     def read(self, key: str) -> Any:
         """Return an array, copied out of the file."""

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_jax_array, is_torch_array
 
-from lars_array._arrays import asarray, device_context, dtype_name
+from lars_array._arrays import asarray, device_context, dtype_name, form_of
 from lars_array._messages import shown
 
-__all__ = ["TYPES", "dtype_of", "form_of", "to_host", "write_into"]
+__all__ = ["TYPES", "dtype_of", "numpy_form", "to_host", "write_into"]
 
 TYPES = (
     *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
@@ -31,9 +31,9 @@ def dtype_of(name: Any) -> Any:
     return np.dtype(name)
 
 
-def form_of(x: Any) -> Any:
-    """Return a NumPy array of the shape and type of an array of any library, which takes no memory."""
-    return np.broadcast_to(np.zeros((), dtype_of(dtype_name(x.dtype))), tuple(x.shape))
+def numpy_form(x: Any) -> Any:
+    """Return `form_of` an array of any library."""
+    return form_of(dtype_of(dtype_name(x.dtype)), x.shape)
 
 
 def to_host(x: Any) -> Any:

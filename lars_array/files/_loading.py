@@ -10,7 +10,7 @@ from lars_array._interrupts import uninterrupted
 from lars_array._messages import Problems, listed, shown
 from lars_array.files._container import Container, opened
 from lars_array.files._document import functional_state_in, state_dict_in
-from lars_array.files._host import form_of, write_into
+from lars_array.files._host import numpy_form, write_into
 from lars_array.files._saving import by_name
 from lars_array.files._values import read_value
 from lars_array.optimizer import LARS
@@ -77,10 +77,10 @@ def load(path: Any, optimizer: LARS | None = None, *, params: Any = None) -> Sav
         _check_keys_of(file)
         if optimizer is None and given is None:
             return Saved(_whole_state(file), _params_in(file), metadata)
-        problems = Problems()
+        problems, loaded = Problems(), dict[str, Any]()
         if optimizer is not None:
             with problems.noted():
-                _check_state(file, optimizer)
+                loaded = _fitted_state(file, optimizer)
         with problems.noted():
             _check_params(file, given)
         problems.raise_all()
@@ -88,7 +88,7 @@ def load(path: Any, optimizer: LARS | None = None, *, params: Any = None) -> Sav
             for name, p in (given or {}).items():
                 write_into(p, file.read(f"param/{name}"))
             if optimizer is not None:
-                _load_state(file, optimizer)
+                _load_state(file, optimizer, loaded)
         state = None if optimizer is not None else _whole_state(file)
         return Saved(state, None if given is not None else _params_in(file), metadata)
 
@@ -117,21 +117,21 @@ def _params_in(file: Container) -> dict[str, Any] | None:
     return {name: file.read(f"param/{name}") for name in _names_of_params(file)}
 
 
-def _check_state(file: Container, optimizer: LARS) -> None:
-    """Raise for a state that does not fit the parameters of an optimizer, with all misfits, before it is read."""
+def _fitted_state(file: Container, optimizer: LARS) -> dict[str, Any]:
+    """Return the state for an optimizer, without the arrays themselves; raise with all misfits if it does not fit."""
     if file.document.get("kind") == "State":
         raise ValueError("it holds the state of lars_array.update, which LARS can't take over")
     own = optimizer._state
     state = fitted(state_dict_in(file, file.form), optimizer.param_groups)
-    forms = [form_of(p) for p in own.params]
+    forms = [numpy_form(p) for p in own.params]
     read_checkpoint(state, [group["names"] for group in optimizer.param_groups], forms)
+    return state
 
 
-def _load_state(file: Container, optimizer: LARS) -> None:
+def _load_state(file: Container, optimizer: LARS, state: dict[str, Any]) -> None:
     """Have an optimizer take over the state; each array is copied once, to where steps find it."""
     own = optimizer._state
     place = dict(zip(own.names, own.params, strict=True))
-    state = fitted(state_dict_in(file, file.form), optimizer.param_groups)
     with device_context(own.params[0]):
         for kind in KEPT:
             names = [name for name in own.names if kind in state["state"][name]]

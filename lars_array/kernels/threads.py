@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lars_array._interrupts import SignalScope, defer_signals
+from lars_array._interrupts import uninterrupted
 from lars_array._messages import shown
 from lars_array.kernels.lent import lent_threads
 
@@ -201,8 +201,7 @@ def run_on_threads(work: Callable[[], object], count: int) -> None:
             if own is not None:
                 _library.fesetenv(own)
 
-    with SignalScope():
-        defer_signals()  # an interrupt too must wait for the other threads, which write to the caller's arrays
+    with uninterrupted():  # an interrupt too must wait for the other threads, which write to the caller's arrays
         lent = lent_threads.get()
         if lent is not None and lent(work_alike, count):
             return

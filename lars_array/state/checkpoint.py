@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from lars_array._arrays import dtype_name
-from lars_array._interrupts import SignalScope, defer_signals, uninterrupted
+from lars_array._interrupts import SignalScope, uninterrupted
 from lars_array._messages import Problems, listed, located, near, shown
 from lars_array.hyperparams import (
     DEFAULTS,
@@ -33,7 +33,6 @@ __all__ = [
     "fitted",
     "located_in_file",
     "read_checkpoint",
-    "uninterrupted",
 ]
 
 
@@ -132,8 +131,7 @@ class StatefulOptimizer:
         """Update the step counters from the device, and return the error of a step that it rejected."""
         if self._state.device is None:
             return None
-        with SignalScope():
-            defer_signals()  # a device reports each step once
+        with uninterrupted():  # a device reports each step once
             steps, skipped, error = self._state.poll_device(wait=wait)
             self.steps += steps
             self.skipped_steps += skipped

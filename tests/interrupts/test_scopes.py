@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -129,9 +130,13 @@ def test_a_handler_may_take_a_step_and_so_may_other_threads() -> None:
     signal.signal(signal.SIGWINCH, signal.SIG_DFL)
 
 
-FORKS = """
-import os, signal, threading
-from lars_array._interrupts import SignalScope, defer_signals
+def forked(body: str, around: str) -> None:
+    """Fork in a thread other than the main one, around which `around` is; the child runs `body`, which sets `code`."""
+    script = f"""
+import contextlib, os, signal, threading
+from lars_array._interrupts import SignalScope, defer_signals, uninterrupted
+
+statuses = []
 
 def fork():
     child = os.fork()
@@ -140,25 +145,29 @@ def fork():
         return
     code = 1
     try:
-        with SignalScope():
-            defer_signals()
-            signal.raise_signal(signal.SIGINT)
-            code = 2
+{textwrap.indent(textwrap.dedent(body).strip(), " " * 8)}
     except KeyboardInterrupt:
         code = 0 if code == 2 else 3
     os._exit(code)
 
-statuses = []
-thread = threading.Thread(target=fork)
-thread.start()
-thread.join()
+with {around}:
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
 assert statuses == [0], statuses
 """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork")
 def test_the_thread_that_has_forked_is_the_main_one_of_its_child() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, timeout=60)
+    body = """
+        with SignalScope():
+            defer_signals()
+            signal.raise_signal(signal.SIGINT)
+            code = 2
+    """
+    forked(body, "contextlib.nullcontext()")
 
 
 def test_a_step_that_waits_for_other_processes_is_interrupted_at_once() -> None:
@@ -191,38 +200,16 @@ def test_a_rule_is_interrupted_at_once() -> None:
     assert time.monotonic() - start < 30 and optimizer.steps == 0
 
 
-IN_A_CHILD = """
-import os, signal, threading
-from lars_array._interrupts import SignalScope, defer_signals
-
-statuses = []
-
-def fork():
-    child = os.fork()
-    if child:
-        statuses.append(os.waitpid(child, 0)[1])
-        return
-    code = 1
-    try:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_in_a_child_forked_by_another_thread_meanwhile_handlers_are_in_place() -> None:
+    body = """
+        code = 2
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):
             pass
-    except KeyboardInterrupt:
-        code = 0
-    os._exit(code)
-
-with SignalScope():
-    defer_signals()
-    thread = threading.Thread(target=fork)
-    thread.start()
-    thread.join()
-assert statuses == [0], statuses
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_in_a_child_forked_by_another_thread_meanwhile_handlers_are_in_place() -> None:
-    subprocess.run([sys.executable, "-c", IN_A_CHILD], check=True, timeout=60)
+        code = 1
+    """
+    forked(body, "uninterrupted()")
 
 
 def test_handlers_of_a_scope_that_could_not_end_are_put_in_place_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
