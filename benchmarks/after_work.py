@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.arrays import GRADIENT, PARAMETER, make
 from benchmarks.contestant import Run
 from benchmarks.machine import commit, machine, versions
-from benchmarks.peers import flat_pass, our_jax, our_lars, our_torch, tight_pass, torch_sgd
+from benchmarks.peers import flat_pass, our_jax, our_lars, our_torch, tight_pass, torch_sgd, two_passes
 from benchmarks.shapes import Shape, resnet50, tiny, vit_b
 from benchmarks.timing import interleaved, ratios, summary
 
@@ -24,12 +24,13 @@ __all__ = ["CASES", "STEPS", "measure"]
 
 CASES: dict[str, Callable[[], list[Shape]]] = {"resnet50": resnet50, "vit-b": vit_b, "tiny": tiny}
 TRACED = 1000  # arrays up to which JAX compiles in reasonable time
-SGD, FLAT, TIGHT = "torch SGD, fused", "flat pass", "tight pass"
+SGD, FLAT, TIGHT, TWICE = "torch SGD, fused", "flat pass", "tight pass", "two passes"
 
 STEPS: dict[str, Callable[[list[Any], list[Any]], Run]] = {
     SGD: torch_sgd.build_fused,
     FLAT: flat_pass.build,
     TIGHT: tight_pass.build,
+    TWICE: two_passes.build,
     "lars_array, propagate": our_lars.compiled_unchecked,
     "lars_array, raise": our_lars.compiled,
     "lars_torch": our_torch.build,

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.contestant import DECAY, LR, MOMENTUM, Run
 
-__all__ = ["build"]
+__all__ = ["build", "in_huge_pages"]
 
 HUGE = 1 << 21  # bytes of a huge page
 
@@ -18,21 +18,19 @@ HUGE = 1 << 21  # bytes of a huge page
 def build(params: list[Any], grads: list[Any]) -> Run:
     """SGD with momentum and weight decay over one array, by numba's own threads."""
     loop = _loop()
-    size = sum(p.size for p in params)
-    p, g, v = (_in_huge_pages(size) for _ in range(3))
-    np.concatenate([x.reshape(-1) for x in params], out=p)
-    np.concatenate([x.reshape(-1) for x in grads], out=g)
+    p, g, v = in_huge_pages(params), in_huge_pages(grads), in_huge_pages(params)
     v[:] = 0
     factors = tuple(np.float32(x) for x in (MOMENTUM, 1.0, DECAY, LR))
     return Run(lambda: loop(p, g, v, *factors), lambda: [p])
 
 
-def _in_huge_pages(size: int) -> Any:
-    """Return a float32 array of which the system has been asked to keep in huge pages."""
+def in_huge_pages(arrays: list[Any]) -> Any:
+    """Return the elements of all in one float32 array, which the system has been asked to keep in huge pages."""
+    size = sum(x.size for x in arrays)
     memory = mmap.mmap(-1, 4 * size + HUGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.float32, size)
+    return np.concatenate([x.reshape(-1) for x in arrays], out=np.frombuffer(memory, np.float32, size))
 
 
 @functools.cache
