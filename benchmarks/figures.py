@@ -52,7 +52,8 @@ WORKS = {
     "jax": "a jitted gradient of JAX",
 }
 AFTER_WORK_ROWS = {
-    "tight pass": "lower bound (not LARS)",
+    "tight pass": "lower bound of SGD: one pass",
+    "two passes": "lower bound of LARS: two passes, layer by layer",
     "torch SGD, fused": "torch's fused SGD (not LARS)",
     "lars_array, propagate": '`lars_array`, `nonfinite="propagate"`',
     "lars_array, raise": "`lars_array`",
