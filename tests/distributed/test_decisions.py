@@ -32,6 +32,21 @@ def test_found_inf_of_one_process_skips_the_step_of_all(policy: str, kernel: str
         assert_models_close(pieces.joined(), trained_whole(2)[0], 1e-12)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_found_inf_of_a_process_without_gradients_skips_the_step_of_all(rank: int, kernel: str) -> None:
+    pieces = Pieces(CUTS["first empty"], kernel=kernel)
+    pieces.step(model(1))
+    before = fingerprint(pieces.params)
+
+    def work(r: int, optimizer: LARS, grads: Any) -> None:
+        optimizer.step(dict.fromkeys(grads) if r == 0 else grads, found_inf=r == rank)
+
+    assert pieces.outcomes(work, model(2)) == [None] * 3
+    assert fingerprint(pieces.params) == before
+    assert [(x.steps, x.skipped_steps) for x in pieces.optimizers] == 3 * [(1, 1)]
+
+
 def spoiled(pieces: Pieces, rank: int, grads: Any, what: str) -> Any:
     """Put a nan into the piece of w on one rank: into its gradient or into the parameter."""
     own = pieces.cut(grads, rank)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_array import LARS, _stepper
+from lars_array import LARS, NonFiniteError, _stepper
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
 
 SHAPES = [(3, 4), (5,), (2, 2), (70_000,), ()]
@@ -83,9 +83,11 @@ def test_any_sequence_of_steps_is_that_of_programs_made_anew(kernel: str, seed: 
     ours, theirs = (LARS([p.copy() for p in first], 0.1, **options) for _ in range(2))
     for _ in range(40):
         grads: list[Any] = [g if choices.random() < 0.7 else None for g in arrays(rng, choices.choice([dtype, "f8"]))]
-        what = choices.choice(["step", "step", "step", "found", "nan", "momentum", "load", "masters", "write"])
+        what = choices.choice(["step", "step", "step", "found", "nan", "huge", "momentum", "load", "masters", "write"])
         if what == "nan" and grads[0] is not None:
             grads[0][0, 0] = np.nan
+        elif what == "huge" and grads[1] is not None:  # finite, but the sum of its squares is not that of a float32
+            grads[1] = np.full(5, 3e38, "f8")
         for each in (ours, theirs):
             if what == "momentum":
                 each.param_groups[0]["momentum"] = 0.9 - each.param_groups[0]["momentum"]
@@ -147,3 +149,58 @@ def test_memory_that_parameters_have_left_is_freed(alternate: bool) -> None:
         optimizer.step([None, *grads[1:]] if alternate and t % 2 else grads)
     gc.collect()
     assert all(p() is None for p in left[:-8])
+
+
+@pytest.mark.parametrize(("dtype", "options"), [("f4", {"momentum": 0.9}), ("f2", {"master_weights": True})])
+def test_a_loaded_state_needs_few_programs_for_any_gradients_that_are_none(
+    dtype: str, options: dict[str, Any], made: list[Any]
+) -> None:
+    rng, choices = np.random.default_rng(0), random.Random(0)
+    optimizer = LARS(arrays(rng, dtype), 0.1, kernel="compiled", **options)
+    optimizer.step(arrays(rng, dtype))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for present in ([0, 1], [1, 2]):
+        optimizer.step([g if k in present else None for k, g in enumerate(arrays(rng, dtype))])
+    before = len(made)
+    for _ in range(10):
+        optimizer.step([g if choices.random() < 0.5 else None for g in arrays(rng, dtype)])
+    assert len(made) == before
+
+
+@pytest.mark.parametrize(("dtype", "options"), [("f4", {"momentum": 0.9}), ("f2", {"master_weights": True})])
+def test_nothing_is_made_for_parameters_that_have_had_no_gradient(
+    dtype: str, options: dict[str, Any], made: list[Any]
+) -> None:
+    rng = np.random.default_rng(0)
+    optimizer = LARS(arrays(rng, dtype), 0.1, kernel="compiled", **options)
+    for present in ([0, 1], [1, 2], [0, 2]):
+        optimizer.step([g if k in present else None for k, g in enumerate(arrays(rng, dtype))])
+    assert len(made) == 3
+    state = optimizer._state
+    assert [v is not None for v in state.buffers] == [k < 3 and dtype == "f4" for k in range(5)]
+    assert [m is not None for m in state.masters] == [k < 3 and dtype == "f2" for k in range(5)]
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_parameters_that_have_moved_are_found_where_they_are(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Any] = []
+    original = _stepper.StepProgram._moved
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        moved.append(self)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(_stepper.StepProgram, "_moved", counted)
+    rng = np.random.default_rng(0)
+    optimizer = LARS(arrays(rng, dtype), 0.1, momentum=0.9, master_weights=True, kernel="compiled", nonfinite="raise")
+    state = optimizer._state
+    optimizer.step(arrays(rng, dtype))
+    optimizer.param_groups[0]["params"] = state.params = [p.copy() for p in state.params]
+    for _ in range(3):
+        state.buffers, state.masters = list(state.buffers), list(state.masters)  # lists anew, of the same arrays
+        optimizer.step(arrays(rng, dtype))
+    assert len(moved) == 1
+    trained = state.params if dtype == "f4" else state.masters
+    trained[3][7] = np.inf
+    with pytest.raises(NonFiniteError, match="the parameter of '3' has 1 non-finite entries"):
+        optimizer.step(arrays(rng, dtype))
