@@ -14,6 +14,8 @@ from lars_torch._keys import NAMES
 
 __all__ = ["check_group", "numbers_of"]
 
+_RATE = float, int, Real, torch.Tensor  # the abstract class is asked last, which takes longest
+
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise for invalid hyper-parameters, as `lars_array.LARS` does.
@@ -45,7 +47,7 @@ def numbers_of(
         A number, or a tensor of shape () on `device`, for each hyper-parameter.
     """
     for name in NUMBERS:
-        if callable(group[name]) or (name == "lr" and not isinstance(group[name], Real | torch.Tensor)):
+        if callable(group[name]) or (name == "lr" and not isinstance(group[name], _RATE)):
             rule = f"{name} must be a number or a tensor, see torch.optim.lr_scheduler"
             raise TypeError(f"{rule}; got {shown(group[name])}")
     found = {name: group[name] for name in NAMES}

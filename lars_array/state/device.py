@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["DeviceRows", "DeviceState", "PinnedCounts", "StepCounts"]
 
 ENTRIES = 4  # of the counts
+_NUMBER = float, int, Real  # the abstract class last: it takes far longer to ask
 
 
 class StepCounts(NamedTuple):
@@ -171,7 +172,7 @@ class DeviceState:
             self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
         for row, (values, written) in enumerate(zip(rows, self._written, strict=True)):
             for column, value in enumerate(values):
-                if isinstance(value, Real):
+                if isinstance(value, _NUMBER):
                     value = float(value)
                     if value == written[column] and (row, column) not in self._in_graphs:
                         continue
@@ -286,6 +287,12 @@ class DeviceState:
         if may_fail:
             self._pinned.copy()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether a step that was skipped or rejected has been reported since the last `poll`."""
+        now = self._pinned.read(wait=False)
+        return now is not None and (now.skipped, now.rejected) != (self._read.skipped, self._read.rejected)
+
     def poll(self, *, wait: bool) -> tuple[StepCounts, StepCounts, int]:
         """Return the counts at the last call and now, and with `wait` the steps that graphs have replayed since.
 
@@ -333,7 +340,7 @@ class DeviceRows:
         like: Any,
     ) -> None:
         self.names, self.group_of, self.param_of, self.number = names, group_of, param_of, number
-        self.keeps, self.joined = keeps, joined
+        self.keeps, self.joined, self._used_groups = keeps, joined, set(group_of)
         self._limit, self._square_limit, self._like = limit, square_limit, like
         self.xp = array_namespace(like)
         self._index = [self._on_device(x) for x in (group_of, param_of, number, group_of_params.tolist())]
@@ -353,7 +360,7 @@ class DeviceRows:
     ) -> StepResult:
         """Queue a step, by a kernel that can do it alone or by stages; where processes add sums, by stages."""
         policies = [group["nonfinite"] for group in groups]
-        of_rows = {policies[k] for k in self.group_of}
+        of_rows = {policies[k] for k in self._used_groups}
         may_fail = of_rows != {"propagate"} or found_inf is not None or exchange is not None
         arguments = kernel, grads, groups, policies, state
         result = None if exchange is not None else self._enqueued(*arguments, found_inf)
