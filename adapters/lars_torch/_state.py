@@ -28,7 +28,7 @@ from lars_torch._arrays import (
     torch_stream,
 )
 from lars_torch._dtensors import is_dtensor, like, local, local_gradients, locals_of
-from lars_torch._hyperparams import numbers_of
+from lars_torch._hyperparams import numbers_of, tensors_in
 from lars_torch._sharding import Spread
 
 __all__ = ["NamedParam", "OutdatedError", "TensorState"]
@@ -182,7 +182,7 @@ class TensorState(ParamState):
     def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters: the same object as long as nothing in it has changed."""
         found = [numbers_of(group, self._device, grad_scale) for group in groups]
-        tensors = [(own, name) for own in found for name, x in own.items() if isinstance(x, torch.Tensor)]
+        tensors = [(own, name) for own in found for name in tensors_in(own)]
         if tensors and self._library == "cupy":
             with self.context():
                 for own, name in tensors:

@@ -153,6 +153,7 @@ class DeviceState:
         self._read = StepCounts()
         self._queued, self._confirmed = 0, 0
         self._written: list[list[Any]] = []
+        self._groups: Any = None  # all of whose values are numbers, and in `hyper`
         self._in_graphs: set[tuple[int, int]] = set()  # replays write these: their values are unknown here
 
     def write(self, groups: Sequence[Mapping[str, Any]], *, captured: bool) -> None:
@@ -161,10 +162,14 @@ class DeviceState:
         Parameters
         ----------
         groups : sequence of mappings
-            Complete and checked hyper-parameters; numbers, or arrays of shape () on the device.
+            Complete and checked hyper-parameters; numbers, or arrays of shape () on the device. The same object as
+            long as nothing in it has changed.
         captured : bool
             Whether a graph is being captured: each of its replays writes what is written now.
         """
+        if groups is self._groups and not self._in_graphs:
+            return
+        self._groups = None
         rows = [row_values(group) for group in groups]
         if self.hyper is None:
             numbers = [[float(value) if isinstance(value, Real) else 0.0 for value in row] for row in rows]
@@ -182,6 +187,8 @@ class DeviceState:
                 # A slice, not an element: torch fills the one and copies the other from the host.
                 self.hyper[row : row + 1, column : column + 1] = value
                 written[column] = value if isinstance(value, float) else None
+        if all(x is not None for written in self._written for x in written):
+            self._groups = groups
 
     @property
     def expected_steps(self) -> int:
