@@ -23,7 +23,13 @@ _CONTEXT = nullcontext()
 _end = 0x7F00_0000_0000  # of the memory that arrays have
 
 
-def array(shape: int | Sequence[int], dtype: Any = np.float32, address: int | None = None, strides: Any = None) -> Any:
+def array(
+    shape: int | Sequence[int],
+    dtype: Any = np.float32,
+    address: int | None = None,
+    strides: Any = None,
+    device: int = 0,
+) -> Any:
     """Return an array of CuPy on memory that does not exist, by default behind that of all others."""
     import cupy
 
@@ -32,7 +38,7 @@ def array(shape: int | Sequence[int], dtype: Any = np.float32, address: int | No
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if address is None:
         address, _end = _end, _end + -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
-    memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, size, None, 0), 0)
+    memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, size, None, device), 0)
     return cupy.ndarray(shape, dtype, memory, strides)
 
 
@@ -111,6 +117,8 @@ def install() -> None:
         import cupyx
     except ImportError as error:
         raise UnavailableError(f"no CuPy: {error}") from error
+    from array_api_compat import is_cupy_array
+
     from lars_array import _stepper, telemetry
     from lars_array.state import store
 
@@ -122,7 +130,7 @@ def install() -> None:
         return array(x.shape, x.dtype if dtype is None else dtype)
 
     def device_context(x: Any) -> Any:
-        return x.device and _CONTEXT
+        return (x.device and _CONTEXT) if is_cupy_array(x) else nullcontext()
 
     cuda = cupy.cuda
     cuda.is_available, cuda.Device, cuda.Stream, cuda.Event = (lambda: True), _Stream, _Stream, _Event

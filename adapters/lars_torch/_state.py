@@ -187,7 +187,7 @@ class TensorState(ParamState):
             with self.context():
                 for own, name in tensors:
                     own[name] = self.view(own[name])
-        read = self._hyperparams.read(found, 0)
+        read = self._hyperparams.read(found, 0, found)  # none of them is a function of the step
         check_layer_axes(read, self._axes_of_groups)
         return read
 

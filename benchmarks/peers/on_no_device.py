@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks import no_device
 from benchmarks.contestant import DECAY, LR, MOMENTUM, OPTIONS, Run
 
-__all__ = ["cupy_lars", "torch_lars", "torch_sgd"]
+__all__ = ["cupy_lars", "torch_lars", "torch_sgd", "torch_sgd_of_elements"]
+
+STEPS = 4  # until a program is made, and what it remembers
 
 
 def cupy_lars(params: list[Any], grads: list[Any], *, moves: bool, **options: Any) -> Run:
-    """`lars_array.LARS` over CuPy arrays; with `moves` gradients are new arrays at each step."""
+    """`lars_array.LARS` over CuPy arrays; with `moves` gradients are new arrays at each step, elsewhere."""
     from lars_array import LARS
 
     no_device.install()
@@ -38,27 +39,48 @@ def torch_lars(params: list[Any], grads: list[Any], *, moves: bool) -> Run:
         return _warm(run)
 
 
-def torch_sgd(params: list[Any], grads: list[Any], *, moves: bool, **options: Any) -> Run:
-    """``torch.optim.SGD``; of the fused one the kernel does nothing."""
+def torch_sgd_of_elements(params: list[Any], grads: list[Any], *, moves: bool) -> Run:
+    """``torch.optim.SGD(fused=True)`` with torch's kernel for a CPU, over one element of each array.
+
+    That kernel, too, reads its arguments and counts the versions of tensors in C++, which `torch_sgd` leaves out.
+    """
+    few = ([x.ravel()[:1] for x in arrays] for arrays in (params, grads))
+    return torch_sgd(*few, moves=moves, runs=True, fused=True)
+
+
+def torch_sgd(params: list[Any], grads: list[Any], *, moves: bool, runs: bool = False, **options: Any) -> Run:
+    """``torch.optim.SGD`` with `fused` or `foreach`; its kernels do nothing while it steps, unless it `runs`."""
     import torch
+
+    names = () if runs else ("_fused_sgd_", "_foreach_add", "_foreach_add_", "_foreach_mul_")
+    kernels = {name: getattr(torch, name) for name in names}
+
+    def replace(replacements: dict[str, Any]) -> None:
+        for name, function in replacements.items():
+            setattr(torch, name, function)
 
     def make(tensors: list[Any]) -> Callable[[], Any]:
         sgd = torch.optim.SGD(tensors, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True, **options)
 
         def step() -> None:
-            kernel, torch._fused_sgd_ = torch._fused_sgd_, _nothing
             try:
                 sgd.step()
             finally:
-                torch._fused_sgd_ = kernel
+                replace(kernels)
 
         return step
 
-    return _warm(_torch_run(params, grads, make, moves=moves))
+    run = _torch_run(params, grads, make, moves=moves)
+
+    def before() -> None:
+        run.before()
+        replace(dict.fromkeys(names, _first))
+
+    return _warm(Run(run.step, list, before))
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+def _first(x: Any, *_: Any, **__: Any) -> Any:
+    return x
 
 
 def _torch_run(params: list[Any], grads: list[Any], make: Callable[[list[Any]], Any], *, moves: bool) -> Run:
@@ -70,15 +92,16 @@ def _torch_run(params: list[Any], grads: list[Any], make: Callable[[list[Any]], 
     step = make(tensors)
 
     def renew() -> None:
-        new = [torch.empty_like(p, requires_grad=False) for p in tensors]  # before the old ones are freed
-        for p, g in zip(tensors, new):
-            p.grad = g
+        if moves:
+            new = [torch.empty_like(p, requires_grad=False) for p in tensors]  # before the old ones are freed
+            for p, g in zip(tensors, new):
+                p.grad = g
 
-    return Run(step, list, renew if moves else lambda: None)
+    return Run(step, list, renew)
 
 
 def _warm(run: Run) -> Run:
-    for _ in range(4):
+    for _ in range(STEPS):
         run.before()
         run.step()
     return run
