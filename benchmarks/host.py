@@ -53,6 +53,7 @@ def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
         By contestant, and in that by a key of `GRADIENTS`, what `summary` returns, and as "ratio" the ratios to torch's
         fused SGD with gradients of the same kind.
     """
+
     def arrays() -> list[Any]:
         return [np.empty(shape, np.float32) for shape in shapes]  # nothing reads or writes them
 

@@ -8,7 +8,6 @@ from numbers import Real
 from operator import is_
 from typing import Any
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context
