@@ -1,7 +1,7 @@
 """``python -m benchmarks cpu``, or gpu: measure one optimizer step, print a table, and write JSON, Markdown, a plot.
 
-``python -m benchmarks after-work``, ``compare``, ``size`` and ``tables`` have arguments of their own: see
-`benchmarks.after_work`, `benchmarks.compare`, `benchmarks.size` and `benchmarks.figures`.
+``python -m benchmarks after-work``, ``compare``, ``host``, ``size`` and ``tables`` have arguments of their own: see
+`benchmarks.after_work`, `benchmarks.compare`, `benchmarks.host`, `benchmarks.size` and `benchmarks.figures`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import after_work, compare, cpu, figures, growth, latency, plot, results, size, table
+from benchmarks import after_work, compare, cpu, figures, growth, host, latency, plot, results, size, table
 from benchmarks.cases import CASES, GROUPS, GROWTH, chosen
 from benchmarks.contestant import OPTIONS, UnavailableError
 from benchmarks.contestants import CPU
@@ -26,7 +26,8 @@ OUT = ROOT / "benchmarks" / "results"
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a contestant failed, 2 if nothing could be measured."""
     given = sys.argv[1:] if arguments is None else arguments
-    commands = {"after-work": after_work.main, "compare": compare.main, "size": size.main, "tables": figures.main}
+    commands = {"after-work": after_work.main, "compare": compare.main, "host": host.main, "size": size.main}
+    commands["tables"] = figures.main
     if given and given[0] in commands:
         return commands[given[0]](given[1:])
     parser = _parser()

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from functools import partial
 from typing import Any, NamedTuple
 
-from benchmarks import shapes
+from benchmarks import host, shapes
 from benchmarks.arrays import GRADIENT, PARAMETER, make
 from benchmarks.contestant import OPTIONS, Run, UnavailableError
 from benchmarks.contestants import TRACED
@@ -80,6 +80,14 @@ COMPARISONS = {
 }
 COMPARISONS |= {
     f"host-{count}: lars_torch": Comparison(partial(_host, count), moving.lars, moving.sgd) for count in (161, 1000)
+}
+COMPARISONS |= {
+    f"host-cuda: {name}, {kind} gradients": Comparison(
+        shapes.resnet50, partial(build, moves=moves), partial(host.CONTESTANTS[host.SGD], moves=moves)
+    )
+    for name, build in host.CONTESTANTS.items()
+    if "SGD" not in name
+    for kind, moves in host.GRADIENTS.items()
 }
 COMPARISONS["memory: lars_array"] = Comparison(shapes.tiny, None)
 

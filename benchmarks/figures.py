@@ -81,6 +81,15 @@ GPU_ROWS = {
     "timm, torch.compile": "timm under `torch.compile`",
     "torch_optimizer": "torch_optimizer",
 }
+KINDS = {"new": "new gradients", "same": "the same gradients"}
+HOST_ROWS = {
+    "torch SGD, fused": "torch's fused SGD (not LARS)",
+    "torch SGD, fused, on one element each": "torch's fused SGD, with its CPU kernel on one element of each",
+    "torch SGD, foreach": "torch's foreach SGD (not LARS)",
+    "lars_array, CuPy, propagate": '`lars_array` on CuPy arrays, `nonfinite="propagate"`',
+    "lars_array, CuPy": "`lars_array` on CuPy arrays",
+    "lars_torch": "`lars_torch`",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -181,11 +190,25 @@ def _after_work_table() -> str:
     return _table(["step", *AFTER_WORK_CASES.values()], rows)
 
 
+def _host_table() -> str:
+    """Return the host's milliseconds of steps on a device, with their ratio to torch's SGD; then and before."""
+    found, other = _results("host")["contestants"], _results("host-compare")
+    compared, rows = other["comparisons"], []
+    for name, label in HOST_ROWS.items():
+        own = (found[name][kind] for kind in KINDS)
+        cells = [f"{x['median_ms']:.2f} ({_short(x['ratio']['median'])})" for x in own]
+        one = compared.get(f"host-cuda: {name}, new gradients")
+        cells += ["", ""] if one is None else [_short(one[f"{who}_to_peer"]["median"]) for who in ("old", "new")]
+        rows.append([label, *cells])
+    return _table([*KINDS.values(), f"in succession, at {other['commits']['old'][:7]}", "now"], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "after-work": _after_work_table,
     "cpu": _cpu_table,
     "cpu-drift": _drift,
     "gpu": _gpu_table,
+    "host": _host_table,
     "readme-table": _readme_table,
     "readme-text": _readme_text,
 }

@@ -378,10 +378,11 @@ class StepProgram:
         if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
             return None
         lists = state.params, state.buffers, state.masters
-        addresses = self._param_specs.addresses(state.params)
+        is_known = state.params is self._lists[0] and self._param_specs.are_unchanged(state.params)
+        addresses = self._addresses if is_known else self._param_specs.addresses(state.params)
         if addresses is None:
             return None
-        stay = [addresses.tobytes() == self._addresses.tobytes()]
+        stay = [is_known or addresses.tobytes() == self._addresses.tobytes()]
         for arrays, before, at in zip(lists[1:], self._lists[1:], self._kept_at, strict=True):
             stay.append(arrays is before or (all(map(is_, arrays, before)) and state.addresses(arrays) == at))
         if all(stay):

@@ -324,8 +324,9 @@ def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
     group = dict(options)
     for name in NUMBERS:
         for _ in range(2):  # a schedule may return another
-            if callable(group.get(name)):
-                group[name] = group[name](step)
+            if not callable(group.get(name)):
+                break
+            group[name] = group[name](step)
     return group
 
 

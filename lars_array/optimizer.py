@@ -8,7 +8,6 @@ from numbers import Real
 from operator import is_
 from typing import Any
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context
@@ -248,7 +247,11 @@ class LARS(StatefulOptimizer):
         RefusedElsewhereError
             With `all_reduce`, if another process has refused the step.
         """
-        with self._polled(), refusals_are_told(self._state.shards):
+        shards = self._state.shards
+        if not shards:
+            self._poll_device()
+            return self._step(grads, closure, found_inf)
+        with self._polled(), refusals_are_told(shards):
             return self._step(grads, closure, found_inf)
 
     def _step(self, grads: Any, closure: Callable[[], tuple[Any, Any]] | None, found_inf: Any) -> Any:
@@ -260,7 +263,7 @@ class LARS(StatefulOptimizer):
         elif grads is None or callable(grads):
             raise TypeError("step needs grads, or closure=... with a function that returns (loss, grads)")
         gradients = match_gradients(grads, self._state.names, self._order)
-        if set(map(type, gradients)) != {np.ndarray}:
+        if any(hasattr(kind, "requires_grad") for kind in set(map(type, gradients))):
             gradients = list(map(_detached, gradients))
         groups = self._read_groups()
         self._check_params()

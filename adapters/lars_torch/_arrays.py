@@ -158,9 +158,11 @@ class TensorSpecs(ArraySpecs):
 
     A step compares those of all parameters and gradients, and each attribute of a tensor takes some 50 ns: what follows
     from others is not compared. Of real tensors, only the imaginary part of others, never contiguous, can be lazy.
+    Where torch compares tensors in C++, attributes are compared only if it has found a difference.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._guards: Any = None  # made of tensors that were compared, and holds none
         self._are_contiguous = all(map(torch.Tensor.is_contiguous, tensors))
         self._can_be_lazy = [
             i for i, x in enumerate(tensors) if x.is_complex() or x.numel() < 2 or not x.is_contiguous()
@@ -170,6 +172,7 @@ class TensorSpecs(ArraySpecs):
     def at(self, index: Sequence[int]) -> TensorSpecs:
         """See `ArraySpecs.at`."""
         specs, lazy = copy.copy(self), dict(zip(self._can_be_lazy, self._columns[-1], strict=True))
+        specs._guards = None
         specs._types, specs.spans = [self._types[i] for i in index], self.spans[index]
         specs._can_be_lazy = [k for k, i in enumerate(index) if i in lazy]
         specs._columns = [[column[i] for i in index] for column in self._columns[:-1]]
@@ -178,10 +181,15 @@ class TensorSpecs(ArraySpecs):
 
     def addresses(self, arrays: Sequence[Any]) -> Any:
         """See `ArraySpecs.addresses`."""
+        if self._guards is not None and self._guards.check(*arrays):
+            return self._addresses(arrays)
         try:
-            return super().addresses(arrays)
+            found = super().addresses(arrays)
         except RuntimeError:  # sparse tensors have no address
             return None
+        if found is not None:
+            self._guards = _guards_of(arrays)
+        return found
 
     def read(self, arrays: Sequence[Any]) -> list[list[Any]]:
         """See `ArraySpecs.read`."""
@@ -196,6 +204,19 @@ class TensorSpecs(ArraySpecs):
         sizes = [x.element_size() for x in arrays]
         strides = [[size * stride for stride in x.stride()] for size, x in zip(sizes, arrays, strict=True)]
         return np.array([span(x.shape, *own) for x, *own in zip(arrays, strides, sizes, strict=True)], np.int64)
+
+
+def _guards_of(tensors: Sequence[torch.Tensor]) -> Any:
+    """Return what compares tensors in C++: by class, type, device, shape, strides, laziness and more; or None.
+
+    It is what torch.compile asks whether a graph fits. Torch does not document it, so it may be missing or differ.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except Exception:
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from lars_array._stepper import shown
 from lars_array.hyperparams import NUMBERS, check, complete
 from lars_torch._keys import NAMES
 
-__all__ = ["check_group", "numbers_of"]
+__all__ = ["check_group", "numbers_of", "tensors_in"]
+
+_PLAIN = frozenset({bool, int, float, str, NoneType})  # far quicker to tell from tensors than by `isinstance`
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -45,18 +48,25 @@ def numbers_of(
         A number, or a tensor of shape () on `device`, for each hyper-parameter.
     """
     for name in NUMBERS:
-        if callable(group[name]) or (name == "lr" and not isinstance(group[name], Real | torch.Tensor)):
+        value = group[name]
+        if type(value) is float:
+            continue
+        if callable(value) or (name == "lr" and not isinstance(value, Real | torch.Tensor)):
             rule = f"{name} must be a number or a tensor, see torch.optim.lr_scheduler"
-            raise TypeError(f"{rule}; got {shown(group[name])}")
+            raise TypeError(f"{rule}; got {shown(value)}")
     found = {name: group[name] for name in NAMES}
-    for name, value in found.items():
-        if isinstance(value, torch.Tensor):
-            found[name] = _number(name, value, device, recorded)
+    for name in tensors_in(found):
+        found[name] = _number(name, found[name], device, recorded)
     if grad_scale is not None:
         if isinstance(grad_scale, torch.Tensor):
             grad_scale = _number("grad_scale", grad_scale, device, recorded)
         found["rescale_grad"] = found["rescale_grad"] / grad_scale
     return found
+
+
+def tensors_in(options: Mapping[str, Any]) -> list[str]:
+    """Return the names of the hyper-parameters that are tensors."""
+    return [name for name, x in options.items() if type(x) not in _PLAIN and isinstance(x, torch.Tensor)]
 
 
 def _number(name: str, value: torch.Tensor, device: torch.device | None, recorded: bool) -> Any:

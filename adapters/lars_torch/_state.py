@@ -28,7 +28,7 @@ from lars_torch._arrays import (
     torch_stream,
 )
 from lars_torch._dtensors import is_dtensor, like, local, local_gradients, locals_of
-from lars_torch._hyperparams import numbers_of
+from lars_torch._hyperparams import numbers_of, tensors_in
 from lars_torch._sharding import Spread
 
 __all__ = ["NamedParam", "OutdatedError", "TensorState"]
@@ -182,11 +182,12 @@ class TensorState(ParamState):
     def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters: the same object as long as nothing in it has changed."""
         found = [numbers_of(group, self._device, grad_scale) for group in groups]
-        if self._library == "cupy":
+        tensors = [(own, name) for own in found for name in tensors_in(own)]
+        if tensors and self._library == "cupy":
             with self.context():
-                for own in found:
-                    own |= {name: self.view(x) for name, x in own.items() if isinstance(x, torch.Tensor)}
-        read = self._hyperparams.read(found, 0)
+                for own, name in tensors:
+                    own[name] = self.view(own[name])
+        read = self._hyperparams.read(found, 0, found)  # none of them is a function of the step
         check_layer_axes(read, self._axes_of_groups)
         return read
 
@@ -268,7 +269,7 @@ class TensorState(ParamState):
 
     def poll(self, *, wait: bool = False) -> None:
         """Update the count of skipped steps from the device, and raise if it has rejected one."""
-        if self.device is None:
+        if self.device is None or not (wait or self.device.has_news):
             return
         with uninterrupted():  # a device reports each step once
             with self.context():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import chain
 from operator import is_
 from threading import RLock
 from typing import Any
@@ -437,7 +438,8 @@ class LARS(Optimizer):
 
     def _locked_step(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None) -> None:
         self._check_keys()
-        params = memory = [p for group in self.param_groups for p in group["params"]]
+        lists = [group["params"] for group in self.param_groups]
+        params = memory = list(chain.from_iterable(lists))
         try:
             grads = [p.grad for p in params]
         except AttributeError:  # another object was put into a group
@@ -446,8 +448,7 @@ class LARS(Optimizer):
             raise
         if given is not None:
             memory, grads = ([given.get(p, (p, None))[k] for p in params] for k in (0, 1))
-        current = _are_same([group["params"] for group in self.param_groups], self._lists)
-        if current and all(grads[i] is None for i in self._without):
+        if _are_same(lists, self._lists) and all(grads[i] is None for i in self._without):
             with suppress(OutdatedError):
                 return self._step_parts(memory, grads, are_local=given is not None)
         self._make_parts(params, grads)

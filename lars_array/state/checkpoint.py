@@ -112,7 +112,7 @@ class StatefulOptimizer:
         return nullcontext()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("lr", *DEFAULTS):
+        if name in DEFAULTS or name == "lr":
             place = f"for group in optimizer.param_groups: group[{name!r}] = ..."
             raise AttributeError(f"hyper-parameters belong to the parameter groups; set {name} by `{place}`")
         super().__setattr__(name, value)
@@ -129,7 +129,8 @@ class StatefulOptimizer:
 
     def _device_error(self, *, wait: bool = False) -> Exception | None:
         """Update the step counters from the device, and return the error of a step that it rejected."""
-        if self._state.device is None:
+        device = self._state.device
+        if device is None or not (wait or device.has_news):
             return None
         with uninterrupted():  # a device reports each step once
             steps, skipped, error = self._state.poll_device(wait=wait)
@@ -139,13 +140,11 @@ class StatefulOptimizer:
 
     @contextmanager
     def _polled(self) -> Iterator[None]:
-        """Raise for a step that the device has rejected: before this one, or after it where processes share layers.
+        """Raise for a step that the device has rejected after this one, where processes share layers.
 
         Each process hears of it at a time of its own, and all have to take the same steps.
         """
         error = self._device_error()
-        if error is not None and not self._state.shards:
-            raise error
         try:
             yield
         finally:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["DeviceRows", "DeviceState", "PinnedCounts", "StepCounts"]
 
 ENTRIES = 4  # of the counts
+_NUMBER = float, int, Real  # the abstract class last: it takes far longer to ask
 
 
 class StepCounts(NamedTuple):
@@ -152,6 +153,7 @@ class DeviceState:
         self._read = StepCounts()
         self._queued, self._confirmed = 0, 0
         self._written: list[list[Any]] = []
+        self._groups: Any = None  # all of whose values are numbers, and in `hyper`
         self._in_graphs: set[tuple[int, int]] = set()  # replays write these: their values are unknown here
 
     def write(self, groups: Sequence[Mapping[str, Any]], *, captured: bool) -> None:
@@ -160,10 +162,14 @@ class DeviceState:
         Parameters
         ----------
         groups : sequence of mappings
-            Complete and checked hyper-parameters; numbers, or arrays of shape () on the device.
+            Complete and checked hyper-parameters; numbers, or arrays of shape () on the device. The same object as
+            long as nothing in it has changed.
         captured : bool
             Whether a graph is being captured: each of its replays writes what is written now.
         """
+        if groups is self._groups and not self._in_graphs:
+            return
+        self._groups = None
         rows = [row_values(group) for group in groups]
         if self.hyper is None:
             numbers = [[float(value) if isinstance(value, Real) else 0.0 for value in row] for row in rows]
@@ -171,7 +177,7 @@ class DeviceState:
             self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
         for row, (values, written) in enumerate(zip(rows, self._written, strict=True)):
             for column, value in enumerate(values):
-                if isinstance(value, Real):
+                if isinstance(value, _NUMBER):
                     value = float(value)
                     if value == written[column] and (row, column) not in self._in_graphs:
                         continue
@@ -181,6 +187,8 @@ class DeviceState:
                 # A slice, not an element: torch fills the one and copies the other from the host.
                 self.hyper[row : row + 1, column : column + 1] = value
                 written[column] = value if isinstance(value, float) else None
+        if all(x is not None for written in self._written for x in written):
+            self._groups = groups
 
     @property
     def expected_steps(self) -> int:
@@ -286,6 +294,12 @@ class DeviceState:
         if may_fail:
             self._pinned.copy()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether a step that was skipped or rejected has been reported since the last `poll`."""
+        now = self._pinned.read(wait=False)
+        return now is not None and (now.skipped, now.rejected) != (self._read.skipped, self._read.rejected)
+
     def poll(self, *, wait: bool) -> tuple[StepCounts, StepCounts, int]:
         """Return the counts at the last call and now, and with `wait` the steps that graphs have replayed since.
 
@@ -333,7 +347,7 @@ class DeviceRows:
         like: Any,
     ) -> None:
         self.names, self.group_of, self.param_of, self.number = names, group_of, param_of, number
-        self.keeps, self.joined = keeps, joined
+        self.keeps, self.joined, self._used_groups = keeps, joined, set(group_of)
         self._limit, self._square_limit, self._like = limit, square_limit, like
         self.xp = array_namespace(like)
         self._index = [self._on_device(x) for x in (group_of, param_of, number, group_of_params.tolist())]
@@ -353,7 +367,7 @@ class DeviceRows:
     ) -> StepResult:
         """Queue a step, by a kernel that can do it alone or by stages; where processes add sums, by stages."""
         policies = [group["nonfinite"] for group in groups]
-        of_rows = {policies[k] for k in self.group_of}
+        of_rows = {policies[k] for k in self._used_groups}
         may_fail = of_rows != {"propagate"} or found_inf is not None or exchange is not None
         arguments = kernel, grads, groups, policies, state
         result = None if exchange is not None else self._enqueued(*arguments, found_inf)

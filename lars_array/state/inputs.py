@@ -200,9 +200,9 @@ def match_gradients(grads: Any, names: Sequence[str], order: Sequence[int] | Non
         If `grads` is neither a mapping nor an iterable of gradients.
     """
     found = match(grads, names, order)
-    if set(map(type, found)) == {np.ndarray}:
-        return found
-    return [np.asarray(g) if isinstance(g, np.generic) else g for g in found]
+    if any(issubclass(kind, np.generic) for kind in set(map(type, found))):
+        return [np.asarray(g) if isinstance(g, np.generic) else g for g in found]
+    return found
 
 
 def match(given: Any, names: Sequence[str], order: Sequence[int] | None, what: str = "grads") -> list[Any]:

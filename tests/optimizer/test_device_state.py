@@ -13,6 +13,8 @@ import torch
 import lars_array.hyperparams
 import lars_array.state.memory
 from lars_array import LARS
+from lars_array.hyperparams import GROUP_FIELDS, at_step
+from lars_array.state import device as device_state
 from lars_array.state.device import ENTRIES, DeviceState
 
 
@@ -60,3 +62,47 @@ def test_found_inf_on_a_device_counts_for_parameters_on_the_host(pretended: None
     assert p.tolist() == [1.0] * 3
     optimizer.step([np.ones(3)], found_inf=torch.tensor(0.0))
     assert (optimizer.steps, optimizer.skipped_steps) == (1, 1)
+
+
+def rate_of(state: DeviceState) -> float:
+    return float(state.hyper[0, GROUP_FIELDS.index("lr")])
+
+
+def test_numbers_that_stay_are_not_compared_again(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, groups = DeviceState([True], [0.0], like=torch.ones(1)), [at_step({"lr": 0.5}, 0)]
+    state.write(groups, captured=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(device_state, "row_values", lambda group: pytest.fail("it was compared"))
+        state.write(groups, captured=False)
+    state.write([at_step({"lr": 0.25}, 1)], captured=False)
+    assert rate_of(state) == 0.25
+
+
+def test_arrays_on_the_device_are_copied_at_each_step(pretended: None) -> None:
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    state, groups = DeviceState([True], [0.0], like=torch.ones(1)), [at_step({"lr": lr}, 0)]
+    for value in (0.5, 0.25):
+        lr.fill_(value)
+        state.write(groups, captured=False)
+        assert rate_of(state) == value
+
+
+def test_numbers_that_replays_write_are_written_at_each_step(pretended: None) -> None:
+    state, groups = DeviceState([True], [0.0], like=torch.ones(1)), [at_step({"lr": 0.5}, 0)]
+    state.write([at_step({"lr": 0.25}, 0)], captured=False)
+    state.write(groups, captured=True)
+    for _ in range(2):
+        state.hyper[...] = 0.25  # a replay of another graph
+        state.write(groups, captured=False)
+        assert rate_of(state) == 0.5
+
+
+def test_only_steps_that_were_not_taken_are_news() -> None:
+    state = DeviceState([True], [0.0], like=torch.ones(1))
+    assert not state.has_news, "nothing is known"
+    state._pinned.pinned = np.zeros(ENTRIES, np.int64)
+    for number, is_news in enumerate([False, True, True]):  # taken, skipped, rejected
+        state._pinned.pinned[number] += 1
+        assert state.has_news is is_news
+        state.poll(wait=False)
+        assert not state.has_news

@@ -83,7 +83,7 @@ class Device:
         *arguments : int, uint64 or structured arrays of one element
             For an int, a pointer or a structure in C++.
         """
-        values = tuple(np.int32(x) if isinstance(x, int) else x for x in arguments)
+        values = tuple([np.int32(x) if isinstance(x, int) else x for x in arguments])
         with self._device:
             self._functions[name]((blocks,), (THREADS,), values)
 

@@ -132,12 +132,13 @@ class PointerTable:
 
     def __init__(self, device: Any, count: int) -> None:
         self._device = device
-        self._written: Any = np.zeros(count, np.uint64)
+        self._written: bytes | None = bytes(8 * count)
         self.array = device.zeros(count, np.uint64)
 
     def write(self, addresses: Any, *, always: bool = False) -> None:
         """Write addresses, if they have changed, as arguments of launches: no memory of the host is read later."""
-        if not always and np.array_equal(addresses, self._written):
+        now = addresses.tobytes()
+        if not always and now == self._written:
             return
         self._written = None  # until all are there
         pointers = np.zeros(1, POINTERS)
@@ -146,7 +147,7 @@ class PointerTable:
             some = addresses[first : first + room]
             pointers["first"], pointers["count"], pointers["values"][0, : len(some)] = first, len(some), some
             self._device.launch("write_pointers", 1, table, pointers)
-        self._written = addresses
+        self._written = now
 
 
 class DeviceTables:

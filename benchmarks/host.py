@@ -1,0 +1,91 @@
+"""``python -m benchmarks host``: what a step on a CUDA device costs the host, measured without one.
+
+Kernels do nothing, and all else is real: see `benchmarks.no_device` for what is replaced, and docs/performance.md for
+what that can't show. All steps are taken in turn, in one process, with arrays of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contestant import OPTIONS, Run
+from benchmarks.machine import ROOT, commit, machine, versions
+from benchmarks.peers.on_no_device import cupy_lars, torch_lars, torch_sgd, torch_sgd_of_elements
+from benchmarks.shapes import Shape, resnet50
+from benchmarks.timing import interleaved, ratios, summary
+
+__all__ = ["CONTESTANTS", "GRADIENTS", "SGD", "main", "measure"]
+
+OUT = ROOT / "benchmarks" / "results" / "host.json"
+SGD = "torch SGD, fused"
+CONTESTANTS: dict[str, Callable[..., Run]] = {
+    SGD: partial(torch_sgd, fused=True),
+    "torch SGD, fused, on one element each": torch_sgd_of_elements,
+    "torch SGD, foreach": partial(torch_sgd, foreach=True),
+    "lars_array, CuPy, propagate": partial(cupy_lars, nonfinite="propagate"),
+    "lars_array, CuPy": cupy_lars,
+    "lars_torch": torch_lars,
+}
+GRADIENTS = {"new": True, "same": False}  # new arrays at each step, as after zero_grad, or the same ones
+
+
+def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
+    """Return milliseconds by contestant and gradients.
+
+    Parameters
+    ----------
+    shapes : sequence of tuple of int
+        One a layer.
+    rounds : int
+        How many, in each of which every step is taken once.
+
+    Returns
+    -------
+    dict
+        By contestant, and in that by a key of `GRADIENTS`, what `summary` returns, and as "ratio" the ratios to torch's
+        fused SGD with gradients of the same kind.
+    """
+
+    def arrays() -> list[Any]:
+        return [np.empty(shape, np.float32) for shape in shapes]  # nothing reads or writes them
+
+    runs = {
+        (name, kind): build(arrays(), arrays(), moves=moves)
+        for name, build in CONTESTANTS.items()
+        for kind, moves in GRADIENTS.items()
+    }
+    seconds = interleaved(runs, rounds, rest=0.0)
+    found: dict[str, Any] = {name: {} for name in CONTESTANTS}
+    for (name, kind), own in seconds.items():
+        found[name][kind] = summary(own) | {"ratio": ratios(own, seconds[SGD, kind])}
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Print a table, write the results as JSON, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=301, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=OUT, help="default: benchmarks/results/host.json")
+    asked = parser.parse_args(arguments)
+    shapes = resnet50()
+    found = measure(shapes, asked.rounds)
+    import cupy
+
+    document = {"machine": machine(), "versions": versions() | {"cupy": cupy.__version__}, "options": OPTIONS}
+    document |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "arrays": len(shapes)}
+    print(f"ResNet-50, {len(shapes)} arrays: milliseconds (quartiles), and as a ratio to {SGD} with such gradients")
+    for name, own in found.items():
+        for kind, row in own.items():
+            low, high = row["quartiles_ms"]
+            times = f"{row['median_ms']:6.3f} ({low:.3f} to {high:.3f}), fastest {row['fastest_ms']:.3f}"
+            print(f"  {name:38} {kind:5} {times:46} {row['ratio']['median']:5.2f}")
+    asked.json.write_text(json.dumps(document | {"rounds": asked.rounds, "contestants": found}, indent=1) + "\n")
+    return 0
