@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -68,6 +69,7 @@ static int peek(const int* counter) {
 }
 static void __threadfence() { looks = 0; }
 static int atomicAdd(int* place, int value) { return (*place += value) - value; }
+static int atomicExch(int* place, int value) { return std::exchange(*place, value); }
 #endif
 
 static void leave_fiber() {

@@ -99,6 +99,11 @@ static int atomicAdd(int* place, int value) {
     return __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
 }
 
+static int atomicExch(int* place, int value) {
+    point();
+    return __atomic_exchange_n(place, value, __ATOMIC_RELAXED);
+}
+
 static int peek(const int* place) {
     point(true);
     seen = const_cast<int*>(place);

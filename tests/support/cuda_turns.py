@@ -18,7 +18,7 @@ from lars_array.kernels.cuda import one_launch, tables
 
 __all__ = ["SIZES", "Twins", "random_turns", "survives", "twins"]
 
-SIZES = [5, 0, 150, 1, 90, 0, 70]  # of "0" and so on; pieces have 64 elements, and "3" and "6" are one layer
+SIZES = [5, 0, 150, 1, 90, 0, 70, 3]  # of "0" and so on; pieces have 64 elements, and "3" and "6" are one layer
 HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "nonfinite": "propagate"}
 
 

@@ -79,7 +79,8 @@ template <class P, class G> __device__ inline void step(const Model& m, const Pl
     if (!is_last) return;
     for (int k = threadIdx.x; k < plan.unit_count; k += THREADS) plan.measured[k] = 0;
     if (threadIdx.x == 0) {
-        *plan.next = *plan.ended = 0;
+        *plan.next = 0;
+        atomicExch(plan.ended, 0);
         *m.prevented = 0;  // of an earlier step that was not taken
         *m.offender = 2 * m.row_count;
     }
