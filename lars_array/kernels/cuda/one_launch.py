@@ -25,7 +25,7 @@ from lars_array.kernels.cuda.source import (
 if TYPE_CHECKING:
     from lars_array.kernels.cuda.tables import HostTables
 
-__all__ = ["OneLaunch", "is_wanted", "order_tasks", "one_launch_source", "split_into_units"]
+__all__ = ["OneLaunch", "is_wanted", "one_launch_source", "order_tasks", "split_into_units"]
 
 SHARE = 0.5  # of the L2 cache, for parameters and gradients between their sums and their update
 BLOCKS = 2  # of each multiprocessor: more would work on more pieces at once than that share holds
