@@ -57,8 +57,8 @@ def build(
     pairs : sequence of tuple (str, str)
         For which element types.
     options : sequence of str
-        More options of the compiler: `SANITIZE`, for a library that stops at memory that is not its own, and at what C++
-        leaves undefined; `TOGETHER`, for blocks that run at the same time, see cuda_turns.h.
+        More options of the compiler: `SANITIZE`, for a library that stops at memory that is not its own, and at what
+        C++ leaves undefined; `TOGETHER`, for blocks that run at the same time, see cuda_turns.h.
     change : pair of str, optional
         What stands in the source, once, and what to put in its place.
     **numbers : int
@@ -71,7 +71,7 @@ def build(
     threads = numbers.get("THREADS", THREADS)
     stages = {"sums": ["int"], "apply": ["int"] * 3, "step": ["const Plan&"]}
     kernels = {pair_name(stage, *pair): more for pair in pairs for stage, more in stages.items()}
-    launchers = [_launcher(name, more, threads) for name, more in (kernels | dict.fromkeys(COMMON, [])).items()]
+    launchers = [_launcher(name, more, threads) for name, more in (kernels | {name: [] for name in COMMON}).items()]
     write = f"run(blocks, {threads}, order, [=] {{ write_pointers(table, *pointers); }});"
     declared = "int blocks, int order, u64* table, const Pointers* pointers"
     launchers.append(f"void launch_write_pointers({declared}) {{ {write} }}")

@@ -58,10 +58,13 @@ SLIPS = {
     "counters are left": ("plan.measured[k] = 0;", ""),
     "the count of blocks is left": ("atomicExch(plan.ended, 0);", ""),
     "the next task is left": ("*plan.next = 0;", ""),
-    "a barrier is missing before coefficients count": ("        __syncthreads();\n    }\n    if (threadIdx.x == 0) count", "    }\n    if (threadIdx.x == 0) count"),
-    "the turn is overwritten": ('        __syncthreads();  // before `turn` is overwritten\n', ""),
+    "coefficients count before all are there": (
+        "        __syncthreads();\n    }\n    if (threadIdx.x == 0) count",
+        "    }\n    if (threadIdx.x == 0) count",
+    ),
+    "the turn is overwritten": ("        __syncthreads();  // before `turn` is overwritten\n", ""),
     "coefficients of the first rows only": ("first += COLUMNS", "first += unit.end"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("slip", SLIPS)
