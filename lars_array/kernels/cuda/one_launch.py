@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from lars_array.kernels.cuda.source import (
     source,
     structure,
 )
-
-if TYPE_CHECKING:
-    from lars_array.kernels.cuda.tables import HostTables
 
 __all__ = ["OneLaunch", "is_wanted", "one_launch_source", "order_tasks", "split_into_units"]
 
@@ -123,10 +120,10 @@ class OneLaunch:
     device : Device
         See `lars_array.kernels.cuda.device`.
     host : HostTables
-        Pieces of parameters and gradients that all have the same types.
+        See `lars_array.kernels.cuda.tables`: pieces of parameters and gradients that all have the same types.
     """
 
-    def __init__(self, device: Any, host: HostTables) -> None:
+    def __init__(self, device: Any, host: Any) -> None:
         p, g = host.segments[0].types
         rows, (arrays, index) = host.rows[host.order], (host.arrays[host.pieces["array"]], host.pieces["index"])
         of_arrays = np.array(split_into_units(rows["first_piece"].tolist(), rows["pieces"].tolist()))
@@ -152,7 +149,7 @@ class OneLaunch:
         self._plan[0] = (*addresses, len(tasks), len(units))
 
     @staticmethod
-    def of(device: Any, host: HostTables) -> OneLaunch | None:
+    def of(device: Any, host: Any) -> OneLaunch | None:
         """Return the launch for these tables; None where they are of several types, or there is nothing in them."""
         return OneLaunch(device, host) if len(host.segments) == 1 and len(host.pieces) else None
 
