@@ -59,7 +59,7 @@ def cupy_graph(params: list[Any], grads: list[Any]) -> Run:
 
 
 def one_launch(params: list[Any], grads: list[Any], *, build: Callable[..., Run]) -> Run:
-    """A run of CuPy arrays in one launch a step, which is asked for when the optimizer makes its tables."""
+    """The same in one launch a step, which is asked for while the optimizer makes its tables."""
     run, first = build(params, grads), iter(range(2))
 
     def step() -> None:
@@ -198,6 +198,7 @@ GPU = [
     Contestant("lars_array, CuPy, one launch, captured in a graph", partial(one_launch, build=cupy_graph)),
     Contestant("lars_array, CuPy", cupy_lars),
     Contestant("lars_torch", torch_adapter),
+    Contestant("lars_torch, one launch", partial(one_launch, build=torch_adapter)),
     Contestant("lars_jax.lars, jax.jit", jax_transformation, copies=6, most_arrays=1000, float32_norms=True),
     Contestant("lars_jax.LARS, donate=True", partial(jax_adapter, donate=True)),
     Contestant("lars_jax.LARS", partial(jax_adapter, donate=False), copies=4),

@@ -101,8 +101,8 @@ def order_tasks(lengths: Any, units: Any, share: int) -> Any:
     """
     whole = np.bincount(units, lengths)[units]
     before = np.concatenate([[0], np.cumsum(np.where(whole <= share, lengths, 0))])
-    # Before its sums, as few pieces are updated as must be. None of them is of a unit that is not measured: such a
-    # unit alone would exceed the share.
+    # How many pieces are updated before the sums of each: as few as must be. None of them is of a unit that still has
+    # sums to come, since that would exceed the share by itself.
     updated = np.searchsorted(before, before[1:] - share)
     count = len(lengths)
     is_update = np.ones(2 * count, bool)
@@ -132,7 +132,7 @@ class OneLaunch:
         lengths = np.minimum(arrays["piece"], arrays["size"] - index * arrays["piece"]) * read
         self._blocks = min(len(of_pieces), BLOCKS * device.attribute("MultiProcessorCount"))
         share = int(SHARE * device.attribute("L2CacheSize"))
-        if share < self._blocks * lengths.max() // 2:  # blocks would wait for what others are still at work on
+        if share < self._blocks * lengths.mean() / 2:  # blocks would wait for what others are still at work on
             share = 0
         tasks, units = np.zeros(2 * len(of_pieces), TASK), np.zeros(of_arrays[-1] + 1, UNIT)
         tasks["piece"] = order = order_tasks(lengths, of_pieces, share)

@@ -53,6 +53,7 @@ SLIPS = {
     "updates wait for sums alone": ("plan.units[task.unit].pieces + 1);", "plan.units[task.unit].pieces);"),
     "coefficients come too early": ("== unit.pieces - 1;", "== 0;"),
     "tasks in another order": ("plan.tasks[turn];", "plan.tasks[plan.task_count - 1 - turn];"),
+    "found_inf is ignored": ("bool taken = !found_inf(m);", "bool taken = true;"),
     "a task is skipped": ("turn = atomicAdd(plan.next, 1);", "turn = atomicAdd(plan.next, 1) + (blockIdx.x == 1);"),
     "committed by the first block that ends": ("== (int)gridDim.x - 1;", "== 0;"),
     "counters are left": ("plan.measured[k] = 0;", ""),
