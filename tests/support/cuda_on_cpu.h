@@ -1,9 +1,8 @@
 // CUDA enough to run lars.cu on the CPU: a block's threads are fibers, which take turns at each barrier.
 //
 // The order of turns can be chosen: a missing barrier, or a thread that reads what another has still to write, shows as a
-// result that depends on it. So does shared memory that is read before it is written: it is filled with 0xA5 before each
-// block. Blocks run one after the other, in an order that can be chosen too; where BLOCKS_ARE_THREADS is defined, see
-// cuda_turns.h.
+// result that depends on it. Blocks run one after the other, in an order that can be chosen too; where
+// BLOCKS_ARE_THREADS is defined, as cuda_turns.h says.
 
 #include <ucontext.h>
 

@@ -25,7 +25,7 @@ SLIPS = {
         "begin = m.pieces[piece].index * array.piece + (m.pieces[piece].index > 0 ? WIDTH : 0);",
     ),
     "another layer's coefficients": ("m.C + 6 * (i64)part.array.row", "m.C + 6 * (i64)(part.array.row ^ 1)"),
-    "a barrier is missing": ("    part[mine][lane] = s;\n    __syncthreads();", "    part[mine][lane] = s;"),
+    "a barrier is missing": ("part[mine][lane] = s;\n    }\n    __syncthreads();", "part[mine][lane] = s;\n    }"),
     "the last piece is not summed": ("k < row.pieces; k += LANES", "k + 1 < row.pieces; k += LANES"),
     "registers of the wrong column": ("registers[next][column] = result", "registers[next][column ^ 1] = result"),
     "a step that is refused is written": ("return !m.decides || (*m.prevented == 0", "return !m.decides || (true"),
