@@ -154,6 +154,12 @@ static void run(unsigned blocks, unsigned threads, int order, std::function<void
 #endif
 }
 
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+template <class T> static T __ldcs(const T* place) { return *place; }
+template <class T> static void __stcs(T* place, T value) { *place = value; }
+
 static int atomicMax(int* place, int value) {
     int before = *place;
     if (value > before) *place = value;

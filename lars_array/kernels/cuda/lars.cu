@@ -71,6 +71,29 @@ template <class T> __device__ inline void save(T* x, const Pack<T>& pack, bool a
     else for (int i = 0; i < WIDTH; ++i) x[i] = pack.at[i];
 }
 
+// The same of memory that is not needed again soon: the cache gives it up before all else.
+template <class T> __device__ inline Pack<T> load_last(const T* x, bool aligned) {
+    if (!aligned) return load(x, false);
+    Pack<T> pack;
+    if constexpr (sizeof(pack) == sizeof(uint2)) {
+        reinterpret_cast<uint2&>(pack) = __ldcs(reinterpret_cast<const uint2*>(x));
+    } else {
+        for (unsigned i = 0; i < sizeof(pack) / sizeof(uint4); ++i)
+            reinterpret_cast<uint4*>(&pack)[i] = __ldcs(reinterpret_cast<const uint4*>(x) + i);
+    }
+    return pack;
+}
+
+template <class T> __device__ inline void save_last(T* x, const Pack<T>& pack, bool aligned) {
+    if (!aligned) return save(x, pack, false);
+    if constexpr (sizeof(pack) == sizeof(uint2)) {
+        __stcs(reinterpret_cast<uint2*>(x), reinterpret_cast<const uint2&>(pack));
+    } else {
+        for (unsigned i = 0; i < sizeof(pack) / sizeof(uint4); ++i)
+            __stcs(reinterpret_cast<uint4*>(x) + i, reinterpret_cast<const uint4*>(&pack)[i]);
+    }
+}
+
 // The part of an array that a block works on.
 struct Part {
     const Array& array;
@@ -330,21 +353,28 @@ template <class T> struct AffineMap {
 };
 
 // Update `p`, a parameter or its master copy; `rounded`, the parameter of a master copy, gets its value, or is null.
-template <class T, class P, class G, class R>
+// LAST: the cache is wanted for other memory.
+template <bool LAST, class T, class P, class G, class R>
 __device__ inline void update(const Part& part, P* p, const G* g, T* v, R* rounded, const AffineMap<T>& map) {
     bool aligned = is_aligned(p) && is_aligned(g) && is_aligned(v) && is_aligned(rounded);
 #pragma unroll 2
     for (i64 k = part.begin + WIDTH * (i64)threadIdx.x; k < part.whole; k += WIDTH * THREADS) {
-        Pack<P> ps = load(p + k, aligned);
-        Pack<G> gs = load(g + k, aligned);
+        Pack<P> ps = LAST ? load_last(p + k, aligned) : load(p + k, aligned);
+        Pack<G> gs = LAST ? load_last(g + k, aligned) : load(g + k, aligned);
         Pack<T> vs = {};
         Pack<R> copies;
-        if (v != nullptr) vs = load(v + k, aligned);
+        if (v != nullptr) vs = LAST ? load_last(v + k, aligned) : load(v + k, aligned);
         for (int i = 0; i < WIDTH; ++i) {
             T x = (T)wide(ps.at[i]), slope = (T)wide(gs.at[i]);
             x = v != nullptr ? map(x, slope, vs.at[i]) : map(x, slope);
             store(ps.at[i], x);
             store(copies.at[i], x);
+        }
+        if (LAST) {
+            save_last(p + k, ps, aligned);
+            if (v != nullptr) save_last(v + k, vs, aligned);
+            if (rounded != nullptr) save_last(rounded + k, copies, aligned);
+            continue;
         }
         save(p + k, ps, aligned);
         if (v != nullptr) save(v + k, vs, aligned);
@@ -380,7 +410,7 @@ __device__ inline void commit(const Model& m, bool taken) {
 }
 
 // Update a piece, by a block.
-template <class P, class G> __device__ inline void update_piece(const Model& m, int piece) {
+template <bool LAST, class P, class G> __device__ inline void update_piece(const Model& m, int piece) {
     typedef typename Computed<P>::type T;
     Part part(m, piece);
     const G* g = reinterpret_cast<const G*>(part.g);
@@ -388,8 +418,8 @@ template <class P, class G> __device__ inline void update_piece(const Model& m, 
     T* v = reinterpret_cast<T*>(part.array.v);
     T* master = reinterpret_cast<T*>(part.array.master);
     P* p = reinterpret_cast<P*>(part.array.p);
-    if (master != nullptr) update(part, master, g, v, p, map);
-    else update(part, p, g, v, (P*)nullptr, map);
+    if (master != nullptr) update<LAST>(part, master, g, v, p, map);
+    else update<LAST>(part, p, g, v, (P*)nullptr, map);
 }
 
 // Third stage, core.apply: of `count` pieces from `first` on, one a block; `last` in the last launch for the model.
@@ -398,5 +428,5 @@ template <class P, class G> __device__ inline void update_piece(const Model& m, 
 template <class P, class G> __device__ inline void apply(const Model& m, int first, int count, int last) {
     bool taken = is_taken(m);
     if (blockIdx.x == 0 && last && m.decides) commit(m, taken);
-    if (taken && (int)blockIdx.x < count) update_piece<P, G>(m, first + count - 1 - (int)blockIdx.x);
+    if (taken && (int)blockIdx.x < count) update_piece<false, P, G>(m, first + count - 1 - (int)blockIdx.x);
 }

@@ -70,7 +70,7 @@ template <class P, class G> __device__ inline void step(const Model& m, const Pl
         } else if (taken) {
             if (threadIdx.x == 0) wait_for(plan.measured + task.unit, plan.units[task.unit].pieces + 1);
             __syncthreads();
-            update_piece<P, G>(m, ~task.piece);
+            update_piece<true, P, G>(m, ~task.piece);
         }
         __syncthreads();  // before `turn` is overwritten
     }

@@ -81,11 +81,15 @@ def test_memory_is_moved_in_vectors() -> None:
     """16 bytes at once, for each array that is read or written; sums in float64; and nothing kept in local memory."""
     text = compiled(one_launch_source([("float32", "float32")]), 90, assembly=True)[0].decode()
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", text, re.DOTALL))
-    reads = {name: len(re.findall(r"ld\.(?:global\.)?v4\.f32", body)) for name, body in bodies.items()}
-    writes = {name: len(re.findall(r"st\.(?:global\.)?v4\.f32", body)) for name, body in bodies.items()}
+    reads, writes = (
+        {name: len(re.findall(rf"{kind}\.(?:global\.)?(?:cs\.)?v4\.[fu]32", body)) for name, body in bodies.items()}
+        for kind in ("ld", "st")
+    )
     assert reads["sums_float32_float32"] >= 2 and reads["apply_float32_float32"] >= 3
     assert writes["sums_float32_float32"] == 0 and writes["apply_float32_float32"] >= 2
     assert reads["step_float32_float32"] >= 5 and writes["step_float32_float32"] >= 2
+    streams = {name for name, body in bodies.items() if "ld.global.cs.v4" in body and "st.global.cs.v4" in body}
+    assert streams == {"step_float32_float32"}, "updates leave the cache to sums where it is planned for these"
     assert "fma.rn.f64" in bodies["sums_float32_float32"]
     assert "fma" not in bodies["apply_float32_float32"], "each operation is rounded, as NumPy does"
     assert ".local" not in text
