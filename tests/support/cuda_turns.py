@@ -56,7 +56,7 @@ class Twins:
             name, grid if name.startswith("step") else blocks, *more
         )
         for device in self.devices:
-            device.cache_bytes = 3000  # a share of two or three pieces
+            device.cache_bytes = int(1500 / one_launch.SHARE)  # a share of two or three pieces
         assert self.step([0])
 
     def step(self, turns: Any, *, found_inf: bool = False) -> bool:

@@ -168,7 +168,8 @@ def test_it_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_cache_decides_on_the_order_of_tasks(device: Any) -> None:
     """None is better than one that holds less than blocks work on at once: they would wait for each other."""
     found = []
-    for cache, multiprocessors in ((0, 2), (15_000, 2), (15_000, 50)):
+    enough = int(7_500 / one_launch.SHARE)
+    for cache, multiprocessors in ((0, 2), (enough, 2), (enough, 50)):
         device.cache_bytes, device.multiprocessors = cache, multiprocessors
         optimizer = LARS(numbers(0, [700, 300, 700, 300]), **HYPER)
         optimizer.step(numbers(1, [700, 300, 700, 300]))
