@@ -29,7 +29,7 @@ docs: .venv/docs.installed ## Build docs/_build/index.html, warnings are errors
 bench: .venv/bench.installed .venv/timm.installed ## Measure speed and memory beside other LARS
 	.venv/bin/python -m benchmarks cpu $(ARGS)
 
-gpu: ## On a machine with a GPU: tests, compute-sanitizer, benchmark, by what PYTHON has; installs nothing
+gpu: ## On a machine with a GPU: tests, benchmark, compute-sanitizer in ten minutes, by what PYTHON has
 	@$(PYTHON) tests/gpu/on_a_gpu.py $(ARGS)
 
 crash: .venv/test.installed ## Kill processes that save, 200 times

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import gpu_table, results, shapes
 from benchmarks.arrays import GRADIENT, PARAMETER, make
@@ -33,6 +33,20 @@ CASES = {
     "vit-l": Case("ViT-L/16", shapes.vit_l, 21),
     "1b": Case("a language model", shapes.language_model, 11),
 }
+
+
+class Times(NamedTuple):
+    """The seconds of steps.
+
+    Parameters
+    ----------
+    host, device, queued : list of float
+        By the host's clock until the device is done, by the device's, and until the host has asked for a step.
+    """
+
+    host: list[float]
+    device: list[float]
+    queued: list[float]
 
 
 def main(names: Sequence[str] | None, rounds: int | None, only: Sequence[str] | None, out: Path, gpu: Any) -> int:
@@ -58,18 +72,22 @@ def main(names: Sequence[str] | None, rounds: int | None, only: Sequence[str] | 
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take three quarters of the memory
     facts = gpu.facts()
-    document: dict[str, Any] = {"format": FORMAT, "gpu": facts, "machine": machine(), "versions": versions()}
-    document |= {"options": OPTIONS, "copy_bytes_per_s": gpu.copy_bandwidth(), "cases": {}}
-    document |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit()}
+    setting: dict[str, Any] = {"format": FORMAT, "gpu": facts, "machine": machine(), "versions": versions()}
+    setting |= {"options": OPTIONS, "date": datetime.now(UTC).date().isoformat(), "commit": commit()}
     contestants = [c for c in GPU if not only or any(part in c.name for part in only)]
     path = out / f"gpu-{re.sub('[^a-z0-9]+', '-', facts['name'].lower()).strip('-')}.json"
+    try:
+        document = results.load(path, setting)  # of cases that were measured before, on the same day
+    except results.ConflictError:
+        document = setting | {"cases": {}}
+    document.setdefault("copy_bytes_per_s", gpu.copy_bandwidth())
     for name in names or CASES:
         case = CASES[name]
         document["cases"][name] = measure(name, case, contestants, rounds or case.rounds, gpu)
         results.save(path, document)  # what was measured is not lost if a later case ends badly
         path.with_suffix(".md").write_text(gpu_table.markdown(document))
     print(gpu_table.markdown(document))
-    return int(any(case["failed"] for case in document["cases"].values()))
+    return int(any(document["cases"][name]["failed"] for name in names or CASES))
 
 
 def measure(name: str, case: Case, contestants: Sequence[Contestant], rounds: int, gpu: Any) -> dict[str, Any]:
@@ -77,7 +95,7 @@ def measure(name: str, case: Case, contestants: Sequence[Contestant], rounds: in
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
     first: dict[str, dict[str, Any]] = {}
-    times: dict[str, tuple[list[float], list[float]]] = {}
+    times: dict[str, Times] = {}
     sizes = case.sizes
     params, grads = make(case.shapes(), PARAMETER), make(case.shapes(), GRADIENT)
     truth = Truth(case.shapes()) if sum(sizes) <= CHECKED else None
@@ -131,25 +149,27 @@ def _warm(c: Contestant, params: list[Any], grads: list[Any], truth: Truth | Non
     return run, {"first_steps_s": seconds, "error": error}
 
 
-def _timed(runs: dict[str, Run], rounds: int, gpu: Any) -> dict[str, tuple[list[float], list[float]]]:
-    """Return the seconds of each step by the host's clock and by the device's; a first round is not counted."""
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+def _timed(runs: dict[str, Run], rounds: int, gpu: Any) -> dict[str, Times]:
+    """Return the seconds of each step; a first round is not counted."""
+    seconds: dict[str, Times] = {name: Times([], [], []) for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(rounds + 1):
         shuffle(order)
         for name in order:
             runs[name].before()
-            seconds[name][0].append(gpu.timed(runs[name].step, ahead=False)[0])
+            seconds[name].host.append(gpu.timed(runs[name].step, ahead=False)[0])
             runs[name].before()
-            seconds[name][1].append(gpu.timed(runs[name].step, ahead=True)[1])
-    return {name: (host[1:], device[1:]) for name, (host, device) in seconds.items()}
+            _, device, queued = gpu.timed(runs[name].step, ahead=True)
+            seconds[name].device.append(device)
+            seconds[name].queued.append(queued)
+    return {name: Times(*(column[1:] for column in columns)) for name, columns in seconds.items()}
 
 
-def _row(c: Contestant, times: dict[str, tuple[list[float], list[float]]], first: dict[str, Any]) -> dict[str, Any]:
-    host, device = times[c.name]
+def _row(c: Contestant, times: dict[str, Times], first: dict[str, Any]) -> dict[str, Any]:
+    host, device, queued = times[c.name]
     row = {"label": c.label, "kind": c.kind, "rule": c.rule, "host": summary(host)} | first[c.name]
     row["ratio"] = ratios(host, times[REFERENCE][0]) if REFERENCE in times else None
-    row["device"] = None if c.name in OWN_STREAM else summary(device)
+    row["device"], row["queued"] = (None if c.name in OWN_STREAM else summary(x) for x in (device, queued))
     return row
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -55,6 +56,20 @@ def cupy_graph(params: list[Any], grads: list[Any]) -> Run:
             graphs.append(None)
 
     return Run(step, lambda: [cupy.asnumpy(p) for p in own])
+
+
+def one_launch(params: list[Any], grads: list[Any], *, build: Callable[..., Run]) -> Run:
+    """The same in one launch a step, which is asked for while the optimizer makes its tables."""
+    run, first = build(params, grads), iter(range(2))
+
+    def step() -> None:
+        if next(first, None) is None:
+            run.step()
+        else:
+            with patch.dict(os.environ, LARS_ARRAY_CUDA="one-launch"):
+                run.step()
+
+    return Run(step, run.parameters)
 
 
 def torch_run(
@@ -179,8 +194,11 @@ OWN_STREAM = {"optax, jax.jit", "lars_jax.lars, jax.jit", "lars_jax.LARS", "lars
 GPU = [
     Contestant("lars_array, CuPy, captured in a graph", cupy_graph),
     Contestant("lars_array, CuPy, nonfinite=propagate", partial(cupy_lars, **UNCHECKED)),
+    Contestant("lars_array, CuPy, one launch", partial(one_launch, build=partial(cupy_lars, **UNCHECKED))),
+    Contestant("lars_array, CuPy, one launch, captured in a graph", partial(one_launch, build=cupy_graph)),
     Contestant("lars_array, CuPy", cupy_lars),
     Contestant("lars_torch", torch_adapter),
+    Contestant("lars_torch, one launch", partial(one_launch, build=torch_adapter)),
     Contestant("lars_jax.lars, jax.jit", jax_transformation, copies=6, most_arrays=1000, float32_norms=True),
     Contestant("lars_jax.LARS, donate=True", partial(jax_adapter, donate=True)),
     Contestant("lars_jax.LARS", partial(jax_adapter, donate=False), copies=4),

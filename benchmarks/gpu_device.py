@@ -84,8 +84,8 @@ class Gpu:
         seconds = [self.timed(lambda: self._cupy.copyto(target, source), ahead=True)[1] for _ in range(COPIES)]
         return 2 * size / float(np.median(seconds))
 
-    def timed(self, step: Callable[[], object], *, ahead: bool) -> tuple[float, float]:
-        """Return the seconds of a step by the host's clock, until the device is done, and by the device's events.
+    def timed(self, step: Callable[[], object], *, ahead: bool) -> tuple[float, float, float]:
+        """Return the seconds of a step: of the host until the device is done, of the device, of the host alone.
 
         Parameters
         ----------
@@ -93,12 +93,13 @@ class Gpu:
             What to time.
         ahead : bool
             Whether the device has something else to do first, so that what the host takes to ask for the step does
-            not show, if it is less than that. The host's time is of no use then.
+            not show, if it is less than that. The first time is of no use then.
 
         Returns
         -------
-        tuple (float, float)
-            Seconds.
+        tuple (float, float, float)
+            By the host's clock, until the device is done; by the device's events; and by the host's clock, until the
+            call returns.
         """
         events = self._cupy.cuda.Event(), self._cupy.cuda.Event()
         self.synchronize()
@@ -107,7 +108,8 @@ class Gpu:
         start = time.perf_counter()
         events[0].record()
         step()
+        queued = time.perf_counter() - start
         events[1].record()
         self.synchronize()
         seconds = time.perf_counter() - start
-        return seconds, self._cupy.cuda.get_elapsed_time(*events) / 1e3
+        return seconds, self._cupy.cuda.get_elapsed_time(*events) / 1e3, queued

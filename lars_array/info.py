@@ -24,7 +24,7 @@ _PACKAGES = (
     "jax",
     "optax",
 )
-_SETTINGS = ("LARS_ARRAY_KERNEL", "LARS_ARRAY_THREADS", "NUMBA_CACHE_DIR")
+_SETTINGS = ("LARS_ARRAY_KERNEL", "LARS_ARRAY_THREADS", "LARS_ARRAY_CUDA", "NUMBA_CACHE_DIR")
 
 
 def collect() -> dict[str, Any]:

@@ -1,21 +1,44 @@
-"""What needs a GPU: the tests marked so, NVIDIA's compute-sanitizer over some of them, and the benchmark.
+"""What needs a GPU, in parts, in ten minutes: what has not been run on one yet comes first.
 
 ``make gpu`` runs this under the interpreter in PYTHON, with what that has: nothing is installed. Arguments choose
-parts: tests, sanitizers, benchmark; those behind ``--`` are for ``python -m benchmarks gpu``.
+parts, which are run in the order of `PARTS`; those behind ``--`` are for ``python -m benchmarks gpu``. With ``--out
+DIR`` what each part prints goes to a file in that folder, beside the figures and ``parts.json``. A part that takes
+longer than its share is stopped, and the next begins.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import glob
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("tests", "sanitizers", "benchmark")
+SECONDS = 600  # for all parts; each has its own limit, or what is left
+
+# The tests of a part and the seconds that it may take; or the case of the benchmark. "graphs" are in several files.
+NEW = {
+    "jax": (["tests/gpu/test_jax.py"], 100),
+    "graphs": (["tests/gpu", "-k", "graph or captured or replay"], 60),
+    "sharding": (["tests/gpu/test_collectives.py"], 50),
+    "one-launch": (["tests/gpu/test_one_launch.py"], 60),
+}
+MEASURED = {"resnet50": 90, "vit-l": 80, "1b": 100}
+OTHERS = {"tests": 90, "sanitizers": 300}
+NOTHING = "nothing was run"  # by pytest, since all of it is skipped
+PARTS = {**{name: seconds for name, (_, seconds) in NEW.items()}, **MEASURED, **OTHERS}
+
+# Who is measured beside lars_array: the others need minutes to compile.
+CONTESTANTS = ("lars", "optax", "torch_optimizer", "torch SGD")
 
 NEEDED = {
     "numpy": "numpy",
@@ -28,14 +51,18 @@ WELCOME = {"torch": "torch with CUDA", "ml_dtypes": "ml-dtypes", "jax": "jax wit
 WELCOME |= {"timm": "timm", "torch_optimizer": "torch_optimizer"}
 
 # Sizes and shapes of all kinds, and every kernel; not what is about time.
-SANITIZED = "on_the_gpu and not ten_thousand or bfloat16"
+SANITIZED = "on_the_gpu and not ten_thousand or bfloat16 or three_launches"
+SANITIZERS = ("memcheck", "racecheck")
 
 
 def main(arguments: list[str]) -> int:
     """Return 0 if all that was asked for went well, 2 if it could not be tried."""
-    parts, _, options = " ".join(arguments).partition("--")
-    chosen = parts.split() or list(PARTS)
-    unknown = [part for part in chosen if part not in PARTS]
+    mine, _, options = " ".join(arguments).partition("-- ")
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    parser.add_argument("parts", nargs="*")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args(mine.split())
+    unknown = [part for part in asked.parts if part not in PARTS]
     if unknown:
         print(f"parts are {', '.join(PARTS)}; got {unknown[0]!r}", file=sys.stderr)
         return 2
@@ -51,19 +78,73 @@ def main(arguments: list[str]) -> int:
     absent = [package for module, package in WELCOME.items() if find_spec(module) is None]
     if absent:
         print(f"without {', '.join(absent)}: what needs them is skipped")
-    results = {}
-    for part in PARTS:
-        if part in chosen:
-            results[part] = {"tests": tests, "sanitizers": sanitizers}.get(part, lambda: benchmark(options.split()))()
-    for part, failures in results.items():
-        print(f"{part}: {'; '.join(failures) if failures else 'passed'}")
-    return int(any(results.values()))
+    chosen = [part for part in PARTS if not asked.parts or part in asked.parts]
+    results = run_parts(chosen, lambda part: commands(part, asked.out, options.split()), asked.out)
+    return int(any(result not in ("passed", NOTHING) for result in results.values()))
 
 
-def environment(**more: str) -> dict[str, str]:
+def commands(part: str, out: Path | None, options: list[str]) -> list[list[str]]:
+    """Return what a part runs."""
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-ra", "-p", "no:cacheprovider"]
+    if part in NEW:
+        return [[*pytest, *NEW[part][0]]]
+    if part in MEASURED:
+        folder = [] if out is None else ["--out", str(out)]
+        measure = [sys.executable, "-m", "benchmarks", "gpu", "--case", part, "--only", *CONTESTANTS, *folder]
+        return [[*measure, *options]]
+    if part == "tests":
+        done = [arguments[0] for arguments, _ in NEW.values()]
+        return [[*pytest, *(name for name in marked() if name not in done)]]
+    tool = ["env", "LARS_WITHOUT_POOL=1", sanitizer()]
+    some = [*pytest, "-x", "tests/gpu/test_kernel.py", "tests/gpu/test_one_launch.py", "-k", SANITIZED]
+    return [[*tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", *some] for name in SANITIZERS]
+
+
+def run_parts(chosen: list[str], commands_of: Any, out: Path | None, seconds: float = SECONDS) -> dict[str, str]:
+    """Run parts, and return what became of each; that of those that are over stays, whatever happens to later ones."""
+    results: dict[str, str] = {}
+    end = time.monotonic() + seconds
+    for part in chosen:
+        start = time.monotonic()
+        results[part] = run(commands_of(part), min(start + PARTS[part], end), out and out / f"{part}.log")
+        print(f"{part}: {results[part]}, {time.monotonic() - start:.0f} s", flush=True)
+        if out is not None:
+            (out / "parts.json").write_text(json.dumps(results, indent=2) + "\n")
+    print("\n".join(["", *(f"{part}: {result}" for part, result in results.items())]))
+    return results
+
+
+def run(commands: list[list[str]], end: float, log: Path | None) -> str:
+    """Run commands until one fails or the time is up, and return which it was."""
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext(None) if log is None else log.open("w") as file:
+        for command in commands:
+            left = end - time.monotonic()
+            if left <= 0:
+                return "not run, the time was up"
+            print("+", *command, file=file, flush=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
+            )
+            try:
+                status = process.wait(timeout=left)
+                if status != 0:
+                    return NOTHING if status == 5 and "pytest" in command else f"failed: {status}"
+            except subprocess.TimeoutExpired:
+                return "stopped, the time was up"
+            finally:  # with what it has started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return "passed"
+
+
+def environment() -> dict[str, str]:
     """Return the environment, in which the packages are found where they lie, and no GPU is a failure."""
     known = [str(ROOT), str(ROOT / "adapters"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(known), "LARS_REQUIRE_GPU": "1"} | more
+    more = {"LARS_REQUIRE_GPU": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # else JAX takes most of the memory
+    return os.environ | {"PYTHONPATH": os.pathsep.join(known)} | more
 
 
 def marked() -> list[str]:
@@ -72,46 +153,14 @@ def marked() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 
-def run(command: list[str], **more: str) -> bool:
-    print("+", *command, flush=True)
-    return subprocess.run(command, cwd=ROOT, env=environment(**more), check=False).returncode == 0
-
-
-def tests() -> list[str]:
-    """Run all tests that are marked."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-ra", "-p", "no:cacheprovider", *marked()]
-    return [] if run(command) else ["failed"]
-
-
-def sanitizer() -> str | None:
-    """Return where compute-sanitizer is."""
+def sanitizer() -> str:
+    """Return where compute-sanitizer is, which comes with the CUDA toolkit."""
     folders = [
         *filter(None, [os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME")]),
         *glob.glob("/usr/local/cuda*"),
     ]
     found = [shutil.which("compute-sanitizer"), *(shutil.which("compute-sanitizer", path=f"{x}/bin") for x in folders)]
-    return next(filter(None, found), None)
-
-
-def sanitizers() -> list[str]:
-    """Run the kernels under memcheck and racecheck."""
-    tool = sanitizer()
-    if tool is None:
-        return [
-            "compute-sanitizer is not there: it comes with the CUDA toolkit; looked in PATH and /usr/local/cuda*/bin"
-        ]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/gpu/test_kernel.py"]
-    failures = []
-    for name in ("memcheck", "racecheck"):
-        options = ["--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
-        if not run([tool, *options, *pytest, "-k", SANITIZED], LARS_WITHOUT_POOL="1"):
-            failures.append(f"{name} failed")
-    return failures
-
-
-def benchmark(options: list[str]) -> list[str]:
-    """Measure."""
-    return [] if run([sys.executable, "-m", "benchmarks", "gpu", *options]) else ["failed"]
+    return next(filter(None, found), "compute-sanitizer")
 
 
 if __name__ == "__main__":

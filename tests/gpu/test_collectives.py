@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_bodies import HYPER, model
+from cuda_graphs import capture, own_stream
 
 from lars_array import LARS, RefusedElsewhereError, collectives
 
@@ -59,13 +60,9 @@ def test_a_graph_captures_a_step_with_its_sum(cp: Any, options: dict[str, Any]) 
     params, grads = put(cp, 0), put(cp, 1)
     lr = cp.array(HYPER["lr"])
     optimizer = LARS(params, **HYPER | {"lr": lr}, **options, all_reduce=twice)
-    stream = cp.cuda.Stream(non_blocking=True)
-    cp.cuda.get_current_stream().synchronize()
-    with stream:
+    with own_stream(cp) as stream:
         optimizer.step(grads)
-        stream.begin_capture()
-        optimizer.step(grads)
-        graph = stream.end_capture()
+        graph = capture(stream, optimizer.step, grads)
         others = []
         for seed in (2, 3):
             others += [cp.full(1000, seed, cp.float64) for _ in range(100)]
@@ -74,7 +71,6 @@ def test_a_graph_captures_a_step_with_its_sum(cp: Any, options: dict[str, Any]) 
             graph.launch(stream)
             stream.synchronize()
         optimizer.step(put(cp, 4))
-    stream.synchronize()
     optimizer.synchronize()
     assert (optimizer.steps, optimizer.skipped_steps) == (4, 0)
     assert all(float(x.min()) == float(x.max()) in (2.0, 3.0) for x in others)
@@ -89,13 +85,9 @@ def test_a_replay_without_all_processes_writes_nothing(cp: Any) -> None:
 
     params, grads = put(cp, 0), put(cp, 1)
     optimizer = LARS(params, **HYPER, all_reduce=add)
-    stream = cp.cuda.Stream(non_blocking=True)
-    cp.cuda.get_current_stream().synchronize()
-    with stream:
+    with own_stream(cp) as stream:
         optimizer.step(grads)
-        stream.begin_capture()
-        optimizer.step(grads)
-        graph = stream.end_capture()
+        graph = capture(stream, optimizer.step, grads)
         before = [cp.asnumpy(p).tobytes() for p in params]
         factor[...] = 1.0
         graph.launch(stream)
@@ -103,7 +95,6 @@ def test_a_replay_without_all_processes_writes_nothing(cp: Any) -> None:
         assert [cp.asnumpy(p).tobytes() for p in params] == before
         factor[...] = 2.0
         graph.launch(stream)
-    stream.synchronize()
     with pytest.raises(RefusedElsewhereError, match="not all processes took part alike in an earlier step"):
         optimizer.synchronize()
     assert optimizer.steps == 2
@@ -123,17 +114,12 @@ def test_nccl_adds_on_one_process(cp: Any, nccl: Any, captured: bool) -> None:
     optimizer = LARS(params, **HYPER, all_reduce=nccl)
     theirs = LARS(here, **HYPER, kernel="portable")
     grads = put(cp, 1)
-    stream = cp.cuda.Stream(non_blocking=True)
-    cp.cuda.get_current_stream().synchronize()
-    with stream:
+    with own_stream(cp) as stream:
         optimizer.step(grads)
         if captured:
-            stream.begin_capture()
-            optimizer.step(grads)
-            graph = stream.end_capture()
+            graph = capture(stream, optimizer.step, grads)
         for _ in range(3):
             graph.launch(stream) if captured else optimizer.step(grads)
-    stream.synchronize()
     optimizer.synchronize()
     for _ in range(4):
         theirs.step(model(1))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cuda_bodies import BODIES, HYPER, Place, model
 from cuda_busy import busy
+from cuda_graphs import capture, own_stream
 
 from lars_array import LARS, RULES, core, kernels
 from lars_array.hyperparams import at_step, inputs_of
@@ -123,14 +124,10 @@ def test_a_graph_takes_steps(cp: Any, place: Place) -> None:
         params, grads = [place.put(p) for p in model(0)], [place.put(g) for g in model(1)]
         lr = place.put(np.array(0.1))
         optimizer = LARS(params, **HYPER | {"lr": lr}, nonfinite="skip")
-        stream = cp.cuda.Stream(non_blocking=True)
-        cp.cuda.get_current_stream().synchronize()
-        with stream:
+        with own_stream(cp) as stream:
             optimizer.step(grads)
             if captured:
-                stream.begin_capture()
-                optimizer.step(grads)
-                graph = stream.end_capture()
+                graph = capture(stream, optimizer.step, grads)
                 optimizer.step([place.put(g) for g in model(1)])  # elsewhere: the graph must not follow
             for k in range(3):
                 lr[...] = 0.1 / (k + 1)
@@ -138,7 +135,6 @@ def test_a_graph_takes_steps(cp: Any, place: Place) -> None:
                     graph.launch(stream)
                 elif not captured:
                     optimizer.step(grads)
-        stream.synchronize()
         optimizer.synchronize()
         results.append(b"".join(place.get(p).tobytes() for p in params))
         assert optimizer.skipped_steps == 0
@@ -148,13 +144,9 @@ def test_a_graph_takes_steps(cp: Any, place: Place) -> None:
 def test_a_skipped_step_of_a_graph_is_counted(cp: Any, place: Place) -> None:
     params, grads = [place.put(p) for p in model(0)], [place.put(g) for g in model(1)]
     optimizer = LARS(params, **HYPER, nonfinite="skip")
-    stream = cp.cuda.Stream(non_blocking=True)
-    cp.cuda.get_current_stream().synchronize()
-    with stream:
+    with own_stream(cp) as stream:
         optimizer.step(grads)
-        stream.begin_capture()
-        optimizer.step(grads)
-        graph = stream.end_capture()
+        graph = capture(stream, optimizer.step, grads)
         before = [place.get(p).tobytes() for p in params]
         grads[0][0, 0, 0, 0] = np.nan
         graph.launch(stream)

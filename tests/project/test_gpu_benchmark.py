@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ SMALL = Case("small", lambda: [(7, 3), (5,), (40, 40)], rounds=3)
 
 
 class NoGpu:
-    """Tells made-up times: the host takes a millisecond for each step, the device half of one."""
+    """Tells made-up times: a step takes a millisecond, the device half of one, and the host alone a quarter."""
 
     def facts(self) -> dict[str, Any]:
         facts = {
@@ -50,9 +52,9 @@ class NoGpu:
     def synchronize(self) -> None:
         pass
 
-    def timed(self, step: Callable[[], object], *, ahead: bool) -> tuple[float, float]:
+    def timed(self, step: Callable[[], object], *, ahead: bool) -> tuple[float, float, float]:
         step()
-        return 1e-3, 5e-4
+        return 1e-3, 5e-4, 2.5e-4
 
 
 def on_the_cpu(params: list[Any], grads: list[Any], *, wrong: bool = False) -> Any:
@@ -89,7 +91,8 @@ def test_who_is_right_is_timed_and_all_are_named(
     case = document["cases"]["small"]
     assert list(case["contestants"]) == [gpu_contestants.REFERENCE]
     row = case["contestants"][gpu_contestants.REFERENCE]
-    assert (row["host"]["median_ms"], row["device"]["median_ms"], row["ratio"]["median"]) == (1.0, 0.5, 1.0)
+    assert [row[clock]["median_ms"] for clock in ("host", "device", "queued")] == [1.0, 0.5, 0.25]
+    assert row["ratio"]["median"] == 1.0
     assert row["error"] < 1e-4
     assert case["skipped"] == {
         "absent": "it is not here",
@@ -99,8 +102,17 @@ def test_who_is_right_is_timed_and_all_are_named(
     table = capsys.readouterr().out
     assert "NVIDIA Made-Up 9000" in table
     limit = 1e3 * 7 * 4 * (21 + 5 + 1600) / 1e9
-    assert f"| {0.5 / limit:.2f} |" in table
+    assert f"| {0.5 / limit:.2f} | 0.250 |" in table
     assert table.strip() == gpu_table.markdown(document).strip()
+    monkeypatch.setattr(gpu, "CASES", {"small": SMALL, "other": SMALL})
+    monkeypatch.setattr(NoGpu, "copy_bandwidth", lambda self: 2e9)
+    gpu.main(["other"], 1, ["absent"], tmp_path, NoGpu())
+    added = json.loads((tmp_path / "gpu-nvidia-made-up-9000-80-gb.json").read_text())
+    assert list(added["cases"]) == ["small", "other"] and added["copy_bytes_per_s"] == 1e9
+    assert added["cases"]["small"] == case
+    monkeypatch.setattr(gpu, "commit", lambda: "another")
+    gpu.main(["other"], 1, ["absent"], tmp_path, NoGpu())
+    assert list(json.loads((tmp_path / "gpu-nvidia-made-up-9000-80-gb.json").read_text())["cases"]) == ["other"]
 
 
 def test_one_after_the_other_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +147,70 @@ def test_the_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "case must be one of resnet50, vit-l, 1b; got 'tiny'" in capsys.readouterr().err
 
 
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that ``make gpu`` runs."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "gpu"))
+    return importlib.import_module("on_a_gpu")
+
+
+def test_a_part_that_fails_or_takes_too_long_costs_no_other(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripts = {
+        "good": "print('well')",
+        "bad": "import sys; sys.exit(3)",
+        "long": "import time; print('begun', flush=True); time.sleep(60)",
+        "skipped": "import sys; sys.exit(5)",
+        "late": "import time; time.sleep(60)",
+        "never": "",
+    }
+    monkeypatch.setattr(parts, "PARTS", dict.fromkeys(scripts, 20) | {"long": 2.0})
+
+    def commands(part: str) -> list[list[str]]:
+        if part in ("late", "never"):
+            assert json.loads((tmp_path / "parts.json").read_text())["good"] == "passed", "kept by now"
+        return [[sys.executable, "-c", scripts[part], *(["pytest"] if part == "skipped" else [])]]
+
+    start = time.monotonic()
+    found = parts.run_parts(list(scripts), commands, tmp_path, seconds=6.0)
+    assert 6 <= time.monotonic() - start < 15
+    assert found == {
+        "good": "passed",
+        "bad": "failed: 3",
+        "long": "stopped, the time was up",
+        "skipped": parts.NOTHING,
+        "late": "stopped, the time was up",
+        "never": "not run, the time was up",
+    }
+    assert json.loads((tmp_path / "parts.json").read_text()) == found
+    assert (tmp_path / "good.log").read_text().endswith("well\n")
+    assert (tmp_path / "long.log").read_text().endswith("begun\n"), "what a part has printed stays"
+    assert "\nlong: stopped, the time was up\n" in capsys.readouterr().out
+
+
+def test_parts_are_ten_minutes_and_run_what_is_there(parts: Any) -> None:
+    assert sum(seconds for part, seconds in parts.PARTS.items() if part not in parts.OTHERS) <= parts.SECONDS
+    assert list(parts.PARTS)[:5] == ["jax", "graphs", "sharding", "one-launch", "resnet50"]
+    assert set(parts.MEASURED) == set(gpu.CASES)
+    run = {part: parts.commands(part, Path("/out"), ["--rounds", "3"]) for part in parts.PARTS}
+    named = {word for commands in run.values() for command in commands for word in command if word.endswith(".py")}
+    assert {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")} <= named
+    assert all((ROOT / name).exists() for name in named)
+    assert run["1b"][0][-4:] == ["--out", "/out", "--rounds", "3"]
+    assert [command[4] for command in run["sanitizers"]] == ["memcheck", "racecheck"]
+    others = {c.name for c in gpu_contestants.GPU if not any(part in c.name for part in parts.CONTESTANTS)}
+    assert others == {"timm, foreach", "timm, torch.compile"}
+
+
 def on_a_gpu(*arguments: str) -> Any:
     command = [sys.executable, "tests/gpu/on_a_gpu.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_make_gpu_says_what_is_missing() -> None:
+def test_make_gpu_says_what_is_missing(parts: Any) -> None:
     done = on_a_gpu("everything")
-    assert (done.returncode, done.stderr) == (2, "parts are tests, sanitizers, benchmark; got 'everything'\n")
+    assert (done.returncode, done.stderr) == (2, f"parts are {', '.join(parts.PARTS)}; got 'everything'\n")
     try:
         import cupy
     except ImportError:
@@ -218,3 +286,4 @@ def test_ours_compute_what_they_claim(name: str, monkeypatch: pytest.MonkeyPatch
     assert not case["failed"] and not case["skipped"]
     assert case["contestants"][name]["error"] < 1e-4
     assert bool(captured) == ("graph" in name)
+    assert any(name.startswith("step") for name, _ in device.launches) == ("one launch" in name)

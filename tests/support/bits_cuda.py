@@ -106,7 +106,7 @@ class _Device:
     def is_capturing(self) -> bool:
         return False
 
-    def compile(self, pairs: Any) -> None:
+    def compile(self, pairs: Any, **options: Any) -> None:
         pass
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:

@@ -1,8 +1,8 @@
 // CUDA enough to run lars.cu on the CPU: a block's threads are fibers, which take turns at each barrier.
 //
 // The order of turns can be chosen: a missing barrier, or a thread that reads what another has still to write, shows as a
-// result that depends on it. So does shared memory that is read before it is written: it is filled with 0xA5 before each
-// block. Blocks run one after the other, in an order that can be chosen too.
+// result that depends on it. Blocks run one after the other, in an order that can be chosen too; where
+// BLOCKS_ARE_THREADS is defined, as cuda_turns.h says.
 
 #include <ucontext.h>
 
@@ -13,15 +13,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define __device__
 #define __global__
 #define __launch_bounds__(threads)
-#define __shared__ static
+#ifdef BLOCKS_ARE_THREADS
+#define LOCAL thread_local
+#else
+#define LOCAL
+#endif
+#define __shared__ static LOCAL
 
 struct Index { unsigned x; };
-static Index threadIdx, blockIdx;
+static LOCAL Index threadIdx, blockIdx;
+static Index gridDim;
 
 static const size_t STACK = 1 << 17;
 
@@ -29,23 +36,55 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     int barrier = 0;  // the line it waits at; -1: it has ended
+    void* known = nullptr;  // to ThreadSanitizer
 };
 
-static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static LOCAL std::vector<Fiber> fibers;
+static LOCAL ucontext_t scheduler;
+static LOCAL void* scheduler_known;
+static LOCAL unsigned current;
 static std::function<void()> body;
-static unsigned current;
+
+#ifdef __SANITIZE_THREAD__
+extern "C" void* __tsan_get_current_fiber();
+extern "C" void* __tsan_create_fiber(unsigned);
+extern "C" void __tsan_destroy_fiber(void*);
+extern "C" void __tsan_switch_to_fiber(void*, unsigned);
+#else
+static void* __tsan_get_current_fiber() { return nullptr; }
+static void* __tsan_create_fiber(unsigned) { return nullptr; }
+static void __tsan_destroy_fiber(void*) {}
+static void __tsan_switch_to_fiber(void*, unsigned) {}
+#endif
+
+#ifdef BLOCKS_ARE_THREADS
+#include "cuda_turns.h"
+#else
+// One block after the other: what is waited for is there, or never will be.
+static int looks = 0;
+static int peek(const int* counter) {
+    if (++looks > 1000) fprintf(stderr, "no block gets any further\n"), abort();
+    return *counter;
+}
+static void __threadfence() { looks = 0; }
+static int atomicAdd(int* place, int value) { return (*place += value) - value; }
+static int atomicExch(int* place, int value) { return std::exchange(*place, value); }
+#endif
+
+static void leave_fiber() {
+    __tsan_switch_to_fiber(scheduler_known, 0);
+    swapcontext(&fibers[current].context, &scheduler);
+}
 
 static void fiber_main() {
     body();
     fibers[current].barrier = -1;
-    swapcontext(&fibers[current].context, &scheduler);
+    leave_fiber();
 }
 
 static void barrier(int line) {
     fibers[current].barrier = line;
-    unsigned mine = current;
-    swapcontext(&fibers[mine].context, &scheduler);
+    leave_fiber();
 }
 
 #define __syncthreads() barrier(__LINE__)
@@ -67,7 +106,9 @@ static void run_block(unsigned threads, int order) {
         fibers = std::vector<Fiber>(threads);
         for (Fiber& fiber : fibers) fiber.stack.resize(STACK);
     }
+    scheduler_known = __tsan_get_current_fiber();
     for (Fiber& fiber : fibers) {
+        fiber.known = __tsan_create_fiber(0);
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = STACK;
@@ -82,6 +123,7 @@ static void run_block(unsigned threads, int order) {
             Fiber& fiber = fibers[current];
             if (fiber.barrier == -1) continue;
             threadIdx.x = current;
+            __tsan_switch_to_fiber(fiber.known, 0);
             swapcontext(&scheduler, &fiber.context);
             if (fiber.barrier == -1) {
                 ++ended;
@@ -91,16 +133,32 @@ static void run_block(unsigned threads, int order) {
             }
         }
         if (line != 0 && ended != 0) fail("threads wait for others that have ended", line);
+#ifdef BLOCKS_ARE_THREADS
+        fenced = false;  // by a fence before other writes
+        point();
+#endif
     }
+    for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.known);
 }
 
 static void run(unsigned blocks, unsigned threads, int order, std::function<void()> kernel) {
     body = std::move(kernel);
+    gridDim.x = blocks;
+#ifdef BLOCKS_ARE_THREADS
+    run_together(blocks, threads, order);
+#else
     for (unsigned number = 0; number < blocks; ++number) {
         blockIdx.x = turn(number, blocks, order);
         run_block(threads, order);
     }
+#endif
 }
+
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+template <class T> static T __ldcs(const T* place) { return *place; }
+template <class T> static void __stcs(T* place, T value) { *place = value; }
 
 static int atomicMax(int* place, int value) {
     int before = *place;

@@ -22,12 +22,14 @@ import pytest
 from lars_array import _stepper, hyperparams, kernels
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.kernels.cuda import kernel
-from lars_array.kernels.cuda.source import COMMON, ELEMENTS, pair_name, source
+from lars_array.kernels.cuda.one_launch import one_launch_source
+from lars_array.kernels.cuda.source import COMMON, ELEMENTS, pair_name
 from lars_array.state import device_exchange, memory, store
 
 HERE = Path(__file__).parent
 PAIRS = list(product(ELEMENTS, ELEMENTS))
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+TOGETHER = ("-DBLOCKS_ARE_THREADS", "-pthread")
 
 # Fewer threads than on a device, so that small arrays take several rounds of all of them, and a hypothesis is cheap.
 THREADS, ROWS = 32, 8
@@ -42,7 +44,7 @@ def build(
     folder: Path,
     *,
     pairs: Sequence[tuple[str, str]] = PAIRS,
-    sanitized: bool = False,
+    options: Sequence[str] = (),
     change: tuple[str, str] | None = None,
     **numbers: int,
 ) -> Path:
@@ -54,20 +56,22 @@ def build(
         Where to.
     pairs : sequence of tuple (str, str)
         For which element types.
-    sanitized : bool
-        Whether it stops at memory that is not its own, and at what C++ leaves undefined.
+    options : sequence of str
+        More options of the compiler: `SANITIZE`, for a library that stops at memory that is not its own, and at what
+        C++ leaves undefined; `TOGETHER`, for blocks that run at the same time, see cuda_turns.h.
     change : pair of str, optional
         What stands in the source, once, and what to put in its place.
     **numbers : int
         As for `source`.
     """
-    code = source(pairs, **({"THREADS": THREADS, "ROWS": ROWS} | numbers))
+    code = one_launch_source(pairs, **({"THREADS": THREADS, "ROWS": ROWS} | numbers))
     if change is not None:
         assert code.count(change[0]) == 1, f"{change[0]!r} stands there {code.count(change[0])} times"
         code = code.replace(*change)
     threads = numbers.get("THREADS", THREADS)
-    kernels = [(pair_name(stage, *pair), count) for pair in pairs for stage, count in (("sums", 1), ("apply", 3))]
-    launchers = [_launcher(name, count, threads) for name, count in [*kernels, *((name, 0) for name in COMMON)]]
+    stages = {"sums": ["int"], "apply": ["int"] * 3, "step": ["const Plan&"]}
+    kernels = {pair_name(stage, *pair): more for pair in pairs for stage, more in stages.items()}
+    launchers = [_launcher(name, more, threads) for name, more in (kernels | {name: [] for name in COMMON}).items()]
     write = f"run(blocks, {threads}, order, [=] {{ write_pointers(table, *pointers); }});"
     declared = "int blocks, int order, u64* table, const Pointers* pointers"
     launchers.append(f"void launch_write_pointers({declared}) {{ {write} }}")
@@ -75,7 +79,7 @@ def build(
     header = f'#include "{HERE / "cuda_on_cpu.h"}"'
     path.write_text("\n".join([header, code, 'extern "C" {', *launchers, "}"]))
     library = folder / "kernels.so"
-    options = [
+    always = [
         "-std=c++17",
         "-O1",
         "-ffp-contract=off",
@@ -85,16 +89,17 @@ def build(
         "-Wextra",
         "-Werror",
     ]
-    options += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-shared", "-fPIC", *(SANITIZE if sanitized else ())]
-    done = subprocess.run(["g++", *options, "-o", library, path], capture_output=True, text=True, check=False)
+    always += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-shared", "-fPIC"]
+    done = subprocess.run(["g++", *always, *options, "-o", library, path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return library
 
 
-def _launcher(name: str, integers: int, threads: int) -> str:
-    numbers = [f"i{k}" for k in range(integers)]
-    declared = ", ".join(["int blocks", "int order", "const Model* m", *(f"int {x}" for x in numbers)])
-    call = f"run(blocks, {threads}, order, [=] {{ {name}({', '.join(['*m', *numbers])}); }});"
+def _launcher(name: str, more: Sequence[str], threads: int) -> str:
+    declared = ["int blocks", "int order", "const Model& m", *(f"{kind} x{k}" for k, kind in enumerate(more))]
+    given = ", ".join(["m", *(f"x{k}" for k in range(len(more)))])
+    call = f"run(blocks, {threads}, order, [&] {{ {name}({given}); }});"
+    declared = ", ".join(declared)
     return f"void launch_{name}({declared}) {{ {call} }}"
 
 
@@ -216,6 +221,7 @@ class Device:
         self.launches: list[tuple[str, int]] = []
         self.allocations = 0
         self.capturing = False
+        self.cache_bytes, self.multiprocessors = 1 << 14, 2
         self._turn = threading.Lock()
 
     def on(self, like: Any) -> Device:
@@ -232,7 +238,10 @@ class Device:
     def is_capturing(self) -> bool:
         return self.capturing
 
-    def compile(self, pairs: Any) -> None:
+    def attribute(self, name: str) -> int:
+        return {"L2CacheSize": self.cache_bytes, "MultiProcessorCount": self.multiprocessors}[name]
+
+    def compile(self, pairs: Any, *, one_launch: bool = False) -> None:
         pass
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:

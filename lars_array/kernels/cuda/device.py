@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lars_array.kernels.cuda.one_launch import one_launch_source
 from lars_array.kernels.cuda.source import COMMON, OPTIONS, ROWS, THREADS, pair_name, source
 
 __all__ = ["Device", "problem"]
@@ -55,18 +56,23 @@ class Device:
         with self._device:
             return bool(self._cupy.cuda.get_current_stream().is_capturing())
 
-    def compile(self, pairs: Iterable[tuple[str, str]]) -> None:
+    def attribute(self, name: str) -> int:
+        """Return an attribute of the device, by CuPy's name for it."""
+        return int(self._device.attributes[name])
+
+    def compile(self, pairs: Iterable[tuple[str, str]], *, one_launch: bool = False) -> None:
         """Compile the kernels for these element types of parameters and gradients, each once."""
+        make, stages = (one_launch_source, ("sums", "apply", "step")) if one_launch else (source, ("sums", "apply"))
         from cupy.cuda.compiler import compile_using_nvrtc
 
         for pair in set(pairs):
-            wanted = [pair_name(stage, *pair) for stage in ("sums", "apply")] + [*COMMON, "write_pointers"]
+            wanted = [pair_name(stage, *pair) for stage in stages] + [*COMMON, "write_pointers"]
             names = [name for name in wanted if name not in self._functions]
             if not names:
                 continue
             with self._device:
                 # Not by cupy.RawModule, which flushes subnormal numbers to zero whatever the options say.
-                binary, _ = compile_using_nvrtc(source([pair]), OPTIONS, filename="lars_array.cu")
+                binary, _ = compile_using_nvrtc(make([pair]), OPTIONS, filename="lars_array.cu")
                 module = self._cupy.cuda.Module()
                 module.load(binary)
                 self._functions |= {name: module.get_function(name) for name in names}

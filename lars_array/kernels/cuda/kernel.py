@@ -119,6 +119,9 @@ class Kernel(Writing):
         third = any(rule.norm_of != "gradient" for rule in rules)
         tables.set(hyper=state.hyper, first=state.first, previous_lr=state.previous_lr, counts=state.counts)
         tables.set(found_inf=found_inf, clips=clips, third=third and not clips, third_is_clipped=False)
+        if tables.one_launch is not None and not clips and set(policies) == {"propagate"}:
+            tables.one_launch.launch(tables.model)
+            return tables.S, tables.gamma
         self._launch_sums(tables)
         if clips:
             self._device.launch("gradient_norm", 1, tables.model)

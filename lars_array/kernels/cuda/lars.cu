@@ -71,6 +71,29 @@ template <class T> __device__ inline void save(T* x, const Pack<T>& pack, bool a
     else for (int i = 0; i < WIDTH; ++i) x[i] = pack.at[i];
 }
 
+// The same of memory that is not needed again soon: the cache gives it up before all else.
+template <class T> __device__ inline Pack<T> load_last(const T* x, bool aligned) {
+    if (!aligned) return load(x, false);
+    Pack<T> pack;
+    if constexpr (sizeof(pack) == sizeof(uint2)) {
+        reinterpret_cast<uint2&>(pack) = __ldcs(reinterpret_cast<const uint2*>(x));
+    } else {
+        for (unsigned i = 0; i < sizeof(pack) / sizeof(uint4); ++i)
+            reinterpret_cast<uint4*>(&pack)[i] = __ldcs(reinterpret_cast<const uint4*>(x) + i);
+    }
+    return pack;
+}
+
+template <class T> __device__ inline void save_last(T* x, const Pack<T>& pack, bool aligned) {
+    if (!aligned) return save(x, pack, false);
+    if constexpr (sizeof(pack) == sizeof(uint2)) {
+        __stcs(reinterpret_cast<uint2*>(x), reinterpret_cast<const uint2&>(pack));
+    } else {
+        for (unsigned i = 0; i < sizeof(pack) / sizeof(uint4); ++i)
+            __stcs(reinterpret_cast<uint4*>(x) + i, reinterpret_cast<const uint4*>(&pack)[i]);
+    }
+}
+
 // The part of an array that a block works on.
 struct Part {
     const Array& array;
@@ -190,6 +213,15 @@ template <class P, class G> __device__ inline Sums measure(const Model& m, const
     return measure<P, G, true>(part, p, g, v, weights);
 }
 
+// The sums of a piece, by a block. The first thread gets them.
+template <class P, class G> __device__ inline Sums sums_of(const Model& m, int piece) {
+    typedef typename Computed<P>::type T;
+    Part part(m, piece);
+    const T* master = reinterpret_cast<const T*>(part.array.master);
+    const P* p = reinterpret_cast<const P*>(part.array.p);
+    return total(master != nullptr ? measure<T, G>(m, part, master) : measure<P, G>(m, part, p));
+}
+
 // First stage, core.sums: of each piece from `first` on, one a block.
 template <class P, class G> __device__ inline void sums(const Model& m, int first) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {  // `apply` of the step before is done
@@ -197,11 +229,7 @@ template <class P, class G> __device__ inline void sums(const Model& m, int firs
         *m.offender = 2 * m.row_count;
     }
     if (first + (int)blockIdx.x >= m.piece_count) return;  // a model of empty arrays
-    typedef typename Computed<P>::type T;
-    Part part(m, first + (int)blockIdx.x);
-    const T* master = reinterpret_cast<const T*>(part.array.master);
-    const P* p = reinterpret_cast<const P*>(part.array.p);
-    Sums all = total(master != nullptr ? measure<T, G>(m, part, master) : measure<P, G>(m, part, p));
+    Sums all = sums_of<P, G>(m, first + (int)blockIdx.x);
     if (threadIdx.x == 0) m.partial[first + blockIdx.x] = all;
 }
 
@@ -219,7 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradient_norm(Model m) {
 // ------------------------------------------------------------------------------------------------------- coefficients
 
 // Run a tape, see kernels/tape.py. Each thread has a column of registers; results go to those from `next` on.
-__device__ inline void run_tape(const Group& group, const int* operations, double (*registers)[ROWS], int column,
+template <int COLUMNS>
+__device__ inline void run_tape(const Group& group, const int* operations, double (*registers)[COLUMNS], int column,
                                 int next) {
     for (int k = group.first_operation; k < group.last_operation; ++k, ++next) {
         const int* operation = operations + 4 * (i64)k;
@@ -241,7 +270,8 @@ __device__ inline void run_tape(const Group& group, const int* operations, doubl
 }
 
 // core.coefficients for one layer, and nonfinite.finite of the result.
-__device__ inline void evaluate(const Model& m, int index, const Sums& s, double (*registers)[ROWS], int column) {
+template <int COLUMNS>
+__device__ inline void evaluate(const Model& m, int index, const Sums& s, double (*registers)[COLUMNS], int column) {
     const Row& row = m.rows[index];
     const Group& group = m.groups[row.group];
     const double* hyper = hyper_of(m, row);
@@ -269,26 +299,33 @@ __device__ inline void evaluate(const Model& m, int index, const Sums& s, double
     if (!ok && group.policy == RAISE) atomicMin(m.offender, holds ? m.row_count + index : index);
 }
 
-// Second stage: each block has ROWS layers.
-extern "C" __global__ void __launch_bounds__(THREADS) coefficients(Model m) {
+// Coefficients of the rows of at most COLUMNS arrays from `first` on, all before `end`, by a block.
+template <int COLUMNS> __device__ inline void coefficients_of(const Model& m, int first, int end) {
     const int LANES = THREADS / ROWS;  // threads that add up the pieces of a layer
-    __shared__ Sums part[ROWS][LANES];
-    __shared__ double registers[SLOTS][ROWS];
+    __shared__ Sums part[COLUMNS][LANES];
+    __shared__ double registers[SLOTS][COLUMNS];
     int mine = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    Sums s = {0, 0, 0};
-    int first = (int)blockIdx.x * ROWS;
-    if (first + mine < m.row_count) {
-        const Row& row = m.rows[first + mine];
-        for (int k = lane; k < row.pieces; k += LANES) s += m.partial[row.first_piece + k];
+    if (mine < COLUMNS) {
+        Sums s = {0, 0, 0};
+        if (first + mine < end) {
+            const Row& row = m.rows[m.arrays[first + mine].row];
+            for (int k = lane; k < row.pieces; k += LANES) s += m.partial[row.first_piece + k];
+        }
+        part[mine][lane] = s;
     }
-    part[mine][lane] = s;
     __syncthreads();
-    if (threadIdx.x >= ROWS || first + (int)threadIdx.x >= m.row_count) return;
-    s = part[threadIdx.x][0];
+    if ((int)threadIdx.x >= COLUMNS || first + (int)threadIdx.x >= end) return;
+    Sums s = part[threadIdx.x][0];
     for (int k = 1; k < LANES; ++k) s += part[threadIdx.x][k];
     if (m.third == 0 && m.weights == nullptr) s.third = s.g;  // as in core.sums
-    if (m.decides) evaluate(m, first + threadIdx.x, s, registers, threadIdx.x);
-    else m.S[first + threadIdx.x] = s;
+    int index = m.arrays[first + threadIdx.x].row;
+    if (m.decides) evaluate<COLUMNS>(m, index, s, registers, threadIdx.x);
+    else m.S[index] = s;
+}
+
+// Second stage: each block has ROWS arrays.
+extern "C" __global__ void __launch_bounds__(THREADS) coefficients(Model m) {
+    coefficients_of<ROWS>(m, (int)blockIdx.x * ROWS, m.row_count);
 }
 
 // -------------------------------------------------------------------------------------------------------------- apply
@@ -316,21 +353,28 @@ template <class T> struct AffineMap {
 };
 
 // Update `p`, a parameter or its master copy; `rounded`, the parameter of a master copy, gets its value, or is null.
-template <class T, class P, class G, class R>
+// LAST: the cache is wanted for other memory.
+template <bool LAST, class T, class P, class G, class R>
 __device__ inline void update(const Part& part, P* p, const G* g, T* v, R* rounded, const AffineMap<T>& map) {
     bool aligned = is_aligned(p) && is_aligned(g) && is_aligned(v) && is_aligned(rounded);
 #pragma unroll 2
     for (i64 k = part.begin + WIDTH * (i64)threadIdx.x; k < part.whole; k += WIDTH * THREADS) {
-        Pack<P> ps = load(p + k, aligned);
-        Pack<G> gs = load(g + k, aligned);
+        Pack<P> ps = LAST ? load_last(p + k, aligned) : load(p + k, aligned);
+        Pack<G> gs = LAST ? load_last(g + k, aligned) : load(g + k, aligned);
         Pack<T> vs = {};
         Pack<R> copies;
-        if (v != nullptr) vs = load(v + k, aligned);
+        if (v != nullptr) vs = LAST ? load_last(v + k, aligned) : load(v + k, aligned);
         for (int i = 0; i < WIDTH; ++i) {
             T x = (T)wide(ps.at[i]), slope = (T)wide(gs.at[i]);
             x = v != nullptr ? map(x, slope, vs.at[i]) : map(x, slope);
             store(ps.at[i], x);
             store(copies.at[i], x);
+        }
+        if (LAST) {
+            save_last(p + k, ps, aligned);
+            if (v != nullptr) save_last(v + k, vs, aligned);
+            if (rounded != nullptr) save_last(rounded + k, copies, aligned);
+            continue;
         }
         save(p + k, ps, aligned);
         if (v != nullptr) save(v + k, vs, aligned);
@@ -365,20 +409,24 @@ __device__ inline void commit(const Model& m, bool taken) {
     }
 }
 
-// Third stage, core.apply: of `count` pieces from `first` on, one a block; `last` in the last launch for the model.
-//
-// Backwards, since `sums` leaves the end of the model in the cache.
-template <class P, class G> __device__ inline void apply(const Model& m, int first, int count, int last) {
+// Update a piece, by a block.
+template <bool LAST, class P, class G> __device__ inline void update_piece(const Model& m, int piece) {
     typedef typename Computed<P>::type T;
-    bool taken = is_taken(m);
-    if (blockIdx.x == 0 && last && m.decides) commit(m, taken);
-    if (!taken || (int)blockIdx.x >= count) return;
-    Part part(m, first + count - 1 - (int)blockIdx.x);
+    Part part(m, piece);
     const G* g = reinterpret_cast<const G*>(part.g);
     AffineMap<T> map(m.C + 6 * (i64)part.array.row);
     T* v = reinterpret_cast<T*>(part.array.v);
     T* master = reinterpret_cast<T*>(part.array.master);
     P* p = reinterpret_cast<P*>(part.array.p);
-    if (master != nullptr) update(part, master, g, v, p, map);
-    else update(part, p, g, v, (P*)nullptr, map);
+    if (master != nullptr) update<LAST>(part, master, g, v, p, map);
+    else update<LAST>(part, p, g, v, (P*)nullptr, map);
+}
+
+// Third stage, core.apply: of `count` pieces from `first` on, one a block; `last` in the last launch for the model.
+//
+// Backwards, since `sums` leaves the end of the model in the cache.
+template <class P, class G> __device__ inline void apply(const Model& m, int first, int count, int last) {
+    bool taken = is_taken(m);
+    if (blockIdx.x == 0 && last && m.decides) commit(m, taken);
+    if (taken && (int)blockIdx.x < count) update_piece<false, P, G>(m, first + count - 1 - (int)blockIdx.x);
 }

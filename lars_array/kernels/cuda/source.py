@@ -12,7 +12,21 @@ from lars_array.core import NORM_OF, Hyper
 from lars_array.kernels.tape import INPUTS, OPERATIONS
 from lars_array.nonfinite import CAUSES, POLICIES
 
-__all__ = ["COMMON", "ELEMENTS", "OPTIONS", "ROWS", "SLOTS", "STRUCTURES", "THREADS", "pair_name", "source"]
+__all__ = [
+    "COMMON",
+    "ELEMENTS",
+    "OPTIONS",
+    "ROWS",
+    "SLOTS",
+    "STRUCTURES",
+    "THREADS",
+    "assertions",
+    "definition",
+    "pair_kernel",
+    "pair_name",
+    "source",
+    "structure",
+]
 
 THREADS = 256  # of a block
 ROWS = 32  # whose coefficients one block computes
@@ -25,7 +39,7 @@ ELEMENTS = {"float64": "double", "float32": "float", "float16": "float16", "bflo
 _TYPES = {"int": "i4", "i64": "i8", "u64": "u8", "double": "f8"}
 
 
-def _structure(*declarations: str) -> np.dtype[Any]:
+def structure(*declarations: str) -> np.dtype[Any]:
     """Return the dtype of a C++ structure, given the declarations of its fields; pointers become integers."""
     fields: list[Any] = []
     for declaration in declarations:
@@ -36,11 +50,11 @@ def _structure(*declarations: str) -> np.dtype[Any]:
 
 
 # The memory of one row, cut into pieces of a fixed length. Gradients, whose addresses change, are in their own table.
-ARRAY = _structure("u64 p", "u64 v", "u64 master", "i64 size", "i64 piece", "int row")
+ARRAY = structure("u64 p", "u64 v", "u64 master", "i64 size", "i64 piece", "int row")
 
 # Pieces that are summed together. The limits are those of lars_array.nonfinite.finite; `param` is the index of the
 # row's parameter in the model, `number` that of the row; `keeps`: whether it has a buffer.
-ROW = _structure(
+ROW = structure(
     "double limit",
     "double square_limit",
     "int first_piece",
@@ -51,7 +65,7 @@ ROW = _structure(
     "int keeps",
 )
 
-GROUP = _structure(
+GROUP = structure(
     "int norm_of",
     "int policy",
     "int first_operation",
@@ -61,10 +75,10 @@ GROUP = _structure(
     "int outputs[6]",
 )
 
-PIECE = _structure("int array", "int index")
+PIECE = structure("int array", "int index")
 
 # The argument of all launches. Pointers first: read by all stages; then written by one of them, in this order.
-MODEL = _structure(
+MODEL = structure(
     "const Array* arrays",
     "const u64* grads",
     "const Row* rows",
@@ -94,7 +108,7 @@ MODEL = _structure(
     "int decides",  # whether the launches compute coefficients and decide on the step
 )
 
-POINTERS = _structure("int first", "int count", f"u64 values[{(PARAMETER_BYTES - 64) // 8}]")
+POINTERS = structure("int first", "int count", f"u64 values[{(PARAMETER_BYTES - 64) // 8}]")
 
 STRUCTURES = {"Array": ARRAY, "Row": ROW, "Group": GROUP, "Piece": PIECE, "Model": MODEL, "Pointers": POINTERS}
 
@@ -103,11 +117,11 @@ OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--p
 
 # Kernels that exist once; and those for each two types, with their arguments after the Model.
 COMMON = ("gradient_norm", "coefficients")
-_OF_TYPES = {"sums": ("first",), "apply": ("first", "count", "last")}
+_OF_TYPES = {"sums": ("int first",), "apply": ("int first", "int count", "int last")}
 
 
 def pair_name(stage: str, parameter: str, gradient: str) -> str:
-    """Return the name of a kernel, "sums" or "apply", for parameters and gradients of these element types."""
+    """Return the name of a kernel, such as "sums" or "apply", for parameters and gradients of these element types."""
     return f"{stage}_{parameter}_{gradient}"
 
 
@@ -139,23 +153,23 @@ def source(pairs: Iterable[tuple[str, str]], **numbers: int) -> str:
         _enum("NormOf", NORM_OF),
         _enum("Cause", [f"bad {name}" for name in CAUSES], end="CAUSES"),
         *(f"struct {name};" for name in (*STRUCTURES, "Sums")),
-        *(f"struct {name} {{ {'; '.join(_declarations(dtype))}; }};" for name, dtype in STRUCTURES.items()),
+        *(definition(name, dtype) for name, dtype in STRUCTURES.items()),
         '#line 1 "lars.cu"',
     ]
-    after = [_kernel(stage, *pair) for pair in pairs for stage in _OF_TYPES]
-    after += [line for name, dtype in STRUCTURES.items() for line in _assertions(name, dtype)]
+    after = [pair_kernel(stage, *pair, arguments) for pair in pairs for stage, arguments in _OF_TYPES.items()]
+    after += [line for name, dtype in STRUCTURES.items() for line in assertions(name, dtype)]
     after += ['static_assert(sizeof(Sums) == 24, "S has three columns");']
     code = files("lars_array.kernels.cuda").joinpath("lars.cu").read_text(encoding="utf-8")
     return "\n".join([*before, code, *after]) + "\n"
 
 
-def _kernel(stage: str, parameter: str, gradient: str) -> str:
+def pair_kernel(stage: str, parameter: str, gradient: str, arguments: Sequence[str]) -> str:
+    """Return a kernel for two types, which calls the template of its stage with a Model and these arguments."""
     types = f"{ELEMENTS[parameter]}, {ELEMENTS[gradient]}"
-    arguments = _OF_TYPES[stage]
     return (
         f'extern "C" __global__ void __launch_bounds__(THREADS) {pair_name(stage, parameter, gradient)}'
-        f"(Model m, {', '.join(f'int {name}' for name in arguments)}) "
-        f"{{ {stage}<{types}>(m, {', '.join(arguments)}); }}"
+        f"(Model m, {', '.join(arguments)}) "
+        f"{{ {stage}<{types}>(m, {', '.join(argument.split()[-1] for argument in arguments)}); }}"
     )
 
 
@@ -164,13 +178,13 @@ def _enum(name: str, members: Sequence[str], end: str | None = None) -> str:
     return f"enum {name} {{ {', '.join([*names, *([end] if end else [])])} }};"
 
 
-def _declarations(dtype: np.dtype[Any]) -> tuple[str, ...]:
+def definition(name: str, dtype: np.dtype[Any]) -> str:
+    """Return a structure in C++."""
     assert dtype.metadata is not None
-    declarations: tuple[str, ...] = dtype.metadata["declarations"]
-    return declarations
+    return f"struct {name} {{ {'; '.join(dtype.metadata['declarations'])}; }};"
 
 
-def _assertions(name: str, dtype: np.dtype[Any]) -> list[str]:
+def assertions(name: str, dtype: np.dtype[Any]) -> list[str]:
     """Return assertions of the size of a structure and its fields and, where C++ knows them, of their offsets."""
     assert dtype.fields is not None
     sizes = [f"sizeof({name}::{field}) == {kind.itemsize}" for field, (kind, *_) in dtype.fields.items()]

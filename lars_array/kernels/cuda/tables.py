@@ -10,6 +10,7 @@ import numpy as np
 from lars_array._arrays import COMPUTE
 from lars_array.core import NORM_OF, Rule
 from lars_array.kernels.base import KernelArrays
+from lars_array.kernels.cuda.one_launch import OneLaunch, is_wanted
 from lars_array.kernels.cuda.source import ARRAY, GROUP, MODEL, PIECE, POINTERS, ROW, SLOTS
 from lars_array.kernels.tape import INPUTS, record
 from lars_array.nonfinite import POLICIES
@@ -172,6 +173,8 @@ class DeviceTables:
         See `HostTables`.
     S, C, gamma : arrays of shape (rows, 3), (rows, 6) and (rows,)
         The results of the last launches.
+    one_launch : OneLaunch or None
+        The launch for steps that allow it, where that is asked for and the arrays allow it.
     """
 
     def __init__(self, device: Any, arrays: KernelArrays, types: Sequence[tuple[str, str]], rows: Any = None) -> None:
@@ -187,7 +190,8 @@ class DeviceTables:
             host.rows["group"], host.rows["param"] = rows.group_of, rows.param_of
             host.rows["number"], host.rows["keeps"] = rows.number, rows.keeps
         self.segments = host.segments
-        device.compile(types)
+        wants_one = rows is not None and is_wanted()
+        device.compile(types, one_launch=wants_one)
         self.S, self.C, self.gamma = (device.zeros(shape, np.float64) for shape in ((count, 3), (count, 6), count))
         self._grads, self._order = PointerTable(device, count), host.order
         flags = device.zeros(2, np.int32)
@@ -206,6 +210,7 @@ class DeviceTables:
         }
         self.model = np.zeros(1, MODEL)
         self.set(**self._own, row_count=count, piece_count=len(host.pieces), decides=rows is not None)
+        self.one_launch = OneLaunch.of(device, host) if wants_one else None
         self._loaded: Any = None
         self._can_run = False
 

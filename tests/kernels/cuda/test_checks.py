@@ -25,7 +25,7 @@ SLIPS = {
         "begin = m.pieces[piece].index * array.piece + (m.pieces[piece].index > 0 ? WIDTH : 0);",
     ),
     "another layer's coefficients": ("m.C + 6 * (i64)part.array.row", "m.C + 6 * (i64)(part.array.row ^ 1)"),
-    "a barrier is missing": ("    part[mine][lane] = s;\n    __syncthreads();", "    part[mine][lane] = s;"),
+    "a barrier is missing": ("part[mine][lane] = s;\n    }\n    __syncthreads();", "part[mine][lane] = s;\n    }"),
     "the last piece is not summed": ("k < row.pieces; k += LANES", "k + 1 < row.pieces; k += LANES"),
     "registers of the wrong column": ("registers[next][column] = result", "registers[next][column ^ 1] = result"),
     "a step that is refused is written": ("return !m.decides || (*m.prevented == 0", "return !m.decides || (true"),
@@ -67,7 +67,7 @@ def run_under_sanitizers(path: Path, *arguments: str) -> Any:
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitizers, over the tests of the logic that are no trajectories."""
     pytest.importorskip("ml_dtypes")
-    path = cuda_on_cpu.build(tmp_path, sanitized=True)
+    path = cuda_on_cpu.build(tmp_path, options=cuda_on_cpu.SANITIZE)
     chosen = "forwards or types or structures or half or depend"
     file = str(Path(__file__).with_name("test_logic.py"))
     done = run_under_sanitizers(path, "-m", "pytest", "-q", "-x", file, "-k", chosen, "-p", "no:cacheprovider", "-s")
@@ -83,7 +83,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_sanitizers_can_find_something(change: tuple[str, str], message: str, tmp_path: Path) -> None:
-    path = cuda_on_cpu.build(tmp_path, pairs=[FLOAT32], sanitized=True, change=change)
+    path = cuda_on_cpu.build(tmp_path, pairs=[FLOAT32], options=cuda_on_cpu.SANITIZE, change=change)
     script = f"from cuda_slips import *; is_right(Path({str(path)!r}), 0, offset=1)"
     done = run_under_sanitizers(path, "-c", script)
     assert done.returncode != 0
