@@ -4,7 +4,7 @@ PYTHON ?= $(shell for candidate in python3.14 python3.13 python3.12 python3.11 p
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-newest lint types docs bench gpu crash fuzz interrupts soak mutation clients dist-check clean
+.PHONY: help demo test test-lowest test-newest lint types docs bench gpu cuda crash fuzz interrupts soak mutation clients dist-check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -40,6 +40,9 @@ fuzz: .venv/fuzz.installed ## Fuzz load and load_state_dict for ten minutes
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
 	NUMBA_DISABLE_JIT=1 .venv/bin/python -m mutmut run $(ARGS)
+
+cuda: .venv/test.installed ## Without a GPU: the CUDA kernels for all architectures, and one launch in all turns
+	LARS_CHECKS=all .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 tests/kernels/cuda $(ARGS)
 
 interrupts: .venv/test.installed ## Interrupt steps at thousands of moments, and let memory run out in each
 	LARS_INTERRUPTS=100 LARS_MOMENTS_EVERY=7 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 tests/interrupts -rP $(ARGS)
