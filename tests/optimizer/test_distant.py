@@ -129,6 +129,18 @@ def test_a_step_that_is_not_finite_changes_nothing(device: Device, policy: str, 
     assert pair.far.skipped_steps == (policy == "skip")
 
 
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_wide_gradient_that_its_narrow_parameter_cannot_take_changes_nothing(device: Device, policy: str) -> None:
+    """Its squares have a finite sum in float64, and the rule does not read it."""
+    p = device.put(np.ones(3, np.float32))
+    optimizer = LARS([p], 0.1, momentum=0.9, nonfinite=policy)
+    optimizer.step([device.put(np.full(3, 1e100))])
+    with contextlib.suppress(NonFiniteError):
+        optimizer.synchronize()
+    assert_same(p, np.ones(3, np.float32))
+    assert (optimizer.steps, optimizer.skipped_steps) == (0, int(policy == "skip"))
+
+
 @pytest.mark.parametrize(("name", "reason"), [("w", "norm of the parameter"), ("w", "update")])
 def test_the_error_says_what_was_not_finite(device: Device, name: str, reason: str) -> None:
     pair = Pair(device)
