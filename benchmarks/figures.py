@@ -200,7 +200,7 @@ def _host_table() -> str:
         one = compared.get(f"host-cuda: {name}, new gradients")
         cells += ["", ""] if one is None else [_short(one[f"{who}_to_peer"]["median"]) for who in ("old", "new")]
         rows.append([label, *cells])
-    return _table([*KINDS.values(), f"in succession, at {other['commits']['old'][:7]}", "now"], rows)
+    return _table([*KINDS.values(), f"in succession: ratio at {other['commits']['old'][:7]}", "ratio now"], rows)
 
 
 FIGURES: dict[str, Callable[[], str]] = {

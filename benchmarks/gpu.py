@@ -70,6 +70,7 @@ def main(names: Sequence[str] | None, rounds: int | None, only: Sequence[str] | 
     int
         1 if a contestant failed.
     """
+    os.environ.pop("LARS_ARRAY_CUDA", None)  # which contestants set
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take three quarters of the memory
     facts = gpu.facts()
     setting: dict[str, Any] = {"format": FORMAT, "gpu": facts, "machine": machine(), "versions": versions()}

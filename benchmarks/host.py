@@ -1,6 +1,6 @@
 """``python -m benchmarks host``: what a step on a CUDA device costs the host, measured without one.
 
-Kernels do nothing, and all else is real: see `benchmarks.no_device` for what is replaced, and docs/performance.md for
+Kernels do nothing, and nearly all else is real: `benchmarks.no_device` says what is replaced, and docs/performance.md
 what that can't show. All steps are taken in turn, in one process, with arrays of their own.
 """
 

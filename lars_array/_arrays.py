@@ -203,7 +203,7 @@ class ArraySpecs:
         return self._addresses(arrays)
 
     def are_unchanged(self, arrays: Sequence[Any]) -> bool:
-        """Return whether the very arrays that these are of are certain to lie where they did, with their layouts."""
+        """Return whether these arrays, the objects given to `__init__`, still have their memory and layout."""
         # All else of CuPy's arrays is read-only, and strides follow from the shape that is set.
         return is_cupy_array(arrays[0]) and [x.shape for x in arrays] == self._columns[1]
 

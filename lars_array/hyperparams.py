@@ -395,7 +395,7 @@ def described(name: str, groups: Iterable[Mapping[str, Any]]) -> str:
 # ----------------------------------------------------------------------------------------- from groups to each layer
 
 # For these types, equal values of equal type are the same: True == 1, but True is not a valid momentum.
-_PLAIN = frozenset({bool, int, float, str, NoneType})
+PLAIN = frozenset({bool, int, float, str, NoneType})
 
 
 class Hyperparams:
@@ -455,7 +455,7 @@ def _comparable(options: Mapping[str, Any]) -> Any:
     options = dict(options)
     rule, bounds = options.pop("rule", None), options.pop("trust_bounds", None)
     kinds = list(map(type, options.values()))
-    if not _PLAIN.issuperset(kinds) or not (bounds is None or type(bounds) is tuple):
+    if not PLAIN.issuperset(kinds) or not (bounds is None or type(bounds) is tuple):
         return None
     rule = RULES.get(rule) if type(rule) is str else rule
     return list(options), kinds, list(options.values()), rule, bounds

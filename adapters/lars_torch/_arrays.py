@@ -158,7 +158,7 @@ class TensorSpecs(ArraySpecs):
 
     A step compares those of all parameters and gradients, and each attribute of a tensor takes some 50 ns: what follows
     from others is not compared. Of real tensors, only the imaginary part of others, never contiguous, can be lazy.
-    Where torch compares tensors in C++, attributes are compared only if it has found a difference.
+    Where torch can compare tensors in C++, attributes are compared only if that comparison fails.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -181,13 +181,13 @@ class TensorSpecs(ArraySpecs):
 
     def addresses(self, arrays: Sequence[Any]) -> Any:
         """See `ArraySpecs.addresses`."""
-        if self._guards is not None and self._guards.check(*arrays):
+        if self._guards and self._guards.check(*arrays):
             return self._addresses(arrays)
         try:
             found = super().addresses(arrays)
         except RuntimeError:  # sparse tensors have no address
             return None
-        if found is not None:
+        if found is not None and self._guards is None:  # once: repeated tensors, for example, never pass
             self._guards = _guards_of(arrays)
         return found
 
@@ -207,7 +207,7 @@ class TensorSpecs(ArraySpecs):
 
 
 def _guards_of(tensors: Sequence[torch.Tensor]) -> Any:
-    """Return what compares tensors in C++: by class, type, device, shape, strides, laziness and more; or None.
+    """Return what compares tensors in C++: by class, type, device, shape, strides, laziness and more; or False.
 
     It is what torch.compile asks whether a graph fits. Torch does not document it, so it may be missing or differ.
     """
@@ -216,7 +216,7 @@ def _guards_of(tensors: Sequence[torch.Tensor]) -> Any:
 
         return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     except Exception:
-        return None
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from types import NoneType
 from typing import Any
 
 import torch
 
 from lars_array._stepper import shown
-from lars_array.hyperparams import NUMBERS, check, complete
+from lars_array.hyperparams import NUMBERS, PLAIN, check, complete
 from lars_torch._keys import NAMES
 
 __all__ = ["check_group", "numbers_of", "tensors_in"]
-
-_PLAIN = frozenset({bool, int, float, str, NoneType})  # far quicker to tell from tensors than by `isinstance`
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -66,7 +63,7 @@ def numbers_of(
 
 def tensors_in(options: Mapping[str, Any]) -> list[str]:
     """Return the names of the hyper-parameters that are tensors."""
-    return [name for name, x in options.items() if type(x) not in _PLAIN and isinstance(x, torch.Tensor)]
+    return [name for name, x in options.items() if type(x) not in PLAIN and isinstance(x, torch.Tensor)]
 
 
 def _number(name: str, value: torch.Tensor, device: torch.device | None, recorded: bool) -> Any:

@@ -140,9 +140,9 @@ class StatefulOptimizer:
 
     @contextmanager
     def _polled(self) -> Iterator[None]:
-        """Raise for a step that the device has rejected after this one, where processes share layers.
+        """Where processes share layers, raise only after this step for an earlier one that the device has rejected.
 
-        Each process hears of it at a time of its own, and all have to take the same steps.
+        Each process receives the report at a time of its own, and all have to take the same steps.
         """
         error = self._device_error()
         try:

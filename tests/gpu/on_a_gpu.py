@@ -1,9 +1,9 @@
 """What needs a GPU, in parts, in ten minutes: what has not been run on one yet comes first.
 
 ``make gpu`` runs this under the interpreter in PYTHON, with what that has: nothing is installed. Arguments choose
-parts, which are run in the order of `PARTS`; those behind ``--`` are for ``python -m benchmarks gpu``. With ``--out
-DIR`` what each part prints goes to a file in that folder, beside the figures and ``parts.json``. A part that takes
-longer than its share is stopped, and the next begins.
+parts, which are run in the order of `PARTS`; those behind ``--`` are for ``python -m benchmarks gpu``. What each part
+prints goes to a file in the folder of ``--out``, beside the figures and ``parts.json``; its end is printed here. A part
+that takes longer than its share is stopped, and the next begins.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ NEW = {
 }
 MEASURED = {"resnet50": 90, "vit-l": 80, "1b": 100}
 OTHERS = {"tests": 90, "sanitizers": 300}
+PRINTED = 25  # lines at the end of what a part has printed
 NOTHING = "nothing was run"  # by pytest, since all of it is skipped
 PARTS = {**{name: seconds for name, (_, seconds) in NEW.items()}, **MEASURED, **OTHERS}
 
@@ -57,11 +58,15 @@ SANITIZERS = ("memcheck", "racecheck")
 
 def main(arguments: list[str]) -> int:
     """Return 0 if all that was asked for went well, 2 if it could not be tried."""
-    mine, _, options = " ".join(arguments).partition("-- ")
+    border = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("parts", nargs="*")
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args(mine.split())
+    # Not benchmarks/results: what is there was measured with all contestants.
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "gpu-results", help="by default gpu-results, which git ignores"
+    )
+    asked = parser.parse_args(arguments[:border])
+    out, options = asked.out.resolve(), arguments[border + 1 :]
     unknown = [part for part in asked.parts if part not in PARTS]
     if unknown:
         print(f"parts are {', '.join(PARTS)}; got {unknown[0]!r}", file=sys.stderr)
@@ -79,19 +84,18 @@ def main(arguments: list[str]) -> int:
     if absent:
         print(f"without {', '.join(absent)}: what needs them is skipped")
     chosen = [part for part in PARTS if not asked.parts or part in asked.parts]
-    results = run_parts(chosen, lambda part: commands(part, asked.out, options.split()), asked.out)
+    results = run_parts(chosen, lambda part: commands(part, out, options), out)
     return int(any(result not in ("passed", NOTHING) for result in results.values()))
 
 
-def commands(part: str, out: Path | None, options: list[str]) -> list[list[str]]:
+def commands(part: str, out: Path, options: list[str]) -> list[list[str]]:
     """Return what a part runs."""
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-ra", "-p", "no:cacheprovider"]
     if part in NEW:
         return [[*pytest, *NEW[part][0]]]
     if part in MEASURED:
-        folder = [] if out is None else ["--out", str(out)]
-        measure = [sys.executable, "-m", "benchmarks", "gpu", "--case", part, "--only", *CONTESTANTS, *folder]
-        return [[*measure, *options]]
+        measure = [sys.executable, "-m", "benchmarks", "gpu", "--case", part, "--only", *CONTESTANTS]
+        return [[*measure, "--out", str(out), *options]]
     if part == "tests":
         done = [arguments[0] for arguments, _ in NEW.values()]
         return [[*pytest, *(name for name in marked() if name not in done)]]
@@ -100,25 +104,25 @@ def commands(part: str, out: Path | None, options: list[str]) -> list[list[str]]
     return [[*tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", *some] for name in SANITIZERS]
 
 
-def run_parts(chosen: list[str], commands_of: Any, out: Path | None, seconds: float = SECONDS) -> dict[str, str]:
+def run_parts(chosen: list[str], commands_of: Any, out: Path, seconds: float = SECONDS) -> dict[str, str]:
     """Run parts, and return what became of each; that of those that are over stays, whatever happens to later ones."""
     results: dict[str, str] = {}
     end = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
     for part in chosen:
         start = time.monotonic()
-        results[part] = run(commands_of(part), min(start + PARTS[part], end), out and out / f"{part}.log")
+        log = out / f"{part}.log"
+        results[part] = run(commands_of(part), min(start + PARTS[part], end), log)
+        print(*log.read_text(errors="replace").splitlines()[-PRINTED:], sep="\n")
         print(f"{part}: {results[part]}, {time.monotonic() - start:.0f} s", flush=True)
-        if out is not None:
-            (out / "parts.json").write_text(json.dumps(results, indent=2) + "\n")
+        (out / "parts.json").write_text(json.dumps(results, indent=2) + "\n")
     print("\n".join(["", *(f"{part}: {result}" for part, result in results.items())]))
     return results
 
 
-def run(commands: list[list[str]], end: float, log: Path | None) -> str:
+def run(commands: list[list[str]], end: float, log: Path) -> str:
     """Run commands until one fails or the time is up, and return which it was."""
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext(None) if log is None else log.open("w") as file:
+    with log.open("w") as file:
         for command in commands:
             left = end - time.monotonic()
             if left <= 0:

@@ -62,9 +62,9 @@ class Device:
 
     def compile(self, pairs: Iterable[tuple[str, str]], *, one_launch: bool = False) -> None:
         """Compile the kernels for these element types of parameters and gradients, each once."""
-        make, stages = (one_launch_source, ("sums", "apply", "step")) if one_launch else (source, ("sums", "apply"))
         from cupy.cuda.compiler import compile_using_nvrtc
 
+        make, stages = (one_launch_source, ("sums", "apply", "step")) if one_launch else (source, ("sums", "apply"))
         for pair in set(pairs):
             wanted = [pair_name(stage, *pair) for stage in stages] + [*COMMON, "write_pointers"]
             names = [name for name in wanted if name not in self._functions]

@@ -1,4 +1,4 @@
-// A LARS step in one launch, for steps that are taken whatever their sums are. It stands behind lars.cu.
+// A LARS step in one launch, for steps that are taken whatever their sums are. Appended to lars.cu.
 //
 // Blocks take tasks from a counter, in the order in which `one_launch.py` has planned them: the sums of a piece, or its
 // update. The block that measures the last piece of a unit, which is one layer or several small ones, computes the
@@ -24,7 +24,7 @@
 __device__ inline int peek(const int* counter) { return *(const volatile int*)counter; }
 #endif
 
-// Count on, by the first thread of a block. Who finds a number sees what was written before it was counted.
+// Add 1, by the first thread of a block. A block that reads the new value also sees all earlier writes.
 __device__ inline int count_on(int* counter) {
     __threadfence();
     int before = atomicAdd(counter, 1);

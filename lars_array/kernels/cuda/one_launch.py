@@ -14,6 +14,7 @@ import numpy as np
 
 from lars_array._messages import shown
 from lars_array.kernels.cuda.source import (
+    BYTES,
     assertions,
     definition,
     pair_kernel,
@@ -30,8 +31,6 @@ SHARE = 0.7
 BLOCKS = 2  # of each multiprocessor: with more, the pieces that are worked on at once would fill that share
 UNIT_ROWS = 8  # whose coefficients one block computes at once
 UNIT_PIECES = 16  # at most, of a unit of several layers
-
-_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 # As one_launch.cu describes them.
 TASK = structure("int piece", "int unit")
@@ -122,7 +121,7 @@ class OneLaunch:
     device : Device
         See `lars_array.kernels.cuda.device`.
     host : HostTables
-        See `lars_array.kernels.cuda.tables`: pieces of parameters and gradients that all have the same types.
+        See `lars_array.kernels.cuda.tables`: at least one piece, and all parameters and gradients have the same types.
     """
 
     def __init__(self, device: Any, host: Any) -> None:
@@ -130,7 +129,7 @@ class OneLaunch:
         rows, (arrays, index) = host.rows[host.order], (host.arrays[host.pieces["array"]], host.pieces["index"])
         of_arrays = np.array(split_into_units(rows["first_piece"].tolist(), rows["pieces"].tolist()))
         of_pieces = of_arrays[host.pieces["array"]]
-        read = np.where(arrays["master"] != 0, _BYTES["float32"], _BYTES[p]) + _BYTES[g]
+        read = np.where(arrays["master"] != 0, BYTES["float32"], BYTES[p]) + BYTES[g]
         lengths = np.minimum(arrays["piece"], arrays["size"] - index * arrays["piece"]) * read
         self._blocks = min(len(of_pieces), BLOCKS * device.attribute("MultiProcessorCount"))
         share = int(SHARE * device.attribute("L2CacheSize"))
@@ -149,11 +148,6 @@ class OneLaunch:
         self._plan = np.zeros(1, PLAN)
         addresses = [device.address(x) for x in (*self._own[:2], *starts)]
         self._plan[0] = (*addresses, len(tasks), len(units))
-
-    @staticmethod
-    def of(device: Any, host: Any) -> OneLaunch | None:
-        """Return the launch for these tables; None where they are of several types, or there is nothing in them."""
-        return OneLaunch(device, host) if len(host.segments) == 1 and len(host.pieces) else None
 
     def launch(self, model: Any) -> None:
         """Queue a step in which neither sums nor coefficients decide whether anything is written."""

@@ -13,6 +13,7 @@ from lars_array.kernels.tape import INPUTS, OPERATIONS
 from lars_array.nonfinite import CAUSES, POLICIES
 
 __all__ = [
+    "BYTES",
     "COMMON",
     "ELEMENTS",
     "OPTIONS",
@@ -35,6 +36,7 @@ PARAMETER_BYTES = 4096  # that a launch may have
 
 # Element types by their names in lars_array._arrays, and in C++.
 ELEMENTS = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 _TYPES = {"int": "i4", "i64": "i8", "u64": "u8", "double": "f8"}
 

@@ -190,8 +190,8 @@ class DeviceTables:
             host.rows["group"], host.rows["param"] = rows.group_of, rows.param_of
             host.rows["number"], host.rows["keeps"] = rows.number, rows.keeps
         self.segments = host.segments
-        wants_one = rows is not None and is_wanted()
-        device.compile(types, one_launch=wants_one)
+        in_one = is_wanted() and rows is not None and len(host.segments) == 1 and len(host.pieces) > 0
+        device.compile(types, one_launch=in_one)
         self.S, self.C, self.gamma = (device.zeros(shape, np.float64) for shape in ((count, 3), (count, 6), count))
         self._grads, self._order = PointerTable(device, count), host.order
         flags = device.zeros(2, np.int32)
@@ -210,7 +210,7 @@ class DeviceTables:
         }
         self.model = np.zeros(1, MODEL)
         self.set(**self._own, row_count=count, piece_count=len(host.pieces), decides=rows is not None)
-        self.one_launch = OneLaunch.of(device, host) if wants_one else None
+        self.one_launch = OneLaunch(device, host) if in_one else None
         self._loaded: Any = None
         self._can_run = False
 
