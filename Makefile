@@ -39,7 +39,7 @@ fuzz: .venv/fuzz.installed ## Fuzz load and load_state_dict for ten minutes
 	.venv/bin/python -W error tests/fuzz/run.py .fuzz-corpus -artifact_prefix=.fuzz- -max_total_time=600 $(ARGS)
 
 mutation: .venv/mutation.installed ## Break the source on purpose; the tests must notice
-	NUMBA_DISABLE_JIT=1 .venv/bin/python -m mutmut run $(ARGS)
+	LARS_ARRAY_THREADS=1 OMP_NUM_THREADS=1 .venv/bin/python -m mutmut run $(ARGS)
 
 cuda: .venv/test.installed ## Without a GPU: the CUDA kernels for all architectures, and one launch in all turns
 	LARS_CHECKS=all .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 tests/kernels/cuda $(ARGS)

@@ -133,7 +133,7 @@ def test_a_name_of_a_rule_that_is_not_registered_where_it_is_loaded(
             "names must be text that UTF-8 can encode; got 'param/\\ud800'",
         ),
     ],
-    ids=lambda x: str(x)[:40],
+    ids=lambda x: x[:40] if isinstance(x, str) else type(x).__name__,
 )  # fmt: skip
 def test_what_can_t_be_saved(tmp_path: Path, arguments: Any, options: Any, kind: type[Exception], message: str) -> None:
     assert_not_saved(tmp_path, kind, message, *arguments, **options)
