@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -198,3 +199,11 @@ def test_the_step_is_checked(step, error, message):
 def test_linear_scaling_checks_its_arguments(name):
     with pytest.raises(ValueError, match=f"^{name} must be .*at least [01], got -1$"):
         linear_scaled_lr(**{"base_lr": 0.1, "batch_size": 256, name: -1})
+
+
+@pytest.mark.parametrize("name", ["total_steps", "warmup_steps"])
+def test_counts_are_those_that_the_machine_can_hold(name):
+    steps = {"total_steps": sys.maxsize} | {name: sys.maxsize + 1}
+    with pytest.raises(ValueError) as caught:
+        warmup_cosine(1.0, **steps)
+    assert str(caught.value) == f"{name} must be at most {sys.maxsize}, got {sys.maxsize + 1}"

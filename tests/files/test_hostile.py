@@ -181,6 +181,7 @@ def test_a_header_length_beyond_the_file(path: Path) -> None:
         (lambda d: d.update(omitted=["lr"]), r"a group must lack the options \['lr'\]; got one that lacks \[\]"),
         (lambda d: d.update(omitted=1), "omitted must be a list of names; got 1"),  # found by fuzzing
         (lambda d: d.update(steps=-1), r"steps must be an integer from 0 to 2\*\*63 - 1; got -1"),
+        (lambda d: d.update(steps=2**63), r"steps must be an integer from 0 to 2\*\*63 - 1; got 9223372036854775808"),
         (lambda d: d.update(skipped_steps=True), r"skipped_steps must be an integer from 0 to 2\*\*63 - 1; got True"),
     ],
 )
