@@ -158,3 +158,10 @@ def test_the_representation_says_so_too(make: Make) -> None:
     assert "SGD" not in repr(make(lr=0.1, weight_decay=0.1).optimizer)
     assert "SGD" not in repr(make(lr=0.1, rule="paper").optimizer)
     assert "SGD" not in repr(make(lr=0.1, always_adapt=True).optimizer)
+
+
+def test_a_group_that_is_not_adapted_is_called_sgd_whatever_its_decay() -> None:
+    optimizer = LARS([{"params": [np.ones(2)]}, {"params": [np.ones(2)], "adapt": False}], 0.1, weight_decay=0.1)
+    _, first, second, _ = repr(optimizer).splitlines()
+    assert not first.endswith("(SGD: its layers are not adapted)")
+    assert second.endswith("(SGD: its layers are not adapted)")

@@ -220,3 +220,20 @@ def test_a_functional_state_is_not_modified() -> None:
     before = parameters(), gradients(), init(parameters())
     update(*before, **HYPER)
     assert_same(before, (parameters(), gradients(), init(parameters())))
+
+
+def test_of_many_parameters_in_another_order_the_first_is_named() -> None:
+    names = [f"blocks.{i}.mixer.weight" for i in range(40)]
+    here, there = ({name: np.ones(2) for name in order} for order in (names, [*names[:30], *names[:29:-1]]))
+    state = LARS(there, **HYPER).state_dict()
+    with pytest.raises(ValueError, match=r": 'blocks\.39\.mixer\.weight', not 'blocks\.30\.mixer\.weight'$"):
+        LARS(here, **HYPER).load_state_dict(state)
+
+
+def test_several_misfits_are_a_type_error_only_if_all_are_of_types() -> None:
+    wrong = spoiled(["state", "w", "momentum_buffer"], "w")
+    wrong["state"]["b"]["momentum_buffer"] = "b"
+    of_w = "2 misfits: the momentum buffer of 'w' must be an array of numpy; got str; the momentum buffer of 'b' must"
+    assert_does_not_load(wrong, TypeError, f"{of_w} be an array of numpy; got str")
+    wrong["state"]["b"]["momentum_buffer"] = np.ones(3)
+    assert_does_not_load(wrong, ValueError, f"{of_w} have the parameter's shape (2,); got (3,)")

@@ -98,3 +98,10 @@ import lars_array
 print(time.perf_counter() - middle, middle - start)
 """
     return tuple(map(float, python(script).split()))
+
+
+def test_an_unknown_name_is_named():
+    import lars_array
+
+    with pytest.raises(AttributeError, match=r"^module 'lars_array' has no attribute 'Lars'$"):
+        _ = lars_array.Lars
