@@ -58,7 +58,10 @@ def run(cp: Any, monkeypatch: pytest.MonkeyPatch, asked: str, steps: int, shapes
     return norms.tobytes() + b"".join(cp.asnumpy(p).tobytes() for p in params.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"rule": "mxnet"}, {"layer_of": {"0": "a", "4": "a"}.get}], ids=str)
+OPTIONS = {"flash": {}, "mxnet": {"rule": "mxnet"}, "joined layers": {"layer_of": {"0": "a", "4": "a"}.get}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_bits_are_those_of_three_launches(
     cp: Any, monkeypatch: pytest.MonkeyPatch, launches: Sequence[str], options: dict[str, Any]
 ) -> None:
