@@ -18,7 +18,7 @@ from benchmarks.contestant import Run
 from benchmarks.machine import commit, machine, versions
 from benchmarks.peers import flat_pass, our_jax, our_lars, our_torch, tight_pass, torch_sgd, two_passes
 from benchmarks.shapes import Shape, resnet50, tiny, vit_b
-from benchmarks.timing import interleaved, ratios, summary
+from benchmarks.timing import described, interleaved, ratios, summary
 
 __all__ = ["CASES", "STEPS", "measure"]
 
@@ -137,9 +137,7 @@ def main(arguments: list[str]) -> int:
         print(f"{case}: milliseconds (quartiles), and as a ratio to {SGD} after the same work")
         for work, rows in found.items():
             for name, row in rows.items():
-                low, high = row["quartiles_ms"]
-                times = f"{row['median_ms']:7.2f} ({low:.2f} to {high:.2f}), fastest {row['fastest_ms']:.2f}"
-                print(f"  {work:6} {name:32} {times:44} {row['ratio']['median']:5.2f}", flush=True)
+                print(f"  {work:6} {name:32} {described(row, 2):44} {row['ratio']['median']:5.2f}", flush=True)
     if asked.json:
         with open(asked.json, "w") as file:
             json.dump(document, file, indent=1)

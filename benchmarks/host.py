@@ -20,7 +20,7 @@ from benchmarks.contestant import OPTIONS, Run
 from benchmarks.machine import ROOT, commit, machine, versions
 from benchmarks.peers.on_no_device import cupy_lars, torch_lars, torch_sgd, torch_sgd_of_elements
 from benchmarks.shapes import Shape, resnet50
-from benchmarks.timing import interleaved, ratios, summary
+from benchmarks.timing import described, interleaved, ratios, summary
 
 __all__ = ["CONTESTANTS", "GRADIENTS", "SGD", "main", "measure"]
 
@@ -84,8 +84,6 @@ def main(arguments: list[str]) -> int:
     print(f"ResNet-50, {len(shapes)} arrays: milliseconds (quartiles), and as a ratio to {SGD} with such gradients")
     for name, own in found.items():
         for kind, row in own.items():
-            low, high = row["quartiles_ms"]
-            times = f"{row['median_ms']:6.3f} ({low:.3f} to {high:.3f}), fastest {row['fastest_ms']:.3f}"
-            print(f"  {name:38} {kind:5} {times:46} {row['ratio']['median']:5.2f}")
+            print(f"  {name:38} {kind:5} {described(row, 3):46} {row['ratio']['median']:5.2f}")
     asked.json.write_text(json.dumps(document | {"rounds": asked.rounds, "contestants": found}, indent=1) + "\n")
     return 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.contestant import Run
 
-__all__ = ["interleaved", "ratios", "summary"]
+__all__ = ["described", "interleaved", "ratios", "summary"]
 
 REST = 0.005  # seconds until the worker threads of other libraries have stopped spinning
 
@@ -68,6 +68,13 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Return median, quartiles and minimum in milliseconds."""
     low, median, high = (1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])).tolist()
     return {"median_ms": median, "quartiles_ms": [low, high], "fastest_ms": 1e3 * min(seconds)}
+
+
+def described(row: Mapping[str, Any], digits: int) -> str:
+    """Return what `summary` has found as text, in milliseconds."""
+    times = row["median_ms"], *row["quartiles_ms"], row["fastest_ms"]
+    median, low, high, fastest = (f"{x:.{digits}f}" for x in times)
+    return f"{median:>7} ({low} to {high}), fastest {fastest}"
 
 
 def ratios(seconds: Sequence[float], to: Sequence[float]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 from assertions import assert_same
+from cuda_models import launched_names, numbers
 from cuda_on_cpu import FarArray, far, gradients, kernel_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +28,6 @@ from lars_array.kernels.tape import INPUTS, record
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-SIZES = [5, 0, 700, 1]
 FLOAT32 = ("float32", "float32")
 
 
@@ -37,18 +37,6 @@ def device() -> Iterator[cuda_on_cpu.Device]:
         yield found
 
 
-def numbers(seed: int, sizes: list[int] = SIZES, dtype: Any = np.float32) -> list[Any]:
-    rng = np.random.default_rng(seed)
-    return [far(rng.standard_normal(size).astype(dtype)) for size in sizes]
-
-
-def names(device: cuda_on_cpu.Device) -> list[str]:
-    """Return the names of what was launched since this was asked last."""
-    launched = [name.removesuffix("_float32_float32") for name, _ in device.launches]
-    device.launches.clear()
-    return launched
-
-
 THREE = ["sums", "coefficients", "apply"]
 
 
@@ -56,12 +44,12 @@ def test_a_step_is_three_launches_and_allocates_nothing(device: Any) -> None:
     optimizer = LARS(numbers(0), **HYPER)
     grads = numbers(1)
     optimizer.step(grads)
-    names(device)
+    launched_names(device)
     allocations = device.allocations
     for _ in range(3):
         with cuda_on_cpu.nothing_read():
             optimizer.step(grads)
-        assert names(device) == THREE
+        assert launched_names(device) == THREE
     assert device.allocations == allocations
 
 
@@ -72,7 +60,7 @@ def test_addresses_of_other_gradients_are_written(device: Any) -> None:
     for grads in steps:
         optimizer.step(grads)
         plain.step([np.asarray(g) for g in grads])
-        assert names(device) == ["write_pointers", *THREE]
+        assert launched_names(device) == ["write_pointers", *THREE]
     for p, q in zip(params, here, strict=True):
         np.testing.assert_array_equal(np.asarray(p), q)
 
@@ -82,10 +70,10 @@ def test_a_captured_step_writes_its_addresses(device: Any) -> None:
     optimizer = LARS(numbers(0), **HYPER)
     grads = numbers(1)
     optimizer.step(grads)
-    names(device)
+    launched_names(device)
     device.capturing = True
     optimizer.step(grads)
-    assert names(device) == ["write_pointers", *THREE]
+    assert launched_names(device) == ["write_pointers", *THREE]
 
 
 def test_after_a_capture_addresses_are_always_written(device: Any) -> None:
@@ -125,9 +113,9 @@ def test_what_is_launched(device: Any, options: dict[str, Any], expected: list[s
     optimizer = LARS(numbers(0), **(HYPER | options))
     grads = numbers(1)
     optimizer.step(grads)
-    names(device)
+    launched_names(device)
     optimizer.step(grads)
-    assert names(device) == expected
+    assert launched_names(device) == expected
 
 
 def test_parts_of_layers_cost_no_launch(device: Any) -> None:
@@ -135,9 +123,9 @@ def test_parts_of_layers_cost_no_launch(device: Any) -> None:
     grads = numbers(1)
     optimizer = LARS({str(i): p for i, p in enumerate(numbers(0))}, **HYPER, layer_of={"0": "a", "2": "a"})
     optimizer.step(grads)
-    names(device)
+    launched_names(device)
     optimizer.step(grads)
-    assert names(device) == THREE
+    assert launched_names(device) == THREE
     assert optimizer.norms()["0"] == optimizer.norms()["2"] != optimizer.norms()["3"]
     params = {"0": far(np.ones(3)), "1": far(np.ones(5, np.float32))}
     here = {name: np.asarray(p).copy() for name, p in params.items()}
@@ -155,7 +143,7 @@ def test_groups_and_schedules_cost_no_launch(device: Any) -> None:
     grads = numbers(1)
     for number in range(3):
         optimizer.step(grads)
-        assert names(device) == (["write_pointers"] if number == 0 else []) + THREE
+        assert launched_names(device) == (["write_pointers"] if number == 0 else []) + THREE
 
 
 def test_a_function_of_ones_own_is_brought_to_the_device_once(device: Any) -> None:
@@ -178,7 +166,7 @@ def test_types_are_launched_one_after_the_other(device: Any) -> None:
     LARS(here, **HYPER, kernel="portable").step([np.asarray(g) for g in grads])
     for p, q in zip(params, here, strict=True):
         np.testing.assert_allclose(np.asarray(p), q, rtol=1e-6)
-    launched = [name for name in names(device) if name != "write_pointers"]
+    launched = [name for name in launched_names(device) if name != "write_pointers"]
     assert launched == [
         "sums",
         "sums_float64_float64",
@@ -207,7 +195,9 @@ def test_ten_thousand_small_arrays(device: Any) -> None:
     )
     np.testing.assert_allclose(np.asarray(S)[:, :2], expected, rtol=1e-13)
     assert dict(device.launches)["sums_float32_float32"] == 10_000
-    assert names(device).count("write_pointers") == -(-10_000 // STRUCTURES["Pointers"].fields["values"][0].shape[0])
+    assert launched_names(device).count("write_pointers") == -(
+        -10_000 // STRUCTURES["Pointers"].fields["values"][0].shape[0]
+    )
 
 
 def test_any_number_of_addresses_is_written(device: Any) -> None:
@@ -217,9 +207,9 @@ def test_any_number_of_addresses_is_written(device: Any) -> None:
         for expected in (-(-count // room), 0):
             table.write(addresses)
             assert_same(np.asarray(table.array), addresses)
-            assert len(names(device)) == expected
+            assert len(launched_names(device)) == expected
         table.write(addresses, always=True)
-        assert len(names(device)) == -(-count // room)
+        assert len(launched_names(device)) == -(-count // room)
 
 
 def test_arrays_that_are_not_dense_are_left_to_the_portable_kernel(device: Any) -> None:
@@ -241,10 +231,10 @@ def test_arrays_that_are_not_dense_are_left_to_the_portable_kernel(device: Any) 
             LARS(here, **HYPER, rule=rule, kernel="portable").step([np.asarray(g) for g in grads])
     for p, q in zip(params, here, strict=True):
         np.testing.assert_allclose(np.asarray(p), q, rtol=1e-13)
-    assert "sums_float64_float64" in names(device)
+    assert "sums_float64_float64" in launched_names(device)
     only = [far(np.ones((4, 4)))[:, ::2]]
     LARS(only, **HYPER).step([far(np.ones((4, 4)))[:, ::2]])
-    assert names(device) == []
+    assert launched_names(device) == []
 
 
 def test_a_rule_without_a_tape_is_called(device: Any) -> None:
@@ -259,7 +249,7 @@ def test_a_rule_without_a_tape_is_called(device: Any) -> None:
         plain.step([np.asarray(g) for g in numbers(seed)])
     for p, q in zip(params, here, strict=True):
         np.testing.assert_array_equal(np.asarray(p), q)
-    assert names(device)[-3:] == THREE
+    assert launched_names(device)[-3:] == THREE
 
 
 @pytest.mark.parametrize("policy", ["propagate", "raise"])

@@ -12,6 +12,7 @@ import pytest
 from bits_cases import SCENARIOS, Scenario
 from bits_runs import InPlace, taken
 from cuda_bodies import BODIES, Place
+from cuda_models import launched_names, numbers
 from cuda_on_cpu import PAIRS, far
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -24,7 +25,6 @@ from lars_array.kernels.cuda.source import pair_name
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nonfinite": "propagate"}
-SIZES = [5, 0, 700, 1]
 ONE, THREE = ["step"], ["sums", "coefficients", "apply"]
 
 
@@ -41,16 +41,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda_on_cpu.Device]:
         yield found
 
 
-def numbers(seed: int, sizes: list[int] = SIZES, dtype: Any = np.float32) -> list[Any]:
-    rng = np.random.default_rng(seed)
-    return [far(rng.standard_normal(size).astype(dtype)) for size in sizes]
-
-
 def names(device: cuda_on_cpu.Device) -> list[str]:
-    """Return the names of what was launched since this was asked last."""
-    launched = [name.removesuffix("_float32_float32") for name, _ in device.launches if name != "write_pointers"]
-    device.launches.clear()
-    return launched
+    """Return the names of what was launched since this was asked last, but not of what writes pointers."""
+    return [name for name in launched_names(device) if name != "write_pointers"]
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
