@@ -251,7 +251,7 @@ class StepProgram:
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 check_writable(name, p)
         self.xp = array_namespace(own[0])
-        self._keeps = _keeps(groups)
+        self._keeps, self._groups = _keeps(groups), groups
         buffers, masters = self._keep(state, params)
         self._specs_of = specs_of = getattr(kernel_type, "specs", None)
         self._param_specs, self._grad_specs = state.specs(state.params, specs_of), state.specs(own_grads, specs_of)
@@ -375,8 +375,10 @@ class StepProgram:
 
         Raises ValueError for arrays that overlap.
         """
-        if groups is not self._prepared[0] and _keeps(groups) != self._keeps:
-            return None
+        if groups is not self._groups:
+            if _keeps(groups) != self._keeps:
+                return None
+            self._groups = groups
         lists = state.params, state.buffers, state.masters
         is_known = state.params is self._lists[0] and self._param_specs.are_unchanged(state.params)
         addresses = self._addresses if is_known else self._param_specs.addresses(state.params)

@@ -80,12 +80,13 @@ def torch_stream(device: torch.device) -> Iterator[None]:
     """Make `device` the current one, and torch's current stream on it CuPy's as well."""
     import cupy
 
-    with torch.cuda.device(device), cupy.cuda.Device(device.index):
-        stream = torch.cuda.current_stream(device)
+    index = device.index
+    with torch.cuda.device(index), cupy.cuda.Device(index):
+        stream = torch.cuda.current_stream(index)
         if hasattr(cupy.cuda.Stream, "from_external"):  # since CuPy 14, which warns of the other way
             current = cupy.cuda.Stream.from_external(stream)
         else:
-            current = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
+            current = cupy.cuda.ExternalStream(stream.cuda_stream, index)
         with current:
             yield
 

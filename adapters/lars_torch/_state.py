@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lars_array._arrays import is_half
-from lars_array._stepper import KEPT, ParamState, Stepper, reads_previous_lr, uninterrupted
+from lars_array._stepper import KEPT, ParamState, Stepper, on_threads_of, reads_previous_lr, uninterrupted
 from lars_array.hyperparams import Hyperparams, check_layer_axes
 from lars_array.layers import LayerRows, LayerSlices, labels_of
 from lars_array.state.memory import check_writable
@@ -30,6 +30,7 @@ from lars_torch._arrays import (
 from lars_torch._dtensors import is_dtensor, like, local, local_gradients, locals_of
 from lars_torch._hyperparams import numbers_of, tensors_in
 from lars_torch._sharding import Spread
+from lars_torch._threads import run_on_torch_threads
 
 __all__ = ["NamedParam", "OutdatedError", "TensorState"]
 
@@ -181,13 +182,15 @@ class TensorState(ParamState):
 
     def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters: the same object as long as nothing in it has changed."""
+        if grad_scale is None and self._hyperparams.are_unchanged(groups):
+            return self._hyperparams.last
         found = [numbers_of(group, self._device, grad_scale) for group in groups]
         tensors = [(own, name) for own in found for name in tensors_in(own)]
         if tensors and self._library == "cupy":
             with self.context():
                 for own, name in tensors:
                     own[name] = self.view(own[name])
-        read = self._hyperparams.read(found, 0, found)  # none of them is a function of the step
+        read = self._hyperparams.read(groups, 0, found)  # none of them is a function of the step
         check_layer_axes(read, self._axes_of_groups)
         return read
 
@@ -289,8 +292,10 @@ class TensorState(ParamState):
         return [p for p, known in zip(self.owners, self._layouts) if _layout(p) == known]
 
     def context(self) -> AbstractContextManager[None]:
-        """Have CuPy work on torch's device and stream."""
-        return torch_stream(self._device) if self._library == "cupy" else nullcontext()
+        """Have CuPy work on torch's device and stream, and steps on a CPU on torch's threads."""
+        if self._library == "cupy":
+            return torch_stream(self._device)
+        return on_threads_of(run_on_torch_threads) if self._library == "numpy" else nullcontext()
 
     # ---------------------------------------------------------------------------------------- called by the stepper
 

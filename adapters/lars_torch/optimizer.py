@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from lars_array._stepper import (
     SignalScope,
     check_kernel_name,
-    on_threads_of,
     refusals_are_told,
     shown,
     uninterrupted,
@@ -32,7 +31,6 @@ from lars_torch._keys import NAMES, PROCESSES, check_keys, plain_group, resemble
 from lars_torch._params import check_params, listed
 from lars_torch._sharding import check_engines, process_group, spread_of
 from lars_torch._state import NamedParam, OutdatedError, TensorState
-from lars_torch._threads import run_on_torch_threads
 
 __all__ = ["LARS"]
 
@@ -414,7 +412,7 @@ class LARS(Optimizer):
         with self._lock:  # steps of several threads would write their addresses into the same tables
             self._steps += 1
             try:
-                with refusals_are_told(self._shared), SignalScope(), on_threads_of(run_on_torch_threads):
+                with refusals_are_told(self._shared), SignalScope():
                     self._find_shared()
                     self._locked_step(given)
             except (TypeError, ValueError) as error:

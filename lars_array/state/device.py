@@ -14,7 +14,7 @@ from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 from lars_array._arrays import accumulation_dtype, asarray, synchronize
 from lars_array._interrupts import defer_signals
 from lars_array._messages import shown
-from lars_array.core import BOOLEANS, Hyper, StageOutputs, plan, resolve, with_max_ratio
+from lars_array.core import BOOLEANS, Hyper, Rule, StageOutputs, plan, resolve, with_max_ratio
 from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
 from lars_array.nonfinite import CAUSES, ELSEWHERE, GRADIENT, PARAMETER, REFUSAL, UPDATE, NonFiniteError, finite
 from lars_array.state.shards import RefusedElsewhereError
@@ -315,6 +315,22 @@ class DeviceState:
         return before, now, replayed
 
 
+class _Options(NamedTuple):
+    """What decides on the launches of a step: of each group rule and `nonfinite`; and what holds for the model."""
+
+    rules: list[Rule]
+    policies: list[str]
+    clips: bool
+    may_fail: bool  # because of `nonfinite`
+
+    @classmethod
+    def of(cls, groups: Sequence[Mapping[str, Any]], used: set[int]) -> _Options:
+        """Return the options of groups, of which those with these numbers have rows."""
+        rules, policies = [resolve(group["rule"]) for group in groups], [group["nonfinite"] for group in groups]
+        clips = any(group["max_grad_norm"] is not None for group in groups)
+        return cls(rules, policies, clips, {policies[k] for k in used} != {"propagate"})
+
+
 class DeviceRows:
     """The rows of a step as a device needs them.
 
@@ -355,6 +371,7 @@ class DeviceRows:
         self._stepped = self._on_device([i in kept for i in range(len(group_of_params))])
         self._kept = self._on_device([kept.get(i, False) for i in range(len(group_of_params))])
         self._policies: tuple[Any, ...] = (None,)
+        self._options: tuple[Any, Any] = None, None
 
     def step(
         self,
@@ -366,22 +383,20 @@ class DeviceRows:
         exchange: DeviceExchange | None = None,
     ) -> StepResult:
         """Queue a step, by a kernel that can do it alone or by stages; where processes add sums, by stages."""
-        policies = [group["nonfinite"] for group in groups]
-        of_rows = {policies[k] for k in self._used_groups}
-        may_fail = of_rows != {"propagate"} or found_inf is not None or exchange is not None
-        arguments = kernel, grads, groups, policies, state
-        result = None if exchange is not None else self._enqueued(*arguments, found_inf)
-        result = result or self._staged(*arguments, found_inf, exchange)
-        state.queued(may_fail=may_fail)
+        if groups is not self._options[0]:
+            self._options = groups, _Options.of(groups, self._used_groups)
+        options = self._options[1]
+        result = None if exchange is not None else self._enqueued(kernel, grads, options, state, found_inf)
+        result = result or self._staged(kernel, grads, groups, options, state, found_inf, exchange)
+        state.queued(may_fail=options.may_fail or found_inf is not None or exchange is not None)
         return result
 
     def _enqueued(
-        self, kernel: Any, grads: Any, groups: Any, policies: list[str], state: DeviceState, found_inf: Any
+        self, kernel: Any, grads: Any, options: _Options, state: DeviceState, found_inf: Any
     ) -> StepResult | None:
         if not hasattr(kernel, "enqueue"):
             return None
-        rules = [resolve(group["rule"]) for group in groups]
-        clips = any(group["max_grad_norm"] is not None for group in groups)
+        rules, policies, clips, _ = options
         found = kernel.enqueue(grads, self, rules, policies, state, found_inf, clips=clips)
         if found is None:
             return None
@@ -403,7 +418,7 @@ class DeviceRows:
         kernel: Any,
         grads: Any,
         groups: Any,
-        policies: list[str],
+        options: _Options,
         state: DeviceState,
         found_inf: Any,
         exchange: DeviceExchange | None,
@@ -416,7 +431,7 @@ class DeviceRows:
         outputs = plan(inputs, lambda operand: sums(grads, operand), xp=xp, joined=joined, exchange=exchange)
         if exchange is not None:
             exchange.complete()
-        strict, raises = self._of_policies(policies)
+        strict, raises = self._of_policies(options.policies)
         ok = None
         if strict is not None:
             ok = ~strict | finite(outputs.S, outputs.C, self._limit, self._square_limit, xp=xp)
@@ -427,7 +442,7 @@ class DeviceRows:
         defer_signals()  # until the step is counted by the host as well
         write()
         state.counts[...], state.first[...], state.previous_lr[...] = counts, first, previous_lr
-        return self._result(outputs.S, outputs.gamma, [resolve(group["rule"]) for group in groups], state)
+        return self._result(outputs.S, outputs.gamma, options.rules, state)
 
     def _of_policies(self, policies: list[str]) -> tuple[Any, Any]:
         """Return where a row that is not finite prevents the step, None for nowhere, and where that is an error."""

@@ -177,6 +177,39 @@ def test_the_same_object_comes_back_while_nothing_changes() -> None:
     assert hyperparams.read(groups, 6) is not hyperparams.read(groups, 6)
 
 
+def test_the_same_objects_in_a_group_do_not_hide_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "own", Rule(own_rule))
+    asked: list[int] = []
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return 0.1
+
+    group = {"params": [], "names": [], **complete({"lr": 0.1, "rule": "own"})}
+    hyperparams = Hyperparams()
+    found = hyperparams.read([group], 0)
+    assert hyperparams.read([group], 1) is found
+    monkeypatch.setitem(RULES, "own", Rule(own_rule, norm_of="update"))
+    changed = hyperparams.read([group], 2)  # the name of the rule stands for another
+    assert changed is not found and hyperparams.read([group], 3) is changed
+    group["momentun"] = group.pop("momentum")  # the same values, and as many keys
+    with pytest.raises(ValueError, match="must have the key 'momentum'"):
+        hyperparams.read([group], 4)
+    with pytest.raises(ValueError, match="must have the key 'momentum'"):
+        hyperparams.read([group], 5)
+    group["momentum"] = group.pop("momentun")
+    assert hyperparams.read([group], 6)[0]["momentum"] == 0
+    group["lr"] = schedule
+    for step in (7, 8, 9):
+        hyperparams.read([group], step)
+    assert asked == [7, 8, 9]
+    group["lr"] = 0.1
+    own = hyperparams.read([group], 10)
+    scaled = hyperparams.read([group], 10, [{**complete({"lr": 0.1, "rule": "own"}), "rescale_grad": 0.5}])
+    assert scaled[0]["rescale_grad"] == 0.5 and not hyperparams.are_unchanged([group])
+    assert hyperparams.read([group], 11)[0]["rescale_grad"] == own[0]["rescale_grad"] == 1
+
+
 class Odd:
     """A rule that calls itself equal to others, or to nothing that can be told."""
 

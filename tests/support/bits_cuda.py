@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import product
 from pathlib import Path
@@ -108,6 +108,9 @@ class _Device:
 
     def compile(self, pairs: Any, **options: Any) -> None:
         pass
+
+    def launcher(self, *call: Any) -> Callable[[], None]:
+        return functools.partial(self.launch, *call)
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         values = [

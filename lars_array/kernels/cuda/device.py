@@ -1,9 +1,12 @@
-"""Memory and launches on a CUDA device, through CuPy on its current stream."""
+"""Memory and launches on a CUDA device, through CuPy on its current stream.
+
+The device is the current one during a step; `zeros`, `put` and `compile` make it so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -53,8 +56,7 @@ class Device:
 
     def is_capturing(self) -> bool:
         """Return whether launches are captured in a graph."""
-        with self._device:
-            return bool(self._cupy.cuda.get_current_stream().is_capturing())
+        return bool(self._cupy.cuda.get_current_stream().is_capturing())
 
     def attribute(self, name: str) -> int:
         """Return an attribute of the device, by CuPy's name for it."""
@@ -77,21 +79,20 @@ class Device:
                 module.load(binary)
                 self._functions |= {name: module.get_function(name) for name in names}
 
-    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
-        """Launch a kernel on the current stream.
+    def launcher(self, name: str, blocks: int, *arguments: Any) -> Callable[[], None]:
+        """Return a function that launches a kernel on the current stream.
 
         Parameters
         ----------
         name : str
-            From `lars_array.kernels.cuda.source`.
+            From `lars_array.kernels.cuda.source`; it has been compiled.
         blocks : int
             How many.
         *arguments : int, uint64 or structured arrays of one element
-            For an int, a pointer or a structure in C++.
+            For an int, a pointer or a structure in C++. A launch copies what arrays hold then.
         """
         values = tuple([np.int32(x) if isinstance(x, int) else x for x in arguments])
-        with self._device:
-            self._functions[name]((blocks,), (THREADS,), values)
+        return partial(self._functions[name], (blocks,), (THREADS,), values)
 
 
 @cache

@@ -17,7 +17,6 @@ from lars_array.core import Rule
 from lars_array.kernels import portable
 from lars_array.kernels.base import Gradients, KernelArrays, Writing
 from lars_array.kernels.cuda import device
-from lars_array.kernels.cuda.source import pair_name
 from lars_array.kernels.cuda.tables import DeviceTables
 
 __all__ = ["Kernel"]
@@ -63,8 +62,7 @@ class Kernel(Writing):
             columns = [self._xp.zeros_like(operand[0]) if x is None else x for x in operand]
             weights = self._xp.stack(columns, axis=1)
         tables.set(weights=weights)
-        self._launch_sums(tables)
-        self._launch_coefficients(tables)
+        _run(*tables.sums, *tables.coefficients)
         return tables.S
 
     def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
@@ -72,7 +70,7 @@ class Kernel(Writing):
         tables = self._stage_tables(grads)
         tables.C[...] = C
         tables.set(taken=taken)
-        return lambda: self._launch_apply(tables)
+        return lambda: _run(*tables.apply)
 
     def enqueue(
         self,
@@ -120,16 +118,15 @@ class Kernel(Writing):
         tables.set(hyper=state.hyper, first=state.first, previous_lr=state.previous_lr, counts=state.counts)
         tables.set(found_inf=found_inf, clips=clips, third=third and not clips, third_is_clipped=False)
         if tables.one_launch is not None and not clips and set(policies) == {"propagate"}:
-            tables.one_launch.launch(tables.model)
+            tables.one_launch.launch()
             return tables.S, tables.gamma
-        self._launch_sums(tables)
+        _run(*tables.sums)
         if clips:
-            self._device.launch("gradient_norm", 1, tables.model)
+            _run(*tables.gradient_norm)
         if clips and third:  # over clipped gradients: memory is read again
             tables.set(third=True, third_is_clipped=True)
-            self._launch_sums(tables)
-        self._launch_coefficients(tables)
-        self._launch_apply(tables)
+            _run(*tables.sums)
+        _run(*tables.coefficients, *tables.apply)
         return tables.S, tables.gamma
 
     def _stage_tables(self, grads: Gradients) -> DeviceTables:
@@ -150,17 +147,10 @@ class Kernel(Writing):
         self._captured = self._captured or self.is_capturing()
         tables.set_gradients(grads.addresses, always=self._captured)
 
-    def _launch_sums(self, tables: DeviceTables) -> None:
-        for types, first, count in tables.segments:
-            self._device.launch(pair_name("sums", *types), max(count, 1), tables.model, first)
 
-    def _launch_coefficients(self, tables: DeviceTables) -> None:
-        self._device.launch("coefficients", -(-len(self._types) // self._device.rows), tables.model)
-
-    def _launch_apply(self, tables: DeviceTables) -> None:
-        for types, first, count in reversed(tables.segments):  # first the memory that `sums` leaves in the cache
-            last = int(types == tables.segments[0].types)
-            self._device.launch(pair_name("apply", *types), max(count, 1), tables.model, first, count, last)
+def _run(*launches: Callable[[], None]) -> None:
+    for launch in launches:
+        launch()
 
 
 def _element(x: Any) -> str:

@@ -6,7 +6,7 @@ It has not been measured on a GPU yet, so it is used only where ``LARS_ARRAY_CUD
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -122,18 +122,25 @@ class OneLaunch:
         See `lars_array.kernels.cuda.device`.
     host : HostTables
         See `lars_array.kernels.cuda.tables`: at least one piece, and all parameters and gradients have the same types.
+    model : structured array of one element
+        See `lars_array.kernels.cuda.tables.DeviceTables`.
+
+    Attributes
+    ----------
+    launch : callable
+        Queues a step in which neither sums nor coefficients decide whether anything is written.
     """
 
-    def __init__(self, device: Any, host: Any) -> None:
+    def __init__(self, device: Any, host: Any, model: Any) -> None:
         p, g = host.segments[0].types
         rows, (arrays, index) = host.rows[host.order], (host.arrays[host.pieces["array"]], host.pieces["index"])
         of_arrays = np.array(split_into_units(rows["first_piece"].tolist(), rows["pieces"].tolist()))
         of_pieces = of_arrays[host.pieces["array"]]
         read = np.where(arrays["master"] != 0, BYTES["float32"], BYTES[p]) + BYTES[g]
         lengths = np.minimum(arrays["piece"], arrays["size"] - index * arrays["piece"]) * read
-        self._blocks = min(len(of_pieces), BLOCKS * device.attribute("MultiProcessorCount"))
+        blocks = min(len(of_pieces), BLOCKS * device.attribute("MultiProcessorCount"))
         share = int(SHARE * device.attribute("L2CacheSize"))
-        if share < self._blocks * lengths.mean() / 2:  # blocks would wait for what others are still at work on
+        if share < blocks * lengths.mean() / 2:  # blocks would wait for what others are still at work on
             share = 0
         tasks, units = np.zeros(2 * len(of_pieces), TASK), np.zeros(of_arrays[-1] + 1, UNIT)
         tasks["piece"] = order = order_tasks(lengths, of_pieces, share)
@@ -144,11 +151,6 @@ class OneLaunch:
         counters = device.zeros(len(units) + 2, np.int32)
         self._own = device.put(tasks), device.put(units), counters
         starts = counters[2:], counters[:1], counters[1:2]
-        self._device, self._name = device, pair_name("step", p, g)
-        self._plan = np.zeros(1, PLAN)
         addresses = [device.address(x) for x in (*self._own[:2], *starts)]
-        self._plan[0] = (*addresses, len(tasks), len(units))
-
-    def launch(self, model: Any) -> None:
-        """Queue a step in which neither sums nor coefficients decide whether anything is written."""
-        self._device.launch(self._name, self._blocks, model, self._plan)
+        plan = np.array([(*addresses, len(tasks), len(units))], PLAN)
+        self.launch: Callable[[], None] = device.launcher(pair_name("step", p, g), blocks, model, plan)

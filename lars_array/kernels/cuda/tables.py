@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from lars_array._arrays import COMPUTE
 from lars_array.core import NORM_OF, Rule
 from lars_array.kernels.base import KernelArrays
 from lars_array.kernels.cuda.one_launch import OneLaunch, is_wanted
-from lars_array.kernels.cuda.source import ARRAY, GROUP, MODEL, PIECE, POINTERS, ROW, SLOTS
+from lars_array.kernels.cuda.source import ARRAY, GROUP, MODEL, PIECE, POINTERS, ROW, SLOTS, pair_name
 from lars_array.kernels.tape import INPUTS, record
 from lars_array.nonfinite import POLICIES
 
@@ -129,25 +129,32 @@ def programs(rules: Sequence[Rule], policies: Sequence[str]) -> Programs | None:
 
 
 class PointerTable:
-    """Addresses on a device, which the host writes without waiting: `array`, uint64, of shape (count,)."""
+    """Addresses on a device, which the host writes without waiting: `array`, uint64, in the given order."""
 
-    def __init__(self, device: Any, count: int) -> None:
-        self._device = device
+    def __init__(self, device: Any, order: Any) -> None:
+        count = len(order)
         self._written: bytes | None = bytes(8 * count)
         self.array = device.zeros(count, np.uint64)
+        # They are arguments of launches: no memory of the host is read later.
+        room = POINTERS["values"].shape[0]
+        pointers = np.zeros(-(-count // room), POINTERS)
+        self._chunks: list[tuple[Any, Any, Callable[[], None]]] = []
+        for k, first in enumerate(range(0, count, room)):
+            index = order[first : first + room]
+            pointers[k]["first"], pointers[k]["count"] = first, len(index)
+            arguments = np.uint64(device.address(self.array)), pointers[k : k + 1]
+            launch = device.launcher("write_pointers", 1, *arguments)
+            self._chunks.append((index, pointers["values"][k, : len(index)].view(np.int64), launch))
 
     def write(self, addresses: Any, *, always: bool = False) -> None:
-        """Write addresses, if they have changed, as arguments of launches: no memory of the host is read later."""
+        """Write addresses, int64, if they have changed, or `always`."""
         now = addresses.tobytes()
         if not always and now == self._written:
             return
         self._written = None  # until all are there
-        pointers = np.zeros(1, POINTERS)
-        room, table = pointers["values"].shape[1], np.uint64(self._device.address(self.array))
-        for first in range(0, len(addresses), room):
-            some = addresses[first : first + room]
-            pointers["first"], pointers["count"], pointers["values"][0, : len(some)] = first, len(some), some
-            self._device.launch("write_pointers", 1, table, pointers)
+        for index, values, launch in self._chunks:
+            addresses.take(index, out=values, mode="clip")  # the default mode would copy once more
+            launch()
         self._written = now
 
 
@@ -169,8 +176,8 @@ class DeviceTables:
     ----------
     model : structured array of one element
         The argument of launches.
-    segments : list of Segment
-        See `HostTables`.
+    sums, gradient_norm, coefficients, apply : sequences of callables
+        The launches of each stage, in their order.
     S, C, gamma : arrays of shape (rows, 3), (rows, 6) and (rows,)
         The results of the last launches.
     one_launch : OneLaunch or None
@@ -189,11 +196,10 @@ class DeviceTables:
         if rows is not None:
             host.rows["group"], host.rows["param"] = rows.group_of, rows.param_of
             host.rows["number"], host.rows["keeps"] = rows.number, rows.keeps
-        self.segments = host.segments
         in_one = is_wanted() and rows is not None and len(host.segments) == 1 and len(host.pieces) > 0
         device.compile(types, one_launch=in_one)
         self.S, self.C, self.gamma = (device.zeros(shape, np.float64) for shape in ((count, 3), (count, 6), count))
-        self._grads, self._order = PointerTable(device, count), host.order
+        self._grads = PointerTable(device, host.order)
         flags = device.zeros(2, np.int32)
         self._own = {
             "arrays": device.put(host.arrays),
@@ -209,30 +215,47 @@ class DeviceTables:
             "offender": flags[1:],
         }
         self.model = np.zeros(1, MODEL)
+        self._fields: dict[str, Any] = {}  # of `model` that were set, which keeps their arrays
         self.set(**self._own, row_count=count, piece_count=len(host.pieces), decides=rows is not None)
-        self.one_launch = OneLaunch(device, host) if in_one else None
+        self.sums = [
+            device.launcher(pair_name("sums", *types), max(pieces, 1), self.model, first)
+            for types, first, pieces in host.segments
+        ]
+        self.gradient_norm = (device.launcher("gradient_norm", 1, self.model),)
+        self.coefficients = (device.launcher("coefficients", -(-count // device.rows), self.model),)
+        last = host.segments[0].types
+        self.apply = [
+            device.launcher(pair_name("apply", *types), max(pieces, 1), self.model, first, pieces, int(types == last))
+            for types, first, pieces in reversed(host.segments)  # first the memory that `sums` leaves in the cache
+        ]
+        self.one_launch = OneLaunch(device, host, self.model) if in_one else None
         self._loaded: Any = None
         self._can_run = False
 
     def set(self, **fields: Any) -> None:
         """Set fields of `model`: numbers, or arrays by their address; None is 0."""
         for name, value in fields.items():
-            self.model[name] = self._device.address(value) if hasattr(value, "shape") else value or 0
+            if self._fields.get(name, self) is not value:
+                self.model[name] = self._device.address(value) if hasattr(value, "shape") else value or 0
+                self._fields[name] = value
 
     def set_gradients(self, addresses: Any, *, always: bool) -> None:
         """Set the addresses of gradients, int64, by row; `always`: although they seem to be there."""
-        self._grads.write(addresses[self._order].view(np.uint64), always=always)
+        self._grads.write(addresses, always=always)
 
     def load(self, rules: Sequence[Rule], policies: Sequence[str]) -> bool:
         """Put rules and policies on the device, where they have changed, and return whether they can run there."""
+        if self._loaded is not None and rules is self._loaded[1] and policies is self._loaded[2]:
+            return self._can_run
         wanted = [(id(rule.function), rule.norm_of, policy) for rule, policy in zip(rules, policies, strict=True)]
-        if self._loaded is None or wanted != self._loaded[0]:
-            self._loaded = None  # until all is there
+        is_new = self._loaded is None or wanted != self._loaded[0]
+        self._loaded = None  # until all is there
+        if is_new:
             found = programs(rules, policies)
             if found is not None:
                 tables = {name: self._device.put(table) for name, table in found._asdict().items()}
                 self._own |= tables
                 self.set(**tables)
             self._can_run = found is not None
-            self._loaded = wanted, rules  # rules live as long as their ids are compared
+        self._loaded = wanted, rules, policies  # rules live as long as their ids are compared
         return self._can_run

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lars_array.kernels import threads
-from lars_torch import LARS, _threads, optimizer
+from lars_torch import LARS, _state, _threads
 
 SIZES = (1 << 19, 3, 70_000)  # worth several threads
 
@@ -52,12 +52,12 @@ def test_steps_run_on_them_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -
 
         return real(noted, count)
 
-    monkeypatch.setattr(optimizer, "run_on_torch_threads", watched)
+    monkeypatch.setattr(_state, "run_on_torch_threads", watched)
     monkeypatch.setattr(threads._pool, "offer", lambda jobs: pytest.fail("threads of lars_array were used"))
     on_theirs = steps()
     monkeypatch.undo()
     assert len(set(found)) > 1 and not set(found) & {x.ident for x in threading.enumerate() if "lars" in x.name}
-    monkeypatch.setattr(optimizer, "run_on_torch_threads", lambda work, count: False)
+    monkeypatch.setattr(_state, "run_on_torch_threads", lambda work, count: False)
     assert all(map(torch.equal, on_theirs, steps()))
 
 

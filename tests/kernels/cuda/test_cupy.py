@@ -131,7 +131,8 @@ def test_kernels_are_compiled_once_and_launched_with_their_arguments(
     params, grads, buffers = ([array(x) for x in arrays] for arrays in here)
     kernel = cuda_on_cpu.kernel_of(params, grads, buffers, kind=Kernel)
     given = cuda_on_cpu.gradients(grads)
-    S = kernel.sums(given)
+    with params[0].device:
+        S = kernel.sums(given)
     expected = core.sums(*here, xp=np)
     np.testing.assert_allclose(np.asarray(S), expected, rtol=1e-13)
     group = hyperparams.at_step({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nonfinite": "skip"}, 0)
@@ -141,14 +142,15 @@ def test_kernels_are_compiled_once_and_launched_with_their_arguments(
         state = DeviceState([True] * 3, [0.0] * 3, like=params[0])
         state.write([group], captured=False)
         rows = DeviceRows(*lists, [], np.zeros(3, int), None, None, params[0])
-    assert kernel.enqueue(given, rows, [RULES["flash"]], ["skip"], state, None, clips=False) is not None
+        assert kernel.enqueue(given, rows, [RULES["flash"]], ["skip"], state, None, clips=False) is not None
     C = np.asarray(kernel._steps[1].C)
     for p, g, v, old, c in zip(params, grads, buffers, zip(*here, strict=True), C, strict=True):
         new_p, new_v = core.apply(*old, c, xp=np)
         assert_same([np.asarray(x) for x in (p, g, v)], [new_p, old[1], new_v])
     assert np.asarray(state.counts).tolist() == [1, 0, 0, 0]
     assert cupy.compiled == [(source([types]), OPTIONS)]
-    cuda_on_cpu.kernel_of(params, grads, buffers, kind=Kernel).sums(given)
+    with params[0].device:
+        cuda_on_cpu.kernel_of(params, grads, buffers, kind=Kernel).sums(given)
     assert len(cupy.compiled) == 1
     assert FakeDevice.inside == 0
 
@@ -223,7 +225,7 @@ def test_a_module_that_was_not_loaded_is_loaded_again(cupy: Any, failing: int, m
         own.compile(pairs)
     own.compile(pairs)
     for name in (*COMMON, "write_pointers", *(pair_name(stage, *p) for p in pairs for stage in ("sums", "apply"))):
-        own.launch(name, 1)
+        own.launcher(name, 1)()
 
 
 class PinnedPool:

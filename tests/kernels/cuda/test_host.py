@@ -203,13 +203,17 @@ def test_ten_thousand_small_arrays(device: Any) -> None:
 def test_any_number_of_addresses_is_written(device: Any) -> None:
     room = STRUCTURES["Pointers"].fields["values"][0].shape[0]
     for count in (1, room - 1, room, room + 1, 2 * room + 5):
-        table, addresses = PointerTable(device, count), np.arange(7, 7 + count, dtype=np.uint64)
+        order = np.random.default_rng(0).permutation(count)
+        table, addresses = PointerTable(device, order), np.arange(7, 7 + count)
         for expected in (-(-count // room), 0):
             table.write(addresses)
-            assert_same(np.asarray(table.array), addresses)
+            assert_same(np.asarray(table.array), addresses[order].astype(np.uint64))
             assert len(launched_names(device)) == expected
         table.write(addresses, always=True)
         assert len(launched_names(device)) == -(-count // room)
+        table.write(addresses[::-1])
+        assert_same(np.asarray(table.array), addresses[::-1][order].astype(np.uint64))
+        launched_names(device)
 
 
 def test_arrays_that_are_not_dense_are_left_to_the_portable_kernel(device: Any) -> None:
