@@ -142,7 +142,8 @@ def install() -> None:
     cupy.zeros = array
     for namespace in (cupy, xp):
         namespace.asarray, namespace.zeros_like = asarray, zeros_like
-    for module in (_stepper, store, telemetry):
+    stepper = getattr(_stepper, "stepper", _stepper)  # one module in older checkouts, which `compare` runs as well
+    for module in (stepper, store, telemetry):
         module.device_context = device_context
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu import answer_whether_on_accelerator
 
-import lars_array.hyperparams
-import lars_array.state.memory
 from lars_array import LARS
 from lars_array.hyperparams import GROUP_FIELDS, at_step
 from lars_array.state import device as device_state
@@ -21,8 +20,7 @@ from lars_array.state.device import ENTRIES, DeviceState
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have torch's tensors count as lying on a device."""
-    for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
-        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor))
+    answer_whether_on_accelerator(monkeypatch, lambda x: isinstance(x, torch.Tensor))
 
 
 def test_waiting_reads_counts_of_which_no_copy_was_queued(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from assertions import assert_refused, assert_same, fingerprint
+from cuda_on_cpu import answer_whether_on_accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from references import LAYOUTS, assert_close, assert_same_bits, gaussian, tolerance
 from strategies import FEW, seeds, shapes
 
-import lars_array.hyperparams
-import lars_array.state.memory
 from lars_array import LARS, NonFiniteError, init, lars_step, update
 from lars_array._arrays import is_on_accelerator
 from lars_array.kernels import NUMPY_KERNELS as KERNELS
@@ -430,8 +429,7 @@ def test_on_a_device(of_p: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = LARS({"w": near}, **MASTERS, nonfinite="skip")
     for g in steps:
         here.step([torch.tensor(g)])
-    for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
-        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
+    answer_whether_on_accelerator(monkeypatch, lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
     there = LARS({"w": far}, **MASTERS, nonfinite="skip")
     for turn, g in enumerate(steps):
         if turn in (0, 2):  # also before there is a master

@@ -9,7 +9,7 @@ import pytest
 from assertions import assert_close, to_numpy
 
 from lars_array import LARS, Norms
-from lars_array import _stepper as stepper_module
+from lars_array._stepper import arrays as step_arrays
 from lars_array.kernels import blocked
 
 # Norms: w 5, b 1; their gradients 0.5 and 0.25.
@@ -177,13 +177,13 @@ def test_a_step_takes_one_look_at_memory_and_one_write(
 
 def test_memory_ranges_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
-    original = stepper_module.MemoryRanges
+    original = step_arrays.MemoryRanges
 
     def counted(names: Any, *arrays: Any) -> Any:
         found.append(sum(x is not None for of_kind in arrays for x in of_kind))
         return original(names, *arrays)
 
-    monkeypatch.setattr(stepper_module, "MemoryRanges", counted)
+    monkeypatch.setattr(step_arrays, "MemoryRanges", counted)
     optimizer = LARS([W.copy(), B.copy()], lr=0.5, momentum=0.9)
     for _ in range(4):
         optimizer.step([GW, GB])

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_array import _stepper, hyperparams, kernels
+from lars_array import hyperparams, kernels
+from lars_array._stepper import arrays as step_arrays
+from lars_array._stepper import program, stepper
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.kernels.cuda import kernel
 from lars_array.kernels.cuda.one_launch import one_launch_source
@@ -182,6 +184,12 @@ def address(x: Any) -> int:
     return found
 
 
+def answer_whether_on_accelerator(patch: pytest.MonkeyPatch, answer: Callable[[Any], bool]) -> None:
+    """Have steps ask this function whether an array lies on a device."""
+    for module in (hyperparams, memory, device_exchange, program, stepper):
+        patch.setattr(module, "is_on_accelerator", answer)
+
+
 @contextlib.contextmanager
 def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
     """Have `FarArray`s taken for arrays on a device, by the CUDA kernel and its host code."""
@@ -192,9 +200,8 @@ def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
         return [x.view(FarArray) if is_far(p) else x for p, x in zip(params, allocate(params), strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (hyperparams, memory, device_exchange, _stepper):
-            patch.setattr(module, "is_on_accelerator", is_far)
-        for owner in (store, _stepper):
+        answer_whether_on_accelerator(patch, is_far)
+        for owner in (store, step_arrays):
             patch.setattr(owner, "allocate_buffers", allocated)
         patch.setattr(hyperparams, "_known", lambda x: None if is_far(x) else known(x))
         patch.setattr(Kernel, "Device", device)

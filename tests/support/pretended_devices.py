@@ -13,9 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lars_array import _stepper, hyperparams
 from lars_array._arrays import is_on_accelerator
-from lars_array.state import device_exchange, memory
 
 DEVICES = ("strict", "torch", "cuda")
 WAITS = {"_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero"}
@@ -59,6 +57,7 @@ def pretended(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         place = array_api_strict.Device("device1")
         yield Device(lambda x: array_api_strict.asarray(x, device=place, copy=True), lambda: nothing_read(monkeypatch))
         return
-    for module in (memory, hyperparams, device_exchange, _stepper):
-        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x))
+    cuda_on_cpu.answer_whether_on_accelerator(
+        monkeypatch, lambda x: isinstance(x, torch.Tensor) or is_on_accelerator(x)
+    )
     yield Device(lambda x: torch.tensor(x), NoWaiting)

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu import answer_whether_on_accelerator
 from torch import nn
 
-import lars_array._stepper
-import lars_array.hyperparams
-import lars_array.state.memory
 import lars_torch._state
 from lars_array import Recorder
 from lars_torch import LARS
@@ -142,8 +140,7 @@ def test_copies_of_the_optimizer_count_their_own_steps() -> None:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have torch's tensors count as lying on a device, where they stay tensors."""
-    for module in (lars_array.state.memory, lars_array.hyperparams, lars_array._stepper):
-        monkeypatch.setattr(module, "is_on_accelerator", lambda x: isinstance(x, torch.Tensor))
+    answer_whether_on_accelerator(monkeypatch, lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(lars_torch._state, "library_of", lambda device, tensors: "torch")
 
 

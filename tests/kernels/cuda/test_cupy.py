@@ -187,7 +187,7 @@ def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatc
 
     for module in ("core", "hyperparams", "nonfinite", "state.device"):
         monkeypatch.setattr(f"lars_array.{module}.asarray", arrays_there)
-    for module in ("_stepper", "state.store"):
+    for module in ("_stepper.arrays", "state.store"):
         monkeypatch.setattr(f"lars_array.{module}.allocate_buffers", buffers_like)
     known, choose = hyperparams._known, kernels.choose
     monkeypatch.setattr(hyperparams, "_known", lambda x: None if isinstance(x, Array) else known(x))
