@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_array import hyperparams, kernels
+from lars_array import kernels
 from lars_array._stepper import arrays as step_arrays
 from lars_array._stepper import program, stepper
+from lars_array.hyperparams import checks, groups
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.kernels.cuda import kernel
 from lars_array.kernels.cuda.one_launch import one_launch_source
@@ -186,7 +187,7 @@ def address(x: Any) -> int:
 
 def answer_whether_on_accelerator(patch: pytest.MonkeyPatch, answer: Callable[[Any], bool]) -> None:
     """Have steps ask this function whether an array lies on a device."""
-    for module in (hyperparams, memory, device_exchange, program, stepper):
+    for module in (groups, memory, device_exchange, program, stepper):
         patch.setattr(module, "is_on_accelerator", answer)
 
 
@@ -194,7 +195,7 @@ def answer_whether_on_accelerator(patch: pytest.MonkeyPatch, answer: Callable[[A
 def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
     """Have `FarArray`s taken for arrays on a device, by the CUDA kernel and its host code."""
     device = Device(path or library(), order)
-    choose, known, allocate = kernels.choose, hyperparams._known, store.allocate_buffers
+    choose, known, allocate = kernels.choose, checks._known, store.allocate_buffers
 
     def allocated(params: Sequence[Any]) -> list[Any]:
         return [x.view(FarArray) if is_far(p) else x for p, x in zip(params, allocate(params), strict=True)]
@@ -203,7 +204,7 @@ def pretended(order: int = 0, path: Path | None = None) -> Iterator[Device]:
         answer_whether_on_accelerator(patch, is_far)
         for owner in (store, step_arrays):
             patch.setattr(owner, "allocate_buffers", allocated)
-        patch.setattr(hyperparams, "_known", lambda x: None if is_far(x) else known(x))
+        patch.setattr(checks, "_known", lambda x: None if is_far(x) else known(x))
         patch.setattr(Kernel, "Device", device)
         patch.setattr(kernels, "choose", lambda params, name: Kernel if is_far(params[0]) else choose(params, name))
         yield device

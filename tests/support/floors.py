@@ -24,7 +24,7 @@ FLOORS = {
 }
 
 # Packages whose modules may import each other, and floors whose modules may; though not in a circle.
-OWN = ("kernels", "state", "_stepper", "files", "testing", "lars_torch", "lars_jax")
+OWN = ("hyperparams", "kernels", "state", "_stepper", "files", "testing", "lars_torch", "lars_jax")
 OPEN = (7,)
 
 # What a module or a package may import of none of these, whatever their floors.

@@ -185,12 +185,12 @@ def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatc
     """All of lars_array that names CuPy, but with arrays in the host's memory."""
     FakeModule.library = cuda_on_cpu.Device(library)
 
-    for module in ("core", "hyperparams", "nonfinite", "state.device"):
+    for module in ("core", "hyperparams.rows", "nonfinite", "state.device"):
         monkeypatch.setattr(f"lars_array.{module}.asarray", arrays_there)
     for module in ("_stepper.arrays", "state.store"):
         monkeypatch.setattr(f"lars_array.{module}.allocate_buffers", buffers_like)
-    known, choose = hyperparams._known, kernels.choose
-    monkeypatch.setattr(hyperparams, "_known", lambda x: None if isinstance(x, Array) else known(x))
+    known, choose = hyperparams.checks._known, kernels.choose
+    monkeypatch.setattr(hyperparams.checks, "_known", lambda x: None if isinstance(x, Array) else known(x))
     monkeypatch.setattr(kernels, "choose", lambda xs, name: Kernel if isinstance(xs[0], Array) else choose(xs, name))
     body(Place(array, np.asarray))
     assert cupy.compiled
