@@ -82,12 +82,12 @@ COMPARISONS |= {
     f"host-{count}: lars_torch": Comparison(partial(_host, count), moving.lars, moving.sgd) for count in (161, 1000)
 }
 COMPARISONS |= {
-    f"host-cuda: {name}, {kind} gradients": Comparison(
-        shapes.resnet50, partial(build, moves=moves), partial(host.CONTESTANTS[host.SGD], moves=moves)
+    f"host-cuda: {name}, {kind}": Comparison(
+        shapes.resnet50, partial(build, **changes), partial(host.CONTESTANTS[host.SGD], **changes)
     )
     for name, build in host.CONTESTANTS.items()
     if "SGD" not in name
-    for kind, moves in host.GRADIENTS.items()
+    for kind, changes in host.KINDS.items()
 }
 COMPARISONS["memory: lars_array"] = Comparison(shapes.tiny, None)
 

@@ -81,7 +81,7 @@ GPU_ROWS = {
     "timm, torch.compile": "timm under `torch.compile`",
     "torch_optimizer": "torch_optimizer",
 }
-KINDS = {"new": "new gradients", "same": "the same gradients"}
+KINDS = ("new gradients", "the same gradients", "new gradients and learning rate")
 HOST_ROWS = {
     "torch SGD, fused": "torch's fused SGD (not LARS)",
     "torch SGD, fused, on one element each": "torch's fused SGD, with its CPU kernel on one element of each",
@@ -200,7 +200,7 @@ def _host_table() -> str:
         one = compared.get(f"host-cuda: {name}, new gradients")
         cells += ["", ""] if one is None else [_short(one[f"{who}_to_peer"]["median"]) for who in ("old", "new")]
         rows.append([label, *cells])
-    return _table([*KINDS.values(), f"in succession: ratio at {other['commits']['old'][:7]}", "ratio now"], rows)
+    return _table([*KINDS, f"in succession: ratio at {other['commits']['old'][:7]}", "ratio now"], rows)
 
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -1,7 +1,7 @@
 """``python -m benchmarks host``: what a step on a CUDA device costs the host, measured without one.
 
 Kernels do nothing, and nearly all else is real: `benchmarks.no_device` says what is replaced, and docs/performance.md
-what that can't show. All steps are taken in turn, in one process, with arrays of their own.
+what that can't show. For each of `KINDS` all steps are taken in turn, in one process, with arrays of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.peers.on_no_device import cupy_lars, torch_lars, torch_sgd, torc
 from benchmarks.shapes import Shape, resnet50
 from benchmarks.timing import described, interleaved, ratios, summary
 
-__all__ = ["CONTESTANTS", "GRADIENTS", "SGD", "main", "measure"]
+__all__ = ["CONTESTANTS", "KINDS", "SGD", "main", "measure"]
 
 OUT = ROOT / "benchmarks" / "results" / "host.json"
 SGD = "torch SGD, fused"
@@ -34,11 +34,16 @@ CONTESTANTS: dict[str, Callable[..., Run]] = {
     "lars_array, CuPy": cupy_lars,
     "lars_torch": torch_lars,
 }
-GRADIENTS = {"new": True, "same": False}  # new arrays at each step, as after zero_grad, or the same ones
+# What is new at each step: gradients lie elsewhere after zero_grad, and most schedulers set a learning rate.
+KINDS = {
+    "new gradients": {"moves": True},
+    "the same gradients": {"moves": False},
+    "new gradients and learning rate": {"moves": True, "rates": True},
+}
 
 
 def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
-    """Return milliseconds by contestant and gradients.
+    """Return milliseconds by contestant and by what is new.
 
     Parameters
     ----------
@@ -50,22 +55,19 @@ def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        By contestant, and in that by a key of `GRADIENTS`, what `summary` returns, and as "ratio" the ratios to torch's
-        fused SGD with gradients of the same kind.
+        By contestant, and in that by a key of `KINDS`, what `summary` returns, and as "ratio" the ratios to torch's
+        fused SGD of the same kind.
     """
 
     def arrays() -> list[Any]:
         return [np.empty(shape, np.float32) for shape in shapes]  # nothing reads or writes them
 
-    runs = {
-        (name, kind): build(arrays(), arrays(), moves=moves)
-        for name, build in CONTESTANTS.items()
-        for kind, moves in GRADIENTS.items()
-    }
-    seconds = interleaved(runs, rounds, rest=0.0)
     found: dict[str, Any] = {name: {} for name in CONTESTANTS}
-    for (name, kind), own in seconds.items():
-        found[name][kind] = summary(own) | {"ratio": ratios(own, seconds[SGD, kind])}
+    for kind, changes in KINDS.items():
+        runs = {name: build(arrays(), arrays(), **changes) for name, build in CONTESTANTS.items()}
+        seconds = interleaved(runs, rounds, rest=0.0)
+        for name, own in seconds.items():
+            found[name][kind] = summary(own) | {"ratio": ratios(own, seconds[SGD])}
     return found
 
 
@@ -81,9 +83,9 @@ def main(arguments: list[str]) -> int:
 
     document = {"machine": machine(), "versions": versions() | {"cupy": cupy.__version__}, "options": OPTIONS}
     document |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "arrays": len(shapes)}
-    print(f"ResNet-50, {len(shapes)} arrays: milliseconds (quartiles), and as a ratio to {SGD} with such gradients")
+    print(f"ResNet-50, {len(shapes)} arrays: milliseconds (quartiles), and as a ratio to {SGD}")
     for name, own in found.items():
         for kind, row in own.items():
-            print(f"  {name:38} {kind:5} {described(row, 3):46} {row['ratio']['median']:5.2f}")
+            print(f"  {name:38} {kind:32} {described(row, 3):46} {row['ratio']['median']:5.2f}")
     asked.json.write_text(json.dumps(document | {"rounds": asked.rounds, "contestants": found}, indent=1) + "\n")
     return 0

@@ -40,7 +40,14 @@ def array(
     if address is None:
         address, _end = _end, _end + -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
     memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, size, None, device), 0)
-    return cupy.ndarray(shape, dtype, memory, strides)
+    return _array_type()(shape, dtype, memory, strides)
+
+
+@cache
+def _array_type() -> Any:
+    import cupy
+
+    return type("Array", (cupy.ndarray,), {"__setitem__": _nothing})
 
 
 class _Stream:

@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 
 from lars_array._arrays import device_context
 from lars_array._messages import located, shown
-from lars_array._stepper import Stepper
+from lars_array._stepper import StatefulOptimizer, Stepper
 from lars_array.core import Rule
 from lars_array.hyperparams import (
     complete,
@@ -23,7 +23,6 @@ from lars_array.hyperparams import (
     required,
 )
 from lars_array.layers import LayerOf
-from lars_array.state.checkpoint import StatefulOptimizer
 from lars_array.state.inputs import gradient_order, match_gradients, read_parameters
 from lars_array.state.shards import AllReduce, checked_all_reduce, names_of_layers, refusals_are_told
 from lars_array.state.store import ParamState

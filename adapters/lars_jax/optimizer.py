@@ -12,7 +12,7 @@ import numpy as np
 
 from lars_array import Rule
 from lars_array._arrays import ArraySpecs, check_parameter
-from lars_array._stepper import ParamState, Stepper, shown
+from lars_array._stepper import ParamState, StatefulOptimizer, Stepper, shown
 from lars_array.hyperparams import (
     defaults_from,
     described,
@@ -22,7 +22,6 @@ from lars_array.hyperparams import (
     scheduled,
 )
 from lars_array.layers import LayerOf
-from lars_array.state.checkpoint import StatefulOptimizer
 from lars_jax._arguments import LarsArguments, check_rate
 from lars_jax._buffers import DonatedBuffers, buffers_of
 from lars_jax._devices import check_has_values

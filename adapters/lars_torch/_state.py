@@ -183,16 +183,20 @@ class TensorState(ParamState):
     def groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
         """Return complete and checked hyper-parameters: the same object as long as nothing in it has changed."""
         if grad_scale is None and self._hyperparams.are_unchanged(groups):
-            return self._hyperparams.last
+            read = self._hyperparams.last
+        else:
+            read = self._read_groups(groups, grad_scale)
+        check_layer_axes(read, self._axes_of_groups)
+        return read
+
+    def _read_groups(self, groups: Sequence[Mapping[str, Any]], grad_scale: Any) -> Sequence[Mapping[str, Any]]:
         found = [numbers_of(group, self._device, grad_scale) for group in groups]
         tensors = [(own, name) for own in found for name in tensors_in(own)]
         if tensors and self._library == "cupy":
             with self.context():
                 for own, name in tensors:
                     own[name] = self.view(own[name])
-        read = self._hyperparams.read(groups, 0, found)  # none of them is a function of the step
-        check_layer_axes(read, self._axes_of_groups)
-        return read
+        return self._hyperparams.read(groups, 0, found)  # none of them is a function of the step
 
     def bind(self, grads: Sequence[Any], groups: Any) -> None:
         """Do all checks of a step."""

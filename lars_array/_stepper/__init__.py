@@ -1,14 +1,16 @@
 """One optimizer step: checks the arrays, runs a kernel, and updates the state.
 
 `stepper` chooses a program for the arrays of a step or makes one, `arrays` says whether a program fits them, and
-`program` takes the step. Neither owns parameters or state: both are arguments, as in torch's functional optimizers.
+`program` takes the step. None of them owns parameters or state: both are arguments, as in torch's functional
+optimizers. `stateful` is what the optimizers that do own them share.
 
-Adapters import the names from other modules here.
+Adapters import from here, also names that other modules define.
 """
 
 from lars_array._interrupts import SignalScope, defer_signals, uninterrupted
 from lars_array._messages import listed, shown, warn
 from lars_array._stepper.program import StepProgram
+from lars_array._stepper.stateful import StatefulOptimizer
 from lars_array._stepper.stepper import Stepper, reads_previous_lr
 from lars_array.kernels import check_kernel_name
 from lars_array.kernels.lent import on_threads_of
@@ -20,6 +22,7 @@ __all__ = [
     "KEPT",
     "ParamState",
     "SignalScope",
+    "StatefulOptimizer",
     "StepProgram",
     "Stepper",
     "check_kernel_name",

@@ -158,7 +158,7 @@ class StepArrays:
         return Gradients(at, lambda: views(own) if rows is None else rows.views(views(own)))
 
     def cut(self, absent: list[int]) -> Self | None:
-        """Return the program of all parameters but some, from that of all; None if its kernel can't be cut."""
+        """Return a copy for all parameters but some, from that for all; None if its kernel can't be cut."""
         part: Any = getattr(self._kernel, "part", None)
         if part is None or self.absent or self._rows is not None or not self._is_published:
             return None
@@ -178,7 +178,7 @@ class StepArrays:
         return program
 
     def placed(self, state: ParamState, groups: Groups) -> Self | None:
-        """Return this program, or one for arrays that lie elsewhere; None if more than addresses changes.
+        """Return this object, or a copy for arrays that lie elsewhere; None if more than addresses changes.
 
         Raises ValueError for arrays that overlap.
         """

@@ -14,13 +14,13 @@ from lars_array.core import Hyper, plan
 from lars_array.hyperparams import inputs_of
 from lars_array.kernels.base import Gradients
 from lars_array.nonfinite import finite, quick_finite, refuse_entries, refuse_nonfinite
-from lars_array.state.device import DeviceRows, DeviceState
 from lars_array.state.graph_memory import GraphMemory
 from lars_array.state.shards import SkippedError
 from lars_array.state.store import ParamState
 from lars_array.telemetry import StepResult
 
 if TYPE_CHECKING:
+    from lars_array.state.device import DeviceState
     from lars_array.state.exchange import Exchange
 
 __all__ = ["FOUND", "StepProgram", "exchange_nothing"]
@@ -175,6 +175,8 @@ class StepProgram(StepArrays):
         """Queue the step; the device decides whether to apply it."""
         like = self._like
         if self._device_rows is None:
+            from lars_array.state.device_rows import DeviceRows  # only what is on a device pays for it
+
             keeps = [self._keeps[k][0] for k in self._row_group.tolist()]
             param, place = self._row_param.tolist(), state.row_numbers(self._position.tolist())
             lists = self._row_names, self._row_group.tolist(), param, place, keeps
@@ -194,6 +196,8 @@ class StepProgram(StepArrays):
 def _ensure_device(state: ParamState, like: Any) -> DeviceState:
     """Return the state on the device of an array, made from that on the host if there is none."""
     if state.device is None:
+        from lars_array.state.device import DeviceState
+
         unused = [v is None for v in state.buffers]
         state.device = DeviceState(unused, state.previous_lr.tolist(), like=like)
     return state.device

@@ -7,13 +7,13 @@ from typing import Any
 
 from lars_array._arrays import is_array
 from lars_array._messages import shown
+from lars_array._stepper import StatefulOptimizer
 from lars_array._version import __version__
 from lars_array.files._container import write_container
 from lars_array.files._document import document_of
 from lars_array.files._values import NotStorableError, stored_value
 from lars_array.functional import State
 from lars_array.optimizer import LARS
-from lars_array.state.checkpoint import StatefulOptimizer
 from lars_array.state.inputs import read_parameters
 
 __all__ = ["by_name", "save"]

@@ -21,6 +21,7 @@ __all__ = ["MOST", "check", "check_layer_axes"]
 
 
 MOST = sys.float_info.max
+_NUMBER = float, int, Real  # the abstract class last: it takes far longer to ask
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -82,6 +83,8 @@ def check(group: Mapping[str, Any]) -> None:
 
 def _known(value: Any) -> float | None:
     """Return the value of a number or array, or None if it cannot be read without waiting."""
+    if type(value) is float:  # the usual case
+        return value
     if not (isinstance(value, Real | np.ndarray) or is_jax_array(value)):
         return None
     try:
@@ -91,6 +94,8 @@ def _known(value: Any) -> float | None:
 
 
 def _check_number(name: str, value: Any) -> None:
+    if type(value) is float:
+        return
     is_scalar = getattr(value, "shape", None) == ()  # perhaps traced, or on a device: its value is not read
     if isinstance(value, np.ndarray | np.generic):
         is_scalar = is_scalar and (value.dtype.kind in "iuf" or COMPUTE.get(value.dtype.name) == "float32")
@@ -110,7 +115,7 @@ def _is_too_large(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, _NUMBER) and not isinstance(value, bool)
 
 
 def _check_bounds(bounds: Any) -> None:

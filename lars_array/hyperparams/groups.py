@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from numbers import Real
-from operator import is_
+from operator import is_, itemgetter
 from types import NoneType
 from typing import Any
 
@@ -26,6 +26,10 @@ __all__ = [
     "readable",
     "scheduled",
 ]
+
+
+# For these types, equal values of equal type are the same: True == 1, but True is not a valid momentum.
+PLAIN = frozenset({bool, int, float, str, NoneType})
 
 
 def complete(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,8 +100,12 @@ def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Return `at_step`, with arrays of shape () replaced by numbers where they can be read without waiting."""
-    group = complete(scheduled(options, step))
-    group = {key: x.item() if can_be_read(x) else x for key, x in group.items()}
+    return _read(scheduled(options, step))
+
+
+def _read(options: Mapping[str, Any]) -> dict[str, Any]:
+    group = complete(options)
+    group = {key: x.item() if type(x) not in PLAIN and can_be_read(x) else x for key, x in group.items()}
     check(group)
     return group
 
@@ -112,16 +120,12 @@ def needs_buffer(group: Mapping[str, Any]) -> bool:
     return resolve(group["rule"]).keeps_buffer or not (isinstance(group["momentum"], Real) and group["momentum"] == 0)
 
 
-# For these types, equal values of equal type are the same: True == 1, but True is not a valid momentum.
-PLAIN = frozenset({bool, int, float, str, NoneType})
-
-
 class Hyperparams:
     """The hyper-parameters of parameter groups, which are checked again only after a possible change."""
 
     def __init__(self) -> None:
         self._last: tuple[list[Any], Sequence[Mapping[str, Any]]] = [], []
-        self._objects: list[Any] | None = None  # of which groups consisted that were read last; None: not all tell
+        self._objects: list[Any] | None = None  # `_objects_in` the groups; None where that is not enough
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hyperparams, ()
@@ -155,30 +159,36 @@ class Hyperparams:
         """
         if evaluated is None and self.are_unchanged(param_groups):
             return self.last
-        objects, self._objects = _objects_in(param_groups), None
+        self._objects = None
         all_options = evaluated or [scheduled(options_of(group), step) for group in param_groups]
         seen = [_comparable(options) for options in all_options]
         before, groups = self._last
         if not (seen and len(seen) == len(before) and all(map(_is_same, seen, before))):
             groups = []
             for number, (group, options) in enumerate(zip(param_groups, all_options)):
-                place = [f"parameter group {number}"] if len(all_options) > 1 else []
-                place += [f"step {step}"] if any(callable(group.get(name)) for name in NUMBERS) else []
-                with located(", ".join(place)):
-                    if missing := {"lr", *DEFAULTS} - options.keys():
+                try:
+                    if missing := _NAMES - options.keys():
                         raise ValueError(f"a parameter group must have the key {shown(min(missing))}")
-                    groups.append(readable(options, step))
+                    groups.append(_read(options))
+                except (TypeError, ValueError):
+                    place = [f"parameter group {number}"] if len(all_options) > 1 else []
+                    place += [f"step {step}"] if any(callable(group.get(name)) for name in NUMBERS) else []
+                    with located(", ".join(place)):
+                        raise
             self._last = seen, groups  # in one assignment, for interrupts
-        pairs = zip(param_groups, all_options, strict=True)
-        are_own = all(x is group.get(name) for group, options in pairs for name, x in options.items())
-        if are_own and None not in seen:
-            self._objects = objects
+        if None not in seen and all(map(is_, _values_in(all_options), _values_in(param_groups))):
+            self._objects = _objects_in(param_groups)
         return groups
 
     def are_unchanged(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether all keys and values of groups are the objects that were read last, which can't change."""
-        objects, known = _objects_in(param_groups), self._objects
-        return known is not None and len(objects) == len(known) and all(map(is_, objects, known))
+        """Return whether groups hold the objects that were read last, none of which can be modified in place."""
+        if self._objects is None:
+            return False
+        try:
+            objects = _objects_in(param_groups)
+        except KeyError:
+            return False
+        return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
 
     @property
     def last(self) -> Sequence[Mapping[str, Any]]:
@@ -186,10 +196,18 @@ class Hyperparams:
         return self._last[1]
 
 
+_NAMES = frozenset({"lr", *DEFAULTS})
+_values_of = itemgetter("lr", *DEFAULTS)
+
+
+def _values_in(groups: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(_values_of, groups))
+
+
 def _objects_in(param_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return the keys and values of groups, and what the names of rules stand for."""
-    objects = list(chain(*param_groups, *[group.values() for group in param_groups]))
-    return objects + [RULES.get(rule) for group in param_groups if type(rule := group.get("rule")) is str]
+    """Return all keys of groups, their hyper-parameters, and what the names of rules stand for."""
+    rules = [RULES.get(group["rule"]) for group in param_groups if isinstance(group["rule"], str)]
+    return [*chain(*param_groups), *_values_in(param_groups), *rules]
 
 
 def _comparable(options: Mapping[str, Any]) -> Any:
@@ -199,7 +217,7 @@ def _comparable(options: Mapping[str, Any]) -> Any:
     kinds = list(map(type, options.values()))
     if not PLAIN.issuperset(kinds) or not (bounds is None or type(bounds) is tuple):
         return None
-    rule = RULES.get(rule) if type(rule) is str else rule
+    rule = RULES.get(rule) if isinstance(rule, str) else rule
     return list(options), kinds, list(options.values()), rule, bounds
 
 

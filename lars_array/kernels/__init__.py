@@ -19,6 +19,8 @@ and optionally
     .moved(held, places) -> Kernel         the kernel for arrays of the same types and layouts that lie elsewhere
     .part(index) -> Kernel                 the kernel for some of its layers
     .is_capturing() -> bool                whether launches are captured in a graph
+
+The caller makes the device of the arrays the current one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,12 @@ class Tape:
 
     def __init__(self, operations: Any, constants: Any, outputs: Any) -> None:
         self.operations, self.constants, self.outputs = operations, constants, outputs
+
+    @cached_property
+    def reads_previous_lr(self) -> bool:
+        """Whether the outputs depend on the learning rate of the step before."""
+        register = INPUTS.index("previous_lr")
+        return bool((self.operations[:, 1:] == register).any() or (self.outputs == register).any())
 
 
 # By the identity of a rule's function, which may be equal to another or unhashable; entries end with the function.

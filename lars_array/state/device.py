@@ -2,121 +2,26 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from sys import float_info
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from array_api_compat import array_namespace, is_cupy_array, is_torch_array
+from array_api_compat import array_namespace
 
-from lars_array._arrays import accumulation_dtype, asarray, synchronize
+from lars_array._arrays import accumulation_dtype, asarray
 from lars_array._interrupts import defer_signals
-from lars_array._messages import shown
-from lars_array.core import BOOLEANS, Hyper, Rule, StageOutputs, plan, resolve, with_max_ratio
-from lars_array.hyperparams import GROUP_FIELDS, row_values, with_rules
-from lars_array.nonfinite import CAUSES, ELSEWHERE, GRADIENT, PARAMETER, REFUSAL, UPDATE, NonFiniteError, finite
-from lars_array.state.shards import RefusedElsewhereError
-from lars_array.telemetry import StepResult
+from lars_array.core import BOOLEANS, Hyper, StageOutputs, with_max_ratio
+from lars_array.hyperparams import GROUP_FIELDS, row_values
+from lars_array.nonfinite import CAUSES, ELSEWHERE, GRADIENT, PARAMETER, REFUSAL, UPDATE
+from lars_array.state.counts import ENTRIES, PinnedCounts, StepCounts
 
 if TYPE_CHECKING:
     from lars_array.state.device_exchange import DeviceExchange
 
-__all__ = ["DeviceRows", "DeviceState", "PinnedCounts", "StepCounts"]
+__all__ = ["DeviceState", "vectors"]
 
-ENTRIES = 4  # of the counts
 _NUMBER = float, int, Real  # the abstract class last: it takes far longer to ask
-
-
-class StepCounts(NamedTuple):
-    """Steps taken, skipped and rejected by a device, and the code of the last rejected layer."""
-
-    taken: int = 0
-    skipped: int = 0
-    rejected: int = 0
-    offender: int = 0
-
-    def error(self, names: Sequence[str]) -> NonFiniteError | RefusedElsewhereError:
-        """Return the error for the last rejected step, given the names of all rows."""
-        row, cause = divmod(self.offender, len(CAUSES))
-        name, kind = names[row], CAUSES[cause]
-        if cause == REFUSAL:
-            return RefusedElsewhereError(
-                "not all processes took part alike in an earlier step, which changed nothing: one has refused it, "
-                "lacks a gradient, or has other hyper-parameters"
-            )
-        if cause == ELSEWHERE:
-            reason = "a layer of another process was not finite"
-        elif kind == "update":
-            reason = f"the update of {shown(name)} overflowed its type or the float64 of its norms"
-        else:
-            reason = f"the norm of the {kind} of {shown(name)} was not finite"
-        return NonFiniteError(f"{reason} in an earlier step, which changed nothing")
-
-
-_in_graphs: dict[int, Any] = {}  # pinned memory that replays may write to at any time, by address
-_in_flight: dict[int, tuple[Any, Any]] = {}  # events of CuPy, and pinned memory that is written to until they are done
-
-
-class PinnedCounts:
-    """A copy of a device's counts in pinned host memory, which the host reads without waiting.
-
-    A copy that is captured in a CUDA graph is made again by each replay. Memory that the device may still write to
-    outlives this object: CuPy's pool would give it to others at once, where torch's waits by itself.
-
-    Parameters
-    ----------
-    counts : int64 array of shape (ENTRIES,)
-        On the device; written in place.
-    """
-
-    def __init__(self, counts: Any) -> None:
-        self.counts = counts
-        self.pinned: Any = None
-        if is_cupy_array(counts):
-            import cupy
-            import cupyx
-
-            # Here, since in a finalizer it might break the capture of a graph to ask for an event.
-            for address, (event, _) in list(_in_flight.items()):
-                if event.done:
-                    _in_flight.pop(address, None)
-            self.pinned, self._event = cupyx.zeros_pinned(ENTRIES, np.int64), cupy.cuda.Event(disable_timing=True)
-            weakref.finalize(self, _in_flight.setdefault, self.pinned.ctypes.data, (self._event, self.pinned))
-        elif is_torch_array(counts) and counts.device.type == "cuda":
-            import torch
-
-            self._host = torch.zeros(ENTRIES, dtype=torch.int64, pin_memory=True)
-            self.pinned = self._host.numpy()
-
-    def copy(self) -> None:
-        """Queue a copy of the counts behind all work that the device has been given."""
-        if is_cupy_array(self.counts):
-            import cupy
-
-            # Not by the array's own method, which fails while a graph is captured.
-            runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
-            here, there = self.pinned.ctypes.data, self.counts.data.ptr
-            runtime.memcpyAsync(here, there, self.pinned.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-            if stream.is_capturing():
-                _in_graphs[here] = self.pinned
-            else:
-                self._event.record(stream)
-        elif self.pinned is not None:
-            self._host.copy_(self.counts, non_blocking=True)
-
-    def read(self, *, wait: bool) -> StepCounts | None:
-        """Return the counts that have arrived, or with `wait` the final ones; None if they are unknown without."""
-        if wait:  # for all streams, and for steps of which no copy was queued
-            synchronize(self.counts)
-            return StepCounts(*(int(self.counts[i]) for i in range(ENTRIES)))
-        if self.pinned is None:
-            return None
-        once = self.pinned.tolist()
-        while once != (again := self.pinned.tolist()):  # it was being written
-            once = again
-        return StepCounts(*once)
 
 
 class DeviceState:
@@ -152,7 +57,7 @@ class DeviceState:
         self._pinned = PinnedCounts(self.counts)
         self._read = StepCounts()
         self._queued, self._confirmed = 0, 0
-        self._written: list[list[Any]] = []
+        self._written: list[list[Any]] = []  # the numbers in `hyper`; None where they are not known here
         self._groups: Any = None  # all of whose values are numbers, and in `hyper`
         self._in_graphs: set[tuple[int, int]] = set()  # replays write these: their values are unknown here
 
@@ -173,20 +78,21 @@ class DeviceState:
         rows = [row_values(group) for group in groups]
         if self.hyper is None:
             numbers = [[float(value) if isinstance(value, Real) else 0.0 for value in row] for row in rows]
-            self._written = numbers
+            self._written = [[value if isinstance(value, Real) else None for value in row] for row in rows]
             self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
         for row, (values, written) in enumerate(zip(rows, self._written, strict=True)):
-            for column, value in enumerate(values):
-                if isinstance(value, _NUMBER):
-                    value = float(value)
-                    if value == written[column] and (row, column) not in self._in_graphs:
-                        continue
+            for column, (value, before) in enumerate(zip(values, written)):
+                if not self._in_graphs and value is before:  # faster
+                    continue
+                is_number = isinstance(value, _NUMBER)
+                if is_number and value == before and (row, column) not in self._in_graphs:
+                    continue
                 if captured:
                     self._in_graphs.add((row, column))
                 written[column] = None  # until it is there
                 # A slice, not an element: torch fills the one and copies the other from the host.
-                self.hyper[row : row + 1, column : column + 1] = value
-                written[column] = value if isinstance(value, float) else None
+                self.hyper[row : row + 1, column : column + 1] = float(value) if is_number else value
+                written[column] = value if is_number else None
         if all(x is not None for written in self._written for x in written):
             self._groups = groups
 
@@ -200,7 +106,7 @@ class DeviceState:
 
         `limit` is that of `nonfinite.finite`.
         """
-        return _vectors(self.hyper, self.first, self.previous_lr, group_of, owner, limit, xp=self.xp)
+        return vectors(self.hyper, self.first, self.previous_lr, group_of, owner, limit, xp=self.xp)
 
     def advanced(self, taken: Any, stepped: Any, keeps: Any, lr: Any) -> tuple[Any, Any]:
         """Return `first` and `previous_lr` after a step, as new arrays.
@@ -315,149 +221,7 @@ class DeviceState:
         return before, now, replayed
 
 
-class _Options(NamedTuple):
-    """What decides on the launches of a step: of each group rule and `nonfinite`; and what holds for the model."""
-
-    rules: list[Rule]
-    policies: list[str]
-    clips: bool
-    may_fail: bool  # because of `nonfinite`
-
-    @classmethod
-    def of(cls, groups: Sequence[Mapping[str, Any]], used: set[int]) -> _Options:
-        """Return the options of groups, of which those with these numbers have rows."""
-        rules, policies = [resolve(group["rule"]) for group in groups], [group["nonfinite"] for group in groups]
-        clips = any(group["max_grad_norm"] is not None for group in groups)
-        return cls(rules, policies, clips, {policies[k] for k in used} != {"propagate"})
-
-
-class DeviceRows:
-    """The rows of a step as a device needs them.
-
-    Parameters
-    ----------
-    names, group_of, param_of, number, keeps : lists
-        Of each row its name, its group, its parameter, its number among all rows of the model, and whether it keeps a
-        momentum buffer.
-    joined : sequence of sequences of int
-        The rows of each layer that has several.
-    group_of_params : int array of shape (parameters,)
-        The group of each parameter of the model.
-    limit, square_limit : arrays of shape (rows,)
-        See `lars_array.nonfinite.finite`.
-    like : array
-        An array on the device.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        group_of: list[int],
-        param_of: list[int],
-        number: list[int],
-        keeps: list[bool],
-        joined: Sequence[Sequence[int]],
-        group_of_params: Any,
-        limit: Any,
-        square_limit: Any,
-        like: Any,
-    ) -> None:
-        self.names, self.group_of, self.param_of, self.number = names, group_of, param_of, number
-        self.keeps, self.joined, self._used_groups = keeps, joined, set(group_of)
-        self._limit, self._square_limit, self._like = limit, square_limit, like
-        self.xp = array_namespace(like)
-        self._index = [self._on_device(x) for x in (group_of, param_of, number, group_of_params.tolist())]
-        kept = {i: keep for i, keep in zip(param_of, keeps, strict=True)}
-        self._stepped = self._on_device([i in kept for i in range(len(group_of_params))])
-        self._kept = self._on_device([kept.get(i, False) for i in range(len(group_of_params))])
-        self._policies: tuple[Any, ...] = (None,)
-        self._options: tuple[Any, Any] = None, None
-
-    def step(
-        self,
-        kernel: Any,
-        grads: Any,
-        groups: Sequence[Mapping[str, Any]],
-        state: DeviceState,
-        found_inf: Any,
-        exchange: DeviceExchange | None = None,
-    ) -> StepResult:
-        """Queue a step, by a kernel that can do it alone or by stages; where processes add sums, by stages."""
-        if groups is not self._options[0]:
-            self._options = groups, _Options.of(groups, self._used_groups)
-        options = self._options[1]
-        result = None if exchange is not None else self._enqueued(kernel, grads, options, state, found_inf)
-        result = result or self._staged(kernel, grads, groups, options, state, found_inf, exchange)
-        state.queued(may_fail=options.may_fail or found_inf is not None or exchange is not None)
-        return result
-
-    def _enqueued(
-        self, kernel: Any, grads: Any, options: _Options, state: DeviceState, found_inf: Any
-    ) -> StepResult | None:
-        if not hasattr(kernel, "enqueue"):
-            return None
-        rules, policies, clips, _ = options
-        found = kernel.enqueue(grads, self, rules, policies, state, found_inf, clips=clips)
-        if found is None:
-            return None
-        S, gamma = found
-        return self._result(S, gamma, rules, state)
-
-    def _result(self, S: Any, gamma: Any, rules: list[Any], state: DeviceState) -> StepResult:
-        """Return the result of a step; hyper-parameters and states are read where they are asked for."""
-        (group, param, *_), limit, group_of, xp = self._index, self._limit, self.group_of, self.xp
-
-        def inputs(gamma: Any, hyper: Any, first: Any, previous_lr: Any) -> tuple[Any, Hyper, list[Any]]:
-            spread = _vectors(hyper, first, previous_lr, group, param, limit, xp=xp)
-            return gamma, spread, [rules[k] for k in group_of]
-
-        return StepResult(self.names, S, inputs, (gamma, state.hyper, state.first, state.previous_lr), state)
-
-    def _staged(
-        self,
-        kernel: Any,
-        grads: Any,
-        groups: Any,
-        options: _Options,
-        state: DeviceState,
-        found_inf: Any,
-        exchange: DeviceExchange | None,
-    ) -> StepResult:
-        xp, (group, param, number, group_of_params) = self.xp, self._index
-        inputs = with_rules(state.vectors(group, param, self._limit), groups, self.group_of, xp=xp)
-        if exchange is not None and len(set(map(id, inputs.rules))) > 1 and getattr(kernel, "is_capturing", bool)():
-            raise ValueError("rule must be the same for all layers in a step with all_reduce that a graph captures")
-        sums, joined = kernel.sums, self.joined
-        outputs = plan(inputs, lambda operand: sums(grads, operand), xp=xp, joined=joined, exchange=exchange)
-        if exchange is not None:
-            exchange.complete()
-        strict, raises = self._of_policies(options.policies)
-        ok = None
-        if strict is not None:
-            ok = ~strict | finite(outputs.S, outputs.C, self._limit, self._square_limit, xp=xp)
-        taken, counts = state.decide(ok, raises, found_inf, outputs, number, exchange)
-        lr = xp.take(state.hyper[:, GROUP_FIELDS.index("lr")], group_of_params)
-        first, previous_lr = state.advanced(taken, self._stepped, self._kept, lr)
-        write = kernel.writer(grads, outputs.C, taken)
-        defer_signals()  # until the step is counted by the host as well
-        write()
-        state.counts[...], state.first[...], state.previous_lr[...] = counts, first, previous_lr
-        return self._result(outputs.S, outputs.gamma, options.rules, state)
-
-    def _of_policies(self, policies: list[str]) -> tuple[Any, Any]:
-        """Return where a row that is not finite prevents the step, None for nowhere, and where that is an error."""
-        if policies != self._policies[0]:
-            own = [policies[k] for k in self.group_of]
-            strict = None if set(own) == {"propagate"} else self._on_device([x != "propagate" for x in own])
-            self._policies = policies, strict, self._on_device([x == "raise" for x in own])
-        _, strict, raises = self._policies
-        return strict, raises
-
-    def _on_device(self, values: list[Any]) -> Any:
-        return asarray(values, like=self._like, xp=self.xp)
-
-
-def _vectors(hyper: Any, first: Any, previous_lr: Any, group_of: Any, owner: Any, limit: Any, *, xp: Any) -> Hyper:
+def vectors(hyper: Any, first: Any, previous_lr: Any, group_of: Any, owner: Any, limit: Any, *, xp: Any) -> Hyper:
     """See `DeviceState.vectors`."""
     spread = xp.take(hyper, group_of, axis=0)
     columns = {name: spread[:, k] for k, name in enumerate(GROUP_FIELDS)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace, device, size
@@ -21,10 +21,12 @@ from lars_array._arrays import (
 )
 from lars_array._messages import near, shown
 from lars_array.layers import LayerOf, LayerRows, labels_of, layer_names
-from lars_array.state.device import DeviceState
 from lars_array.state.inputs import Group, all_names
 from lars_array.state.memory import MemoryRanges, check_writable
 from lars_array.state.shards import AllReduce, Shards, shards_of
+
+if TYPE_CHECKING:
+    from lars_array.state.device import DeviceState
 
 __all__ = ["KEPT", "ParamState", "allocate_buffers", "check_previous_lr"]
 

@@ -13,7 +13,7 @@ from pieces import CUTS, OPTIONS, SECOND, assert_models_close, groups_of, model,
 from pretended_devices import DEVICES, Device, pretended
 
 from lars_array import LARS, NonFiniteError, RefusedElsewhereError
-from lars_array.state.device import PinnedCounts
+from lars_array.state.counts import PinnedCounts
 
 
 @pytest.fixture(params=DEVICES)

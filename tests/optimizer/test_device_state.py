@@ -14,7 +14,8 @@ from cuda_on_cpu import answer_whether_on_accelerator
 from lars_array import LARS
 from lars_array.hyperparams import GROUP_FIELDS, at_step
 from lars_array.state import device as device_state
-from lars_array.state.device import ENTRIES, DeviceState
+from lars_array.state.counts import ENTRIES
+from lars_array.state.device import DeviceState
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from lars_array import LARS, RULES, NonFiniteError, hyperparams, kernels
 from lars_array.core import Hyper
 from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.state import device as device_state
-from lars_array.state.device import DeviceState, PinnedCounts, StepCounts
+from lars_array.state.counts import PinnedCounts, StepCounts
+from lars_array.state.device import DeviceState
 
 SHAPES = {"w": (4, 3), "b": (3,), "last": (5,)}
 HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}

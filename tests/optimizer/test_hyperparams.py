@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 
@@ -208,6 +211,38 @@ def test_the_same_objects_in_a_group_do_not_hide_a_change(monkeypatch: pytest.Mo
     scaled = hyperparams.read([group], 10, [{**complete({"lr": 0.1, "rule": "own"}), "rescale_grad": 0.5}])
     assert scaled[0]["rescale_grad"] == 0.5 and not hyperparams.are_unchanged([group])
     assert hyperparams.read([group], 11)[0]["rescale_grad"] == own[0]["rescale_grad"] == 1
+
+
+@pytest.mark.parametrize("kind", [str, np.str_])
+@pytest.mark.parametrize("place", ["here", "cuda"])
+def test_another_rule_by_the_same_name_counts_at_once(kind: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if place == "cuda" and cuda_on_cpu.missing():
+        pytest.skip(str(cuda_on_cpu.missing()))
+    monkeypatch.setitem(RULES, "own", Rule(own_rule))
+    with cuda_on_cpu.pretended() if place == "cuda" else nullcontext():
+        put = cuda_on_cpu.far if place == "cuda" else np.array
+        params, here = [put(p) for p in START], [p.copy() for p in START]
+        optimizer, plain = LARS(params, **OPTIONS, rule=kind("own")), LARS(here, **OPTIONS, rule=own_rule)
+        optimizer.step([put(g) for g in GRADIENTS])
+        monkeypatch.setitem(RULES, "own", Rule(lambda S, hyper, xp: own_rule(S, hyper, xp) * 0.5, keeps_buffer=True))
+        optimizer.step([put(g) for g in GRADIENTS])
+    plain.step(GRADIENTS)
+    plain.param_groups[0]["rule"] = RULES["own"]
+    plain.step(GRADIENTS)
+    for p, q in zip(params, here, strict=True):
+        np.testing.assert_allclose(np.asarray(p), q, rtol=1e-12)
+
+
+def test_what_else_is_in_a_group_is_not_kept() -> None:
+    class Large:
+        pass
+
+    group = {"params": [], "names": [], "cache": Large(), **complete({"lr": 0.1})}
+    hyperparams, left = Hyperparams(), weakref.ref(group["cache"])
+    hyperparams.read([group], 0, [complete({"lr": 0.1})])
+    assert hyperparams.are_unchanged([group])
+    del group["cache"]
+    assert left() is None and not hyperparams.are_unchanged([group])
 
 
 class Odd:

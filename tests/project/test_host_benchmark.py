@@ -16,7 +16,7 @@ pytest.importorskip("cupy")
 
 ROOT = Path(__file__).parents[2]
 
-# Prints the launches of a step over three arrays, for each kind of gradients, and how often torch's kernel was called.
+# Prints the launches of a step over three arrays, for all that may be new.
 LAUNCHES = """
 import json
 import numpy as np
@@ -25,8 +25,8 @@ launched = []
 no_device._Module.get_function = lambda self, name: lambda grid, block, arguments: launched.append(name)
 found = {}
 for name, build in host.CONTESTANTS.items():
-    for kind, moves in host.GRADIENTS.items():
-        run = build(*([np.zeros(shape, np.float32) for shape in [(7, 3), (5,), (40, 40)]] for _ in "pg"), moves=moves)
+    for kind, changes in host.KINDS.items():
+        run = build(*([np.zeros(shape, np.float32) for shape in [(7, 3), (5,), (40, 40)]] for _ in "pg"), **changes)
         launched.clear()
         run.before()
         run.step()
@@ -43,9 +43,9 @@ def test_a_step_launches_what_it_would_on_a_device() -> None:
     found: dict[str, list[str]] = json.loads(printed("-c", LAUNCHES))
     pair = "float32_float32"
     stages = [f"sums_{pair}", "coefficients", f"apply_{pair}"]
-    assert len(found) == len(host.CONTESTANTS) * len(host.GRADIENTS)
+    assert len(found) == len(host.CONTESTANTS) * len(host.KINDS)
     for name, launched in found.items():
-        addresses = ["write_pointers"] if name.endswith("; new") else []
+        addresses = ["write_pointers"] if "; new gradients" in name else []
         assert launched == ([] if "SGD" in name else [*addresses, *stages]), name
 
 
@@ -56,6 +56,6 @@ def test_results_are_written(tmp_path: Path) -> None:
     assert (document["arrays"], document["rounds"]) == (161, 2) and "cupy" in document["versions"]
     assert list(document["contestants"]) == list(host.CONTESTANTS)
     for name, own in document["contestants"].items():
-        assert name in text and list(own) == list(host.GRADIENTS)
+        assert name in text and list(own) == list(host.KINDS)
         assert all(row["median_ms"] > 0 and row["ratio"]["median"] > 0 for row in own.values())
     assert all(row["ratio"]["median"] == 1 for row in document["contestants"][host.SGD].values())

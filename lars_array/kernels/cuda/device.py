@@ -1,6 +1,7 @@
 """Memory and launches on a CUDA device, through CuPy on its current stream.
 
-The device is the current one during a step; `zeros`, `put` and `compile` make it so.
+The caller makes the device the current one for launches and `is_capturing`, since a step has many; all else does so
+itself.
 """
 
 from __future__ import annotations

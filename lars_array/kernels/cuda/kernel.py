@@ -62,7 +62,7 @@ class Kernel(Writing):
             columns = [self._xp.zeros_like(operand[0]) if x is None else x for x in operand]
             weights = self._xp.stack(columns, axis=1)
         tables.set(weights=weights)
-        _run(*tables.sums, *tables.coefficients)
+        tables.launch("sums", "coefficients")
         return tables.S
 
     def writer(self, grads: Gradients, C: Any, taken: Any = None) -> Callable[[], None]:
@@ -70,7 +70,7 @@ class Kernel(Writing):
         tables = self._stage_tables(grads)
         tables.C[...] = C
         tables.set(taken=taken)
-        return lambda: _run(*tables.apply)
+        return lambda: tables.launch("apply")
 
     def enqueue(
         self,
@@ -120,13 +120,13 @@ class Kernel(Writing):
         if tables.one_launch is not None and not clips and set(policies) == {"propagate"}:
             tables.one_launch.launch()
             return tables.S, tables.gamma
-        _run(*tables.sums)
+        tables.launch("sums")
         if clips:
-            _run(*tables.gradient_norm)
+            tables.launch("gradient_norm")
         if clips and third:  # over clipped gradients: memory is read again
             tables.set(third=True, third_is_clipped=True)
-            _run(*tables.sums)
-        _run(*tables.coefficients, *tables.apply)
+            tables.launch("sums")
+        tables.launch("coefficients", "apply")
         return tables.S, tables.gamma
 
     def _stage_tables(self, grads: Gradients) -> DeviceTables:
@@ -146,11 +146,6 @@ class Kernel(Writing):
     def _set_gradients(self, tables: DeviceTables, grads: Gradients) -> None:
         self._captured = self._captured or self.is_capturing()
         tables.set_gradients(grads.addresses, always=self._captured)
-
-
-def _run(*launches: Callable[[], None]) -> None:
-    for launch in launches:
-        launch()
 
 
 def _element(x: Any) -> str:

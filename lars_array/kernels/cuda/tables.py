@@ -129,7 +129,20 @@ def programs(rules: Sequence[Rule], policies: Sequence[str]) -> Programs | None:
 
 
 class PointerTable:
-    """Addresses on a device, which the host writes without waiting: `array`, uint64, in the given order."""
+    """A table of addresses on a device, which the host writes without waiting.
+
+    Parameters
+    ----------
+    device : Device
+        See `lars_array.kernels.cuda.device`.
+    order : integer array of shape (rows,)
+        The row whose address each entry of the table is.
+
+    Attributes
+    ----------
+    array : uint64 array of shape (rows,)
+        The table.
+    """
 
     def __init__(self, device: Any, order: Any) -> None:
         count = len(order)
@@ -147,7 +160,7 @@ class PointerTable:
             self._chunks.append((index, pointers["values"][k, : len(index)].view(np.int64), launch))
 
     def write(self, addresses: Any, *, always: bool = False) -> None:
-        """Write addresses, int64, if they have changed, or `always`."""
+        """Write the address of each row, int64, if one has changed, or `always`."""
         now = addresses.tobytes()
         if not always and now == self._written:
             return
@@ -176,8 +189,6 @@ class DeviceTables:
     ----------
     model : structured array of one element
         The argument of launches.
-    sums, gradient_norm, coefficients, apply : sequences of callables
-        The launches of each stage, in their order.
     S, C, gamma : arrays of shape (rows, 3), (rows, 6) and (rows,)
         The results of the last launches.
     one_launch : OneLaunch or None
@@ -217,27 +228,38 @@ class DeviceTables:
         self.model = np.zeros(1, MODEL)
         self._fields: dict[str, Any] = {}  # of `model` that were set, which keeps their arrays
         self.set(**self._own, row_count=count, piece_count=len(host.pieces), decides=rows is not None)
-        self.sums = [
-            device.launcher(pair_name("sums", *types), max(pieces, 1), self.model, first)
-            for types, first, pieces in host.segments
-        ]
-        self.gradient_norm = (device.launcher("gradient_norm", 1, self.model),)
-        self.coefficients = (device.launcher("coefficients", -(-count // device.rows), self.model),)
-        last = host.segments[0].types
-        self.apply = [
-            device.launcher(pair_name("apply", *types), max(pieces, 1), self.model, first, pieces, int(types == last))
-            for types, first, pieces in reversed(host.segments)  # first the memory that `sums` leaves in the cache
-        ]
+        first = host.segments[0]
+        self._launches: dict[str, list[Callable[[], None]]] = {
+            "sums": [
+                device.launcher(pair_name("sums", *x.types), max(x.pieces, 1), self.model, x.first)
+                for x in host.segments
+            ],
+            "gradient_norm": [device.launcher("gradient_norm", 1, self.model)],
+            "coefficients": [device.launcher("coefficients", -(-count // device.rows), self.model)],
+            "apply": [
+                device.launcher(
+                    pair_name("apply", *x.types), max(x.pieces, 1), self.model, x.first, x.pieces, int(x is first)
+                )
+                for x in reversed(host.segments)  # first the memory that `sums` leaves in the cache
+            ],
+        }
         self.one_launch = OneLaunch(device, host, self.model) if in_one else None
         self._loaded: Any = None
         self._can_run = False
 
     def set(self, **fields: Any) -> None:
-        """Set fields of `model`: numbers, or arrays by their address; None is 0."""
+        """Set fields of `model`: numbers, or arrays by their address, which each keeps; None is 0."""
         for name, value in fields.items():
             if self._fields.get(name, self) is not value:
+                self._fields.pop(name, None)  # until it is there
                 self.model[name] = self._device.address(value) if hasattr(value, "shape") else value or 0
                 self._fields[name] = value
+
+    def launch(self, *stages: str) -> None:
+        """Queue the launches of stages: "sums", "gradient_norm", "coefficients" or "apply"."""
+        for stage in stages:
+            for launch in self._launches[stage]:
+                launch()
 
     def set_gradients(self, addresses: Any, *, always: bool) -> None:
         """Set the addresses of gradients, int64, by row; `always`: although they seem to be there."""

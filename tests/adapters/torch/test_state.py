@@ -125,6 +125,26 @@ def test_the_last_learning_rate_is_state_where_a_rule_reads_it(rule: str, lr: An
     assert rates == ([0.5, 0.25] if rule in ("nvidia", "mxnet") else [None, None])
 
 
+def test_the_last_learning_rate_is_state_too_where_another_rule_has_got_the_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flash = lars_array.RULES["flash"].function
+
+    def reads(S: Any, hyper: Any, xp: Any) -> Any:
+        return flash(S, hyper, xp) * (1 + hyper.previous_lr)[:, None]
+
+    monkeypatch.setitem(lars_array.RULES, "own", lars_array.Rule(flash))
+    advance(LARS(parameters(), **OPTIONS, rule="own"), 0, 1)
+    monkeypatch.setitem(lars_array.RULES, "own", lars_array.Rule(reads))
+    optimizer = LARS(parameters(), **OPTIONS, rule="own")
+    advance(optimizer, 0, 2)
+    assert all(own["previous_lr"] == 0.5 for own in optimizer.state.values())
+    twin = copy.deepcopy(optimizer)
+    for own in (optimizer, twin):
+        advance(own, 2, 3)
+    assert_same(optimizer, twin)
+
+
 def test_a_last_learning_rate_that_is_replaced_is_read() -> None:
     first, second = (LARS(parameters(), **OPTIONS, rule="mxnet") for _ in range(2))
     for optimizer in (first, second):

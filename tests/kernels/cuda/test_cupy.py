@@ -22,9 +22,13 @@ from lars_array.kernels.cuda import device
 from lars_array.kernels.cuda.kernel import Kernel
 from lars_array.kernels.cuda.source import COMMON, OPTIONS, ROWS, THREADS, pair_name, source
 from lars_array.nonfinite import CAUSES, PARAMETER
+from lars_array.state import counts as device_counts
 from lars_array.state import device as device_state
+from lars_array.state import device_rows
 from lars_array.state import memory as ranges
-from lars_array.state.device import DeviceRows, DeviceState, PinnedCounts, StepCounts
+from lars_array.state.counts import PinnedCounts, StepCounts
+from lars_array.state.device import DeviceState
+from lars_array.state.device_rows import DeviceRows
 from lars_array.state.graph_memory import GraphMemory
 from lars_array.state.memory import MemoryRanges, check_writable
 
@@ -136,7 +140,8 @@ def test_kernels_are_compiled_once_and_launched_with_their_arguments(
     expected = core.sums(*here, xp=np)
     np.testing.assert_allclose(np.asarray(S), expected, rtol=1e-13)
     group = hyperparams.at_step({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nonfinite": "skip"}, 0)
-    monkeypatch.setattr(device_state, "asarray", arrays_there)
+    for module in (device_state, device_rows):
+        monkeypatch.setattr(module, "asarray", arrays_there)
     lists: Any = list("abc"), [0] * 3, range(3), range(3), [True] * 3
     with params[0].device:
         state = DeviceState([True] * 3, [0.0] * 3, like=params[0])
@@ -185,7 +190,7 @@ def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatc
     """All of lars_array that names CuPy, but with arrays in the host's memory."""
     FakeModule.library = cuda_on_cpu.Device(library)
 
-    for module in ("core", "hyperparams.rows", "nonfinite", "state.device"):
+    for module in ("core", "hyperparams.rows", "nonfinite", "state.device", "state.device_rows"):
         monkeypatch.setattr(f"lars_array.{module}.asarray", arrays_there)
     for module in ("_stepper.arrays", "state.store"):
         monkeypatch.setattr(f"lars_array.{module}.allocate_buffers", buffers_like)
@@ -274,7 +279,7 @@ def pool(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> PinnedPool:
     monkeypatch.setattr(sys.modules["cupyx"], "zeros_pinned", own.zeros_pinned)
     monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", own.copy)
     monkeypatch.setattr(cupy.cuda, "Event", own.event)
-    for kept in (device_state._in_flight, device_state._in_graphs):
+    for kept in (device_counts._in_flight, device_counts._in_graphs):
         kept.clear()
     return own
 
@@ -288,9 +293,9 @@ def test_memory_of_counts_that_are_still_copied_goes_to_nobody_else(pool: Pinned
     somebody_else = pool.zeros_pinned(4, np.int64)
     pool.run()
     assert somebody_else.tolist() == [0] * 4
-    assert not pool.free and len(device_state._in_flight) == 3
+    assert not pool.free and len(device_counts._in_flight) == 3
     PinnedCounts(counts)  # and once the device is done, it is given back
-    assert len(pool.free) >= 2 and len(device_state._in_flight) <= 1
+    assert len(pool.free) >= 2 and len(device_counts._in_flight) <= 1
 
 
 def test_memory_that_a_graph_writes_to_is_kept(cupy: Any, pool: PinnedPool) -> None:

@@ -23,7 +23,8 @@ from lars_array.hyperparams import at_step, inputs_of
 from lars_array.kernels.cuda import tables
 from lars_array.kernels.cuda.source import STRUCTURES, pair_name
 from lars_array.nonfinite import CAUSES, GRADIENT
-from lars_array.state.device import DeviceRows, DeviceState
+from lars_array.state.device import DeviceState
+from lars_array.state.device_rows import DeviceRows
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_cpu.missing()))
 
