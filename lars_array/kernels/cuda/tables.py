@@ -212,22 +212,13 @@ class DeviceTables:
         self.S, self.C, self.gamma = (device.zeros(shape, np.float64) for shape in ((count, 3), (count, 6), count))
         self._grads = PointerTable(device, host.order)
         flags = device.zeros(2, np.int32)
-        self._own = {
-            "arrays": device.put(host.arrays),
-            "grads": self._grads.array,
-            "rows": device.put(host.rows),
-            "pieces": device.put(host.pieces),
-            "partial": device.zeros((len(host.pieces), 3), np.float64),
-            "norm": device.zeros(1, np.float64),
-            "S": self.S,
-            "C": self.C,
-            "gamma": self.gamma,
-            "prevented": flags[:1],
-            "offender": flags[1:],
-        }
         self.model = np.zeros(1, MODEL)
-        self._fields: dict[str, Any] = {}  # of `model` that were set, which keeps their arrays
-        self.set(**self._own, row_count=count, piece_count=len(host.pieces), decides=rows is not None)
+        self._fields: dict[str, Any] = {}  # of `model` that were set, with their arrays
+        self.set(S=self.S, C=self.C, gamma=self.gamma, grads=self._grads.array)
+        self.set(arrays=device.put(host.arrays), rows=device.put(host.rows), pieces=device.put(host.pieces))
+        self.set(partial=device.zeros((len(host.pieces), 3), np.float64), norm=device.zeros(1, np.float64))
+        self.set(prevented=flags[:1], offender=flags[1:])
+        self.set(row_count=count, piece_count=len(host.pieces), decides=rows is not None)
         first = host.segments[0]
         self._launches: dict[str, list[Callable[[], None]]] = {
             "sums": [
@@ -248,7 +239,7 @@ class DeviceTables:
         self._can_run = False
 
     def set(self, **fields: Any) -> None:
-        """Set fields of `model`: numbers, or arrays by their address, which each keeps; None is 0."""
+        """Set fields of `model`: numbers, or arrays by their address, which must not change; None is 0."""
         for name, value in fields.items():
             if self._fields.get(name, self) is not value:
                 self._fields.pop(name, None)  # until it is there
@@ -276,7 +267,6 @@ class DeviceTables:
             found = programs(rules, policies)
             if found is not None:
                 tables = {name: self._device.put(table) for name, table in found._asdict().items()}
-                self._own |= tables
                 self.set(**tables)
             self._can_run = found is not None
         self._loaded = wanted, rules, policies  # rules live as long as their ids are compared

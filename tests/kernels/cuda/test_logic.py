@@ -375,7 +375,7 @@ def test_an_array_of_more_than_two_to_the_31_elements() -> None:
         found.C[...] = [[0, 0, 0, 0, 1, 0]]
         device.launch(pair_name("sums", "float16", "float16"), 1, found.model, last)
         tail = size - begin
-        assert_same(np.asarray(found._own["partial"])[last], np.array([9.0, 25.0, 0.0]) * tail)
+        assert_same(np.asarray(found._fields["partial"])[last], np.array([9.0, 25.0, 0.0]) * tail)
         device.launch(pair_name("apply", "float16", "float16"), 1, found.model, last, 1, 0)
         assert_same(np.asarray(p[begin:]), np.full(tail, -2, np.float16))
         assert (p[begin - 1], p[wrapped]) == (7, 7)
