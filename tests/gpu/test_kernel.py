@@ -12,6 +12,7 @@ import pytest
 from cuda_bodies import BODIES, HYPER, Place, model
 from cuda_busy import busy
 from cuda_graphs import capture, own_stream
+from cuda_launches import noted_launches
 
 from lars_array import LARS, RULES, core, kernels
 from lars_array.hyperparams import at_step, inputs_of
@@ -39,17 +40,8 @@ def place(cp: Any) -> Place:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of launches."""
-    seen: list[str] = []
-    launch = Kernel.Device.launch
-
-    def noting(self: Any, name: str, *arguments: Any) -> None:
-        seen.append(name.removesuffix("_float32_float32"))
-        launch(self, name, *arguments)
-
-    monkeypatch.setattr(Kernel.Device, "launch", noting)
-    yield seen
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return noted_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
@@ -92,7 +84,7 @@ def test_a_step_is_three_launches_and_allocates_nothing(cp: Any, place: Place, l
     with Hook():
         for _ in range(3):
             optimizer.step(grads)
-    assert launches == 3 * ["sums", "coefficients", "apply"]
+    assert launches == 3 * ["sums_float32_float32", "coefficients", "apply_float32_float32"]
     assert asked == []
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from cuda_bodies import BODIES, HYPER, Place, model
 from cuda_graphs import capture, own_stream
+from cuda_launches import noted_launches
 
 from lars_array import LARS
 from lars_array.kernels.cuda import one_launch
-from lars_array.kernels.cuda.kernel import Kernel
 from lars_array.kernels.cuda.one_launch import order_tasks
 
 pytestmark = pytest.mark.gpu
@@ -28,16 +28,7 @@ def cp() -> Any:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of launches."""
-    seen: list[str] = []
-    launch = Kernel.Device.launch
-
-    def noting(self: Any, name: str, *arguments: Any) -> None:
-        seen.append(name)
-        launch(self, name, *arguments)
-
-    monkeypatch.setattr(Kernel.Device, "launch", noting)
-    return seen
+    return noted_launches(monkeypatch)
 
 
 def run(cp: Any, monkeypatch: pytest.MonkeyPatch, asked: str, steps: int, shapes: Any = None, **options: Any) -> bytes:

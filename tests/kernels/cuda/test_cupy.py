@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from assertions import assert_same
 from cuda_bodies import BODIES, Place
+from cuda_launches import noted_launches
 
 from lars_array import RULES, core, hyperparams, kernels
 from lars_array.kernels.cuda import device
@@ -197,8 +198,9 @@ def test_bodies_over_the_stand_in(body: Any, cupy: Any, library: Any, monkeypatc
     known, choose = hyperparams.checks._known, kernels.choose
     monkeypatch.setattr(hyperparams.checks, "_known", lambda x: None if isinstance(x, Array) else known(x))
     monkeypatch.setattr(kernels, "choose", lambda xs, name: Kernel if isinstance(xs[0], Array) else choose(xs, name))
+    launches = noted_launches(monkeypatch)
     body(Place(array, np.asarray))
-    assert cupy.compiled
+    assert cupy.compiled and any(name.startswith("apply") for name in launches)
     assert FakeDevice.inside == 0
 
 
