@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.contestants import REFERENCE
+from benchmarks.host import KINDS
 from benchmarks.machine import ROOT
 
 __all__ = ["DOCUMENTS", "filled", "main"]
@@ -81,7 +82,6 @@ GPU_ROWS = {
     "timm, torch.compile": "timm under `torch.compile`",
     "torch_optimizer": "torch_optimizer",
 }
-KINDS = ("new gradients", "the same gradients", "new gradients and learning rate")
 HOST_ROWS = {
     "torch SGD, fused": "torch's fused SGD (not LARS)",
     "torch SGD, fused, on one element each": "torch's fused SGD, with its CPU kernel on one element of each",

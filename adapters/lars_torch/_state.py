@@ -168,7 +168,9 @@ class TensorState(ParamState):
             return
         for i, (p, master) in enumerate(zip(self.params, self.masters, strict=True)):
             # A compiled graph writes to parameters after the step: values decide.
-            if versions[i] != self._known_versions[i] and master is not None and not torch.equal(p, master.to(p.dtype)):
+            if versions[i] == self._known_versions[i] or master is None:
+                continue
+            if not torch.allclose(p, master.to(p.dtype), rtol=0, atol=0, equal_nan=True):
                 self.masters[i] = None
 
     def _versions(self) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """The hyper-parameters: names and defaults, checks, values at a step, and arrays of them for the rows of a step."""
 
-from lars_array.hyperparams.checks import check, check_layer_axes
+from lars_array.hyperparams.checks import NUMBER_TYPES, check, check_layer_axes
 from lars_array.hyperparams.groups import (
     PLAIN,
     Hyperparams,
@@ -32,6 +32,7 @@ __all__ = [
     "GROUP_FIELDS",
     "INSTEAD",
     "NUMBERS",
+    "NUMBER_TYPES",
     "PLAIN",
     "Hyperparams",
     "at_step",

@@ -17,11 +17,11 @@ from lars_array.core import BOOLEANS, resolve
 from lars_array.hyperparams.names import NUMBERS
 from lars_array.nonfinite import POLICIES
 
-__all__ = ["MOST", "check", "check_layer_axes"]
+__all__ = ["MOST", "NUMBER_TYPES", "check", "check_layer_axes"]
 
 
 MOST = sys.float_info.max
-_NUMBER = float, int, Real  # the abstract class last: it takes far longer to ask
+NUMBER_TYPES = float, int, Real  # the abstract class last: it takes far longer to ask
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -115,7 +115,7 @@ def _is_too_large(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, _NUMBER) and not isinstance(value, bool)
+    return isinstance(value, NUMBER_TYPES) and not isinstance(value, bool)
 
 
 def _check_bounds(bounds: Any) -> None:

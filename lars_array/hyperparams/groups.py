@@ -100,10 +100,10 @@ def scheduled(options: Mapping[str, Any], step: Any) -> dict[str, Any]:
 
 def readable(options: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Return `at_step`, with arrays of shape () replaced by numbers where they can be read without waiting."""
-    return _read(scheduled(options, step))
+    return _checked(scheduled(options, step))
 
 
-def _read(options: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     group = complete(options)
     group = {key: x.item() if type(x) not in PLAIN and can_be_read(x) else x for key, x in group.items()}
     check(group)
@@ -125,7 +125,7 @@ class Hyperparams:
 
     def __init__(self) -> None:
         self._last: tuple[list[Any], Sequence[Mapping[str, Any]]] = [], []
-        self._objects: list[Any] | None = None  # `_objects_in` the groups; None where that is not enough
+        self._objects: list[Any] | None = None  # that were read; None where one may hold another number later
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hyperparams, ()
@@ -169,7 +169,7 @@ class Hyperparams:
                 try:
                     if missing := _NAMES - options.keys():
                         raise ValueError(f"a parameter group must have the key {shown(min(missing))}")
-                    groups.append(_read(options))
+                    groups.append(_checked(options))
                 except (TypeError, ValueError):
                     place = [f"parameter group {number}"] if len(all_options) > 1 else []
                     place += [f"step {step}"] if any(callable(group.get(name)) for name in NUMBERS) else []

@@ -1,4 +1,4 @@
-"""Groups that are plain SGD, since none of their layers is adapted."""
+"""Groups that are plain SGD, since none of their layers is adapted, and the text of an optimizer, which says so."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from sys import float_info
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from array_api_compat import array_namespace
 from lars_array._arrays import accumulation_dtype, asarray
 from lars_array._interrupts import defer_signals
 from lars_array.core import BOOLEANS, Hyper, StageOutputs, with_max_ratio
-from lars_array.hyperparams import GROUP_FIELDS, row_values
+from lars_array.hyperparams import GROUP_FIELDS, NUMBER_TYPES, PLAIN, row_values
 from lars_array.nonfinite import CAUSES, ELSEWHERE, GRADIENT, PARAMETER, REFUSAL, UPDATE
 from lars_array.state.counts import ENTRIES, PinnedCounts, StepCounts
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from lars_array.state.device_exchange import DeviceExchange
 
 __all__ = ["DeviceState", "vectors"]
-
-_NUMBER = float, int, Real  # the abstract class last: it takes far longer to ask
 
 
 class DeviceState:
@@ -77,22 +74,22 @@ class DeviceState:
         self._groups = None
         rows = [row_values(group) for group in groups]
         if self.hyper is None:
-            numbers = [[float(value) if isinstance(value, Real) else 0.0 for value in row] for row in rows]
-            self._written = [[value if isinstance(value, Real) else None for value in row] for row in rows]
+            numbers = [[float(value) if isinstance(value, NUMBER_TYPES) else 0.0 for value in row] for row in rows]
+            self._written = [list(map(_known, row)) for row in rows]
             self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
         for row, (values, written) in enumerate(zip(rows, self._written, strict=True)):
             for column, (value, before) in enumerate(zip(values, written)):
                 if not self._in_graphs and value is before:  # faster
                     continue
-                is_number = isinstance(value, _NUMBER)
-                if is_number and value == before and (row, column) not in self._in_graphs:
+                is_number = isinstance(value, NUMBER_TYPES)
+                if is_number and float(value) == before and (row, column) not in self._in_graphs:
                     continue
                 if captured:
                     self._in_graphs.add((row, column))
                 written[column] = None  # until it is there
                 # A slice, not an element: torch fills the one and copies the other from the host.
                 self.hyper[row : row + 1, column : column + 1] = float(value) if is_number else value
-                written[column] = value if is_number else None
+                written[column] = _known(value)
         if all(x is not None for written in self._written for x in written):
             self._groups = groups
 
@@ -219,6 +216,13 @@ class DeviceState:
         replayed = done - self._confirmed - self._queued
         self._queued, self._confirmed = 0, done
         return before, now, replayed
+
+
+def _known(value: Any) -> Any:
+    """Return a number as an object that nobody can modify, and None for an array on the device."""
+    if type(value) in PLAIN:
+        return value
+    return float(value) if isinstance(value, NUMBER_TYPES) else None
 
 
 def vectors(hyper: Any, first: Any, previous_lr: Any, group_of: Any, owner: Any, limit: Any, *, xp: Any) -> Hyper:

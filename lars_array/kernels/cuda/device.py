@@ -1,7 +1,7 @@
 """Memory and launches on a CUDA device, through CuPy on its current stream.
 
-The caller makes the device the current one for launches and `is_capturing`, since a step has many; all else does so
-itself.
+The caller makes the device the current one for launches and `is_capturing`, since a step has many; `zeros`, `put` and
+`compile` do so themselves.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class PointerTable:
     device : Device
         See `lars_array.kernels.cuda.device`.
     order : integer array of shape (rows,)
-        The row whose address each entry of the table is.
+        For each entry of the table, the row whose address it is.
 
     Attributes
     ----------
@@ -239,10 +239,10 @@ class DeviceTables:
         self._can_run = False
 
     def set(self, **fields: Any) -> None:
-        """Set fields of `model`: numbers, or arrays by their address, which must not change; None is 0."""
+        """Set fields of `model`: to a number, the address of an array, which the array must keep, or 0 for None."""
         for name, value in fields.items():
             if self._fields.get(name, self) is not value:
-                self._fields.pop(name, None)  # until it is there
+                self._fields.pop(name, None)  # until it is there: what comes in between is done again
                 self.model[name] = self._device.address(value) if hasattr(value, "shape") else value or 0
                 self._fields[name] = value
 

@@ -268,6 +268,19 @@ def test_a_master_stays_after_our_own_writes_and_after_moves(backend: Any) -> No
             optimizer.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_master_with_a_nan_stays_after_moves(dtype: torch.dtype) -> None:
+    p = torch.nn.Parameter(torch.ones(3).to(dtype))
+    optimizer = LARS([p], lr=2.0**-12, master_weights=True)
+    p.grad = torch.tensor([1.0, torch.nan, 1.0], dtype=dtype)
+    optimizer.step()
+    p.data = p.data.clone()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    expected = torch.tensor([1 - 2.0**-11, torch.nan, 1 - 2.0**-11])
+    torch.testing.assert_close(optimizer.state[p]["master"], expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_write_is_seen_however_late_the_parameter_is_stepped_again() -> None:
     p, q = (torch.nn.Parameter(torch.ones(3).bfloat16()) for _ in range(2))
     optimizer = LARS([p, q], lr=2.0**-12, master_weights=True, nonfinite="skip")
