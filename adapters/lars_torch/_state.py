@@ -236,7 +236,8 @@ class TensorState(ParamState):
         """
         if groups is not self._rated[0]:
             reads = [reads_previous_lr(group["rule"]) for group in groups]
-            self._rated = groups, [i for i, k in enumerate(self.group_of.tolist()) if reads[k]]
+            index = [i for i, k in enumerate(self.group_of.tolist()) if reads[k]] if any(reads) else []
+            self._rated = groups, index
         index = self._rated[1]
         if not index:
             return None
