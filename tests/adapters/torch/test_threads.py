@@ -67,7 +67,7 @@ def test_there_are_as_many_as_torch_has(theirs: int, ours: int) -> None:
     assert _threads.run_on_torch_threads(lambda: None, 2)
     before, calls = len(os.listdir("/proc/self/task")), []
     assert _threads.run_on_torch_threads(lambda: calls.append(1), ours)
-    assert len(os.listdir("/proc/self/task")) == before
+    assert len(os.listdir("/proc/self/task")) <= before  # those of which torch has had more may still be ending
     assert len(calls) == min(theirs, ours)
 
 
