@@ -11,14 +11,7 @@ from typing import Any, Self
 import numpy as np
 from array_api_compat import array_namespace
 
-from lars_array._arrays import (
-    ArraySpecs,
-    changed_in_place,
-    check_buffer,
-    check_master,
-    is_half,
-    real_dtype,
-)
+from lars_array._arrays import ArraySpecs, changed_in_place, check_buffer, check_master, is_half, real_dtype
 from lars_array._messages import shown
 from lars_array.hyperparams import needs_buffer
 from lars_array.kernels.base import Gradients, KernelArrays, make_kernel

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from sys import float_info
 from typing import TYPE_CHECKING, Any
 
 from array_api_compat import array_namespace
 
 from lars_array._arrays import accumulation_dtype, asarray
 from lars_array._interrupts import defer_signals
-from lars_array.core import BOOLEANS, Hyper, StageOutputs, with_max_ratio
-from lars_array.hyperparams import GROUP_FIELDS, NUMBER_TYPES, PLAIN, row_values
+from lars_array.core import StageOutputs
+from lars_array.hyperparams import NUMBER_TYPES, PLAIN, row_values
 from lars_array.nonfinite import CAUSES, ELSEWHERE, GRADIENT, PARAMETER, REFUSAL, UPDATE
 from lars_array.state.counts import ENTRIES, PinnedCounts, StepCounts
 
 if TYPE_CHECKING:
     from lars_array.state.device_exchange import DeviceExchange
 
-__all__ = ["DeviceState", "vectors"]
+__all__ = ["DeviceState"]
 
 
 class DeviceState:
@@ -74,22 +73,22 @@ class DeviceState:
         self._groups = None
         rows = [row_values(group) for group in groups]
         if self.hyper is None:
-            numbers = [[float(value) if isinstance(value, NUMBER_TYPES) else 0.0 for value in row] for row in rows]
-            self._written = [list(map(_known, row)) for row in rows]
+            self._written = [list(map(_number, row)) for row in rows]
+            numbers = [[0.0 if x is None else float(x) for x in row] for row in self._written]
             self.hyper = asarray(numbers, accumulation_dtype(self.xp), like=self.like, xp=self.xp)
         for row, (values, written) in enumerate(zip(rows, self._written, strict=True)):
             for column, (value, before) in enumerate(zip(values, written)):
                 if not self._in_graphs and value is before:  # faster
                     continue
-                is_number = isinstance(value, NUMBER_TYPES)
-                if is_number and float(value) == before and (row, column) not in self._in_graphs:
+                number = _number(value)
+                if number is not None and number == before and (row, column) not in self._in_graphs:
                     continue
                 if captured:
                     self._in_graphs.add((row, column))
                 written[column] = None  # until it is there
                 # A slice, not an element: torch fills the one and copies the other from the host.
-                self.hyper[row : row + 1, column : column + 1] = float(value) if is_number else value
-                written[column] = _known(value)
+                self.hyper[row : row + 1, column : column + 1] = value if number is None else float(number)
+                written[column] = number
         if all(x is not None for written in self._written for x in written):
             self._groups = groups
 
@@ -97,13 +96,6 @@ class DeviceState:
     def expected_steps(self) -> int:
         """The number of steps taken, as far as the host knows: one counts until the device has reported otherwise."""
         return self._confirmed + self._queued - self._read.skipped - self._read.rejected
-
-    def vectors(self, group_of: Any, owner: Any, limit: Any = float_info.max) -> Hyper:
-        """Return the hyper-parameters and states of rows, given index arrays of the group and the parameter of each.
-
-        `limit` is that of `nonfinite.finite`.
-        """
-        return vectors(self.hyper, self.first, self.previous_lr, group_of, owner, limit, xp=self.xp)
 
     def advanced(self, taken: Any, stepped: Any, keeps: Any, lr: Any) -> tuple[Any, Any]:
         """Return `first` and `previous_lr` after a step, as new arrays.
@@ -218,17 +210,8 @@ class DeviceState:
         return before, now, replayed
 
 
-def _known(value: Any) -> Any:
+def _number(value: Any) -> Any:
     """Return a number as an object that nobody can modify, and None for an array on the device."""
     if type(value) in PLAIN:
         return value
     return float(value) if isinstance(value, NUMBER_TYPES) else None
-
-
-def vectors(hyper: Any, first: Any, previous_lr: Any, group_of: Any, owner: Any, limit: Any, *, xp: Any) -> Hyper:
-    """See `DeviceState.vectors`."""
-    spread = xp.take(hyper, group_of, axis=0)
-    columns = {name: spread[:, k] for k, name in enumerate(GROUP_FIELDS)}
-    columns |= {name: columns[name] != 0 for name in BOOLEANS}
-    first, previous_lr = (xp.take(x, owner) for x in (first, previous_lr))
-    return with_max_ratio(Hyper(**columns, first=first, previous_lr=previous_lr), limit, xp=xp)

@@ -9,16 +9,16 @@ from array_api_compat import array_namespace
 
 from lars_array._arrays import asarray
 from lars_array._interrupts import defer_signals
-from lars_array.core import Hyper, Rule, plan, resolve
+from lars_array.core import BOOLEANS, Hyper, Rule, plan, resolve, with_max_ratio
 from lars_array.hyperparams import GROUP_FIELDS, with_rules
 from lars_array.nonfinite import finite
-from lars_array.state.device import DeviceState, vectors
+from lars_array.state.device import DeviceState
 from lars_array.telemetry import StepResult
 
 if TYPE_CHECKING:
     from lars_array.state.device_exchange import DeviceExchange
 
-__all__ = ["DeviceRows"]
+__all__ = ["DeviceRows", "vectors"]
 
 
 class _Options(NamedTuple):
@@ -130,7 +130,8 @@ class DeviceRows:
         exchange: DeviceExchange | None,
     ) -> StepResult:
         xp, (group, param, number, group_of_params) = self.xp, self._index
-        inputs = with_rules(state.vectors(group, param, self._limit), groups, self.group_of, xp=xp)
+        hyper = vectors(state.hyper, state.first, state.previous_lr, group, param, self._limit, xp=xp)
+        inputs = with_rules(hyper, groups, self.group_of, xp=xp)
         if exchange is not None and len(set(map(id, inputs.rules))) > 1 and getattr(kernel, "is_capturing", bool)():
             raise ValueError("rule must be the same for all layers in a step with all_reduce that a graph captures")
         sums, joined = kernel.sums, self.joined
@@ -161,3 +162,15 @@ class DeviceRows:
 
     def _on_device(self, values: list[Any]) -> Any:
         return asarray(values, like=self._like, xp=self.xp)
+
+
+def vectors(hyper: Any, first: Any, previous_lr: Any, group_of: Any, owner: Any, limit: Any, *, xp: Any) -> Hyper:
+    """Return the hyper-parameters and states of rows, given index arrays of the group and the parameter of each.
+
+    The first three are those of `DeviceState`, `limit` is that of `nonfinite.finite`.
+    """
+    spread = xp.take(hyper, group_of, axis=0)
+    columns = {name: spread[:, k] for k, name in enumerate(GROUP_FIELDS)}
+    columns |= {name: columns[name] != 0 for name in BOOLEANS}
+    first, previous_lr = (xp.take(x, owner) for x in (first, previous_lr))
+    return with_max_ratio(Hyper(**columns, first=first, previous_lr=previous_lr), limit, xp=xp)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from lars_array.kernels.base import Gradients, KernelArrays
 from lars_array.state import device as device_state
 from lars_array.state.counts import PinnedCounts, StepCounts
 from lars_array.state.device import DeviceState
+from lars_array.state.device_rows import vectors
 
 SHAPES = {"w": (4, 3), "b": (3,), "last": (5,)}
 HYPER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
@@ -372,7 +374,8 @@ def test_vectors_have_the_values_of_groups_and_parameters() -> None:
     groups = [hyperparams.complete({"lr": lr, "nesterov": lr < 1, "momentum": 0.9}) for lr in (0.1, 2.0)]
     state = DeviceState([True, False], [0.0, 0.5], like=xp.zeros(1))
     state.write(groups, captured=False)
-    hyper = state.vectors(xp.asarray([0, 0, 1]), xp.asarray([1, 1, 0]))
+    index = xp.asarray([0, 0, 1]), xp.asarray([1, 1, 0])
+    hyper = vectors(state.hyper, state.first, state.previous_lr, *index, sys.float_info.max, xp=xp)
     assert isinstance(hyper, Hyper)
     assert_same(hyper.lr, np.array([0.1, 0.1, 2.0]))
     assert_same(hyper.nesterov, np.array([True, True, False]))

@@ -145,7 +145,7 @@ class Kernel(Writing):
 
     def _set_gradients(self, tables: DeviceTables, grads: Gradients) -> None:
         self._captured = self._captured or self.is_capturing()
-        tables.set_gradients(grads.addresses, always=self._captured)
+        tables.grads.write(grads.addresses, always=self._captured)
 
 
 def _element(x: Any) -> str:

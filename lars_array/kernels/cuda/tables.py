@@ -160,7 +160,7 @@ class PointerTable:
             self._chunks.append((index, pointers["values"][k, : len(index)].view(np.int64), launch))
 
     def write(self, addresses: Any, *, always: bool = False) -> None:
-        """Write the address of each row, int64, if one has changed, or `always`."""
+        """Write the address of each row, int64, if one has changed, or `always`: although they seem to be there."""
         now = addresses.tobytes()
         if not always and now == self._written:
             return
@@ -189,6 +189,8 @@ class DeviceTables:
     ----------
     model : structured array of one element
         The argument of launches.
+    grads : PointerTable
+        The addresses of gradients, by row.
     S, C, gamma : arrays of shape (rows, 3), (rows, 6) and (rows,)
         The results of the last launches.
     one_launch : OneLaunch or None
@@ -210,11 +212,11 @@ class DeviceTables:
         in_one = is_wanted() and rows is not None and len(host.segments) == 1 and len(host.pieces) > 0
         device.compile(types, one_launch=in_one)
         self.S, self.C, self.gamma = (device.zeros(shape, np.float64) for shape in ((count, 3), (count, 6), count))
-        self._grads = PointerTable(device, host.order)
+        self.grads = PointerTable(device, host.order)
         flags = device.zeros(2, np.int32)
         self.model = np.zeros(1, MODEL)
         self._fields: dict[str, Any] = {}  # of `model` that were set, with their arrays
-        self.set(S=self.S, C=self.C, gamma=self.gamma, grads=self._grads.array)
+        self.set(S=self.S, C=self.C, gamma=self.gamma, grads=self.grads.array)
         self.set(arrays=device.put(host.arrays), rows=device.put(host.rows), pieces=device.put(host.pieces))
         self.set(partial=device.zeros((len(host.pieces), 3), np.float64), norm=device.zeros(1, np.float64))
         self.set(prevented=flags[:1], offender=flags[1:])
@@ -251,10 +253,6 @@ class DeviceTables:
         for stage in stages:
             for launch in self._launches[stage]:
                 launch()
-
-    def set_gradients(self, addresses: Any, *, always: bool) -> None:
-        """Set the addresses of gradients, int64, by row; `always`: although they seem to be there."""
-        self._grads.write(addresses, always=always)
 
     def load(self, rules: Sequence[Rule], policies: Sequence[str]) -> bool:
         """Put rules and policies on the device, where they have changed, and return whether they can run there."""
