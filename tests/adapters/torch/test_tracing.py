@@ -32,6 +32,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Have dynamo forget the steps of other tests: it compiles each function a limited number of times."""
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------------------------------------- differentiable
 
 
